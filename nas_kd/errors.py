@@ -1,0 +1,56 @@
+"""The errors that a user can cause. Each says what is wrong, why, and how to mend it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class NasKdError(Exception):
+    """Base of every error that a user can cause; the command line turns it into one line and exit code 2."""
+
+
+class BudgetError(NasKdError, ValueError):
+    """A budget is malformed, cannot be met, or is exceeded."""
+
+
+class GenotypeError(NasKdError, ValueError):
+    """A genotype is malformed or does not fit its base."""
+
+
+class ModelError(NasKdError, ValueError):
+    """A model is unknown, cannot be analysed, or offers no choices."""
+
+
+class PlanError(NasKdError, ValueError):
+    """An exported plan does not fit the base that it names, or is damaged."""
+
+
+class DataError(NasKdError, ValueError):
+    """A dataset is missing, unreadable, or does not fit the model."""
+
+
+class CheckpointError(NasKdError, ValueError):
+    """A checkpoint cannot be read or does not fit the model."""
+
+
+class DeviceError(NasKdError, RuntimeError):
+    """The device that was asked for is not there."""
+
+
+class OutputError(NasKdError, OSError):
+    """The output folder or the storage cannot be written."""
+
+
+class TrainingError(NasKdError, RuntimeError):
+    """Training cannot go on, e.g. because the loss is no longer finite."""
+
+
+class StudyError(NasKdError, ValueError):
+    """A study in the storage does not fit what was asked for."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint `; did you mean 'x'?` when `word` is close to a known one, else nothing."""
+    close = get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,184 @@
+"""Cheap convolutions, and in the same place what each of them costs.
+
+Each replaces one k×k convolution and is followed by whatever followed that one in its base (a batch norm and an
+activation), so that a block reads `spatial → 1×1 → BN → activation` as in "Compressing CNNs with cheap convolutions
+and online distillation" (arXiv 1909.13063); there is no norm between the two. `blueprint` turns the order round
+(1×1 → depthwise: BSConv-U, arXiv 2003.13549).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Conv2dSame, pad_same
+from torch import Tensor, nn
+
+from nas_kd.errors import PlanError
+from nas_kd.genotype import group_count, is_conv_kind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvSpec:
+    """One convolution to be built: its kind and its exact shape. `padding` is in pixels, or "same" as in TensorFlow.
+
+    `channelwise` is True where the base's convolution is depthwise already: then nothing is added after its
+    replacement, since the base has its own 1×1. Raises PlanError for numbers that make no convolution.
+    """
+
+    kind: str
+    in_channels: int
+    out_channels: int
+    kernel_size: int
+    stride: int = 1
+    padding: int | str = "same"
+    dilation: int = 1
+    bias: bool = False
+    channelwise: bool = False
+
+    def __post_init__(self) -> None:
+        sizes = (self.in_channels, self.out_channels, self.kernel_size, self.stride, self.dilation)
+        groups = group_count(self.kind)
+        if not is_conv_kind(self.kind) or any(not isinstance(size, int) or size < 1 for size in sizes):
+            raise PlanError(f"not a convolution: {self}")
+        if groups is not None and self.in_channels % groups:
+            raise PlanError(f"{self.in_channels} channels cannot be cut into {groups} groups")
+        if self.channelwise and self.kind != "shift":
+            raise PlanError(f"a depthwise convolution is replaced by shift alone, not by {self.kind}")
+
+
+def build_conv(spec: ConvSpec) -> nn.Module:
+    """The module for a cheap kind: `spatial` and `pointwise` convolutions, or a lone `Shift2d` when channelwise."""
+    if spec.kind == "shift" and spec.channelwise:
+        return Shift2d(spec, keep_order=True)
+    groups = group_count(spec.kind)
+    inner, outer = spec.in_channels, spec.out_channels
+    if spec.kind == "blueprint":
+        return _Pair(pointwise=nn.Conv2d(inner, outer, 1, bias=False), spatial=_spatial(spec, outer, outer, spec.bias))
+    pointwise = nn.Conv2d(inner, outer, 1, bias=spec.bias)
+    if spec.kind == "shift":
+        return _Pair(spatial=Shift2d(spec), pointwise=pointwise)
+    return _Pair(spatial=_spatial(spec, inner, groups or inner, False), pointwise=pointwise)
+
+
+class _Pair(nn.Sequential):
+    """A spatial and a pointwise convolution, in the order given."""
+
+    def __init__(self, **parts: nn.Module) -> None:
+        super().__init__(OrderedDict(parts))
+
+
+def _spatial(spec: ConvSpec, channels: int, groups: int, bias: bool) -> nn.Module:
+    size, stride, dilation = spec.kernel_size, spec.stride, spec.dilation
+    if spec.padding == "same":
+        same = Conv2dSame(channels, channels, size, stride, 0, dilation, groups, bias)
+        return cast(nn.Module, same)
+    return nn.Conv2d(channels, channels, size, stride, int(spec.padding), dilation, groups, bias)
+
+
+class Shift2d(nn.Module):
+    """Displaces each channel by one of the k² taps of a kernel: no parameters, no MACs (Wu et al. 2017, Shift).
+
+    N×C×H×W → N×C×H'×W', sizes as a k×k convolution's. The channels are dealt to the taps in equal shares;
+    the buffer `order` (C) says which: it lists the channels of tap 0, then of tap 1, and so on, and so comes the
+    output, unless `keep_order`.
+    """
+
+    order: Tensor
+
+    def __init__(self, spec: ConvSpec, *, keep_order: bool = False) -> None:
+        super().__init__()
+        self.kernel_size, self.stride = spec.kernel_size, spec.stride
+        self.padding, self.dilation = spec.padding, spec.dilation
+        self.keep_order = keep_order
+        self.shares = tap_shares(spec.in_channels, spec.kernel_size)
+        self.register_buffer("order", torch.arange(spec.in_channels))
+
+    def forward(self, image: Tensor) -> Tensor:
+        if self.padding == "same":
+            image = pad_same(image, [self.kernel_size] * 2, [self.stride] * 2, [self.dilation] * 2)
+        else:
+            image = F.pad(image, [int(self.padding)] * 4)
+        reach = self.dilation * (self.kernel_size - 1)
+        height, width = image.shape[-2] - reach, image.shape[-1] - reach
+        parts = []
+        for tap, channels in enumerate(image.index_select(1, self.order).split(self.shares, dim=1)):
+            top, left = (self.dilation * step for step in divmod(tap, self.kernel_size))
+            parts.append(channels[:, :, top : top + height : self.stride, left : left + width : self.stride])
+        shifted = torch.cat(parts, dim=1)
+        return shifted.index_select(1, self.order.argsort()) if self.keep_order else shifted
+
+    def extra_repr(self) -> str:
+        return f"{sum(self.shares)}, kernel_size={self.kernel_size}, stride={self.stride}"
+
+
+def tap_shares(channels: int, kernel_size: int) -> list[int]:
+    """How many channels each of the k² taps gets: as equal as can be, the centre and its neighbours first.
+
+    >>> tap_shares(11, 3)
+    [1, 1, 1, 1, 2, 2, 1, 1, 1]
+    """
+    taps = kernel_size**2
+    centre = kernel_size // 2
+    nearest = sorted(range(taps), key=lambda tap: math.dist(divmod(tap, kernel_size), (centre, centre - 0.1)))
+    nearest.sort(key=lambda tap: math.dist(divmod(tap, kernel_size), (centre, centre)))
+    shares = [channels // taps] * taps
+    for tap in nearest[: channels % taps]:
+        shares[tap] += 1
+    return shares
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvCost:
+    """Weights of one convolution as a polynomial in its channels i (in) and o (out): `both`·i·o + `square`·i² +
+    `inputs`·i + `outputs`·o. Biases are the base's and counted apart."""
+
+    both: float = 0.0
+    square: float = 0.0
+    inputs: float = 0.0
+    outputs: float = 0.0
+
+    def __add__(self, other: ConvCost) -> ConvCost:
+        return ConvCost(
+            both=self.both + other.both,
+            square=self.square + other.square,
+            inputs=self.inputs + other.inputs,
+            outputs=self.outputs + other.outputs,
+        )
+
+    def times(self, positions: int) -> ConvCost:
+        return ConvCost(
+            both=self.both * positions,
+            square=self.square * positions,
+            inputs=self.inputs * positions,
+            outputs=self.outputs * positions,
+        )
+
+
+def conv_cost(
+    kind: str, kernel_size: int, positions: tuple[int, int], *, channelwise: bool
+) -> tuple[ConvCost, ConvCost]:
+    """(params, MACs) of a convolution of this kind that reads `positions[0]` pixels and writes `positions[1]`."""
+    taps, (read, written) = kernel_size**2, positions
+    groups = group_count(kind)
+    if channelwise:
+        weights = ConvCost(inputs=0 if kind == "shift" else taps)
+        return weights, weights.times(written)
+    if kind == "standard":
+        weights = ConvCost(both=taps)
+        return weights, weights.times(written)
+    pointwise = ConvCost(both=1)
+    if kind == "blueprint":
+        spatial = ConvCost(outputs=taps)
+        return pointwise + spatial, pointwise.times(read) + spatial.times(written)
+    if kind == "shift":
+        spatial = ConvCost()
+    elif groups:
+        spatial = ConvCost(square=taps / groups)
+    else:
+        spatial = ConvCost(inputs=taps)
+    return pointwise + spatial, (pointwise + spatial).times(written)
