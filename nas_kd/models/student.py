@@ -116,7 +116,8 @@ def _conv_sizes(conv: nn.Conv2d, weight: Mapping[int, int]) -> Iterator[tuple[st
         groups = outputs * conv.groups // conv.out_channels
         inputs = groups * conv.in_channels // conv.groups
         yield "groups", groups
-    yield "in_channels", inputs
+    if inputs != conv.in_channels:  # else it may be the image's, which timm's in_chans changes
+        yield "in_channels", inputs
     yield "out_channels", outputs
 
 
@@ -148,9 +149,7 @@ def _container_sizes(
         yield from _following(module, names, axes, mask)
 
 
-def _following(
-    module: nn.Module, names: tuple[str, ...], axes: Axes, mask: Mask
-) -> Iterator[tuple[str, Number]]:
+def _following(module: nn.Module, names: tuple[str, ...], axes: Axes, mask: Mask) -> Iterator[tuple[str, Number]]:
     """The attributes among `names` that equal the channels of `axes`, with the number that stays."""
     labels = next((axis for axis in axes if axis is not None), None)
     if labels is None or mask[labels].all():

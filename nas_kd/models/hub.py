@@ -1,0 +1,120 @@
+"""How timm builds a student again: one entry point, registered by importing `nas_kd.models`.
+
+An exported folder names it as its architecture, with the base, the base's own arguments and the plan, so that
+`timm.create_model("local-dir:FOLDER", pretrained=True)` works as for any timm model. Neither tracing nor training code
+is needed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+import torch
+from timm.models import FeatureHookNet, build_model_with_cfg, get_model_args, register_model
+from timm.models._features import FeatureGetterNet
+from torch import nn
+
+from nas_kd.errors import ModelError, PlanError, nearest
+from nas_kd.models.plan import Plan, apply_plan
+from nas_kd.models.student import plan_of
+
+ENTRY_POINT = "nas_kd_student"
+# not arguments of the base: timm's, for the loading itself
+_LOADING = (
+    "cache_dir",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "pretrained_model_args",
+    "out_indices",
+    "feature_cls",
+)
+
+default_cfgs: dict[str, Any] = {ENTRY_POINT: {}}  # every export brings its own
+
+
+@register_model
+def nas_kd_student(
+    pretrained: bool = False,
+    *,
+    base: str,
+    plan: Mapping[str, Any],
+    base_args: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """A timm model `base`, created with `base_args`, after a plan in its JSON form; used through `timm.create_model`.
+
+    The other arguments are timm's. Raises ModelError for an unknown base, PlanError for a plan that does not fit it.
+    """
+    if base == ENTRY_POINT or not timm.is_model(base):
+        raise ModelError(
+            f"the exported config names an unknown timm model {base!r}: it is damaged, or needs a newer timm"
+        )
+    build = functools.partial(_build, base=base, base_args=dict(base_args or {}), plan=Plan.from_json(plan))
+    wrap = functools.partial(_wrap_features, base=base, base_args=dict(base_args or {}))
+    model: nn.Module = build_model_with_cfg(build, ENTRY_POINT, pretrained, feature_cfg={"feature_cls": wrap}, **kwargs)
+    return model
+
+
+def _build(*, base: str, base_args: Mapping[str, Any], plan: Plan, **kwargs: Any) -> nn.Module:
+    model: Any = timm.create_model(base, pretrained=False, **{**base_args, **kwargs})
+    apply_plan(model, plan)
+    model.nas_kd_plan = plan
+    return model  # type: ignore[no-any-return]
+
+
+def _wrap_features(model: nn.Module, *, base: str, base_args: Mapping[str, Any], **config: Any) -> nn.Module:
+    """What `features_only=True` gives: the levels that timm gives for the base, unless others were asked for."""
+    levels = len(model.feature_info)  # type: ignore[arg-type]
+    if tuple(config["out_indices"]) == (0, 1, 2, 3, 4):  # timm's default, which some bases replace by their own
+        with torch.device("meta"):
+            reference = timm.create_model(base, features_only=True, **base_args)
+        config["out_indices"] = tuple(index for index in reference.feature_info.out_indices if index < levels)
+    wrapper = FeatureGetterNet if hasattr(model, "forward_intermediates") else FeatureHookNet
+    return wrapper(model, **config)  # type: ignore[no-any-return]
+
+
+def base_of(network: nn.Module) -> tuple[str, dict[str, Any]]:
+    """The timm name of the base that a network was made of, and the arguments that it was created with.
+
+    Raises ModelError for a network that timm did not create: its export could not be loaded.
+    """
+    config: Any = getattr(network, "pretrained_cfg", None) or {}
+    name = config.get("architecture", "")
+    args = get_model_args(network) if name else {}
+    if name == ENTRY_POINT:
+        name, args = args["base"], {**args.get("base_args", {}), **_without(args, ("base", "plan", "base_args"))}
+    if not name or not timm.is_model(name):
+        raise ModelError(
+            f"{type(network).__name__} is no model of timm.create_model: register it with timm.models.register_model "
+            "and create it there, so that its students can be loaded again"
+        )
+    return name, _without(args, _LOADING)
+
+
+def _without(args: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: value for name, value in args.items() if name not in names}
+
+
+def student_args(network: nn.Module) -> dict[str, Any]:
+    """The arguments by which `timm.create_model("nas_kd_student", …)` builds a network of this shape."""
+    base, base_args = base_of(network)
+    try:
+        return {"base": base, "base_args": base_args, "plan": plan_of(network).to_json()}
+    except TypeError as error:
+        raise PlanError(f"the plan of {base} cannot be written: {error}") from error
+
+
+def create_base(name: str, **kwargs: Any) -> nn.Module:
+    """`timm.create_model`, with errors that a person understands. Raises ModelError."""
+    stem = name.split(".")[0]
+    if ":" not in name and not timm.is_model(stem):
+        raise ModelError(f"timm knows no model {name!r}{nearest(stem, timm.list_models())}; see timm.list_models()")
+    try:
+        model: nn.Module = timm.create_model(name, **kwargs)
+    except (RuntimeError, TypeError, ValueError, KeyError, AssertionError, OSError) as error:
+        text = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(f"timm cannot create {name!r}: {text[0]}") from error
+    return model

@@ -1,0 +1,137 @@
+"""A student as a folder that timm loads."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import load_state_dict, save_for_hf
+from torch import nn
+
+from nas_kd.errors import NasKdError, OutputError, PlanError
+from nas_kd.models.hub import ENTRY_POINT, student_args
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """What an exported folder says of itself beside the weights: the preprocessing, and facts for its README."""
+
+    input_size: tuple[int, ...] | None = None  # C, H, W
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    label_names: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)  # JSON values
+    title: str = ""
+
+
+def export(network: nn.Module, folder: str | os.PathLike[str], card: Card = Card()) -> Path:
+    """Writes a student, or a base, as `config.json`, `model.safetensors` and a model card, and returns the folder.
+
+    `import timm, nas_kd.models; timm.create_model("local-dir:FOLDER", pretrained=True)` loads it with the same
+    outputs; `num_classes`, `in_chans`, `features_only` work as for any timm model. The folder appears whole or not
+    at all; an earlier export in it is replaced. Raises ModelError for a network that timm did not create, OutputError
+    when the folder cannot be written or holds something else.
+    """
+    target = Path(folder)
+    args = student_args(network)
+    _check_target(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as draft:
+            whole = Path(draft, "export")
+            _write(network, whole, args, card)
+            if target.exists():
+                os.replace(target, Path(draft, "earlier"))
+            os.replace(whole, target)
+    except OSError as error:
+        raise OutputError(f"cannot write {target}: {error.strerror or error}; choose another folder") from error
+    return target
+
+
+def _check_target(target: Path) -> None:
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"cannot write {target}: a file is in the way; choose another folder")
+    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").exists():
+        raise OutputError(f"cannot write {target}: it holds other files; choose another folder")
+
+
+def _write(network: nn.Module, folder: Path, args: dict[str, Any], card: Card) -> None:
+    config: Any = network.pretrained_cfg
+    saved: Any = copy.copy(network)  # shallow: shares the weights, so that nothing is set on the caller's network
+    saved.__dict__ = dict(network.__dict__)
+    saved._model_args = {}
+    size = card.input_size or tuple(config["input_size"])
+    saved.pretrained_cfg = {**config, "architecture": ENTRY_POINT, "input_size": size}
+    data = {key: value for key, value in (("mean", card.mean), ("std", card.std)) if value is not None}
+    extra: dict[str, Any] = {"pretrained_cfg": {"architecture": ENTRY_POINT}, "nas_kd": dict(card.facts)}
+    if card.label_names:
+        extra["label_names"] = list(card.label_names)
+    save_for_hf(
+        saved,
+        str(folder),
+        model_config=extra,
+        model_args=args,
+        safe_serialization=True,
+        data_config={**data, "input_size": size},
+    )
+    (folder / "README.md").write_text(_model_card(args, card, size), encoding="utf-8")
+
+
+def _model_card(args: Mapping[str, Any], card: Card, size: tuple[int, ...]) -> str:
+    facts = "\n".join(f"| {name} | {_shown(value)} |" for name, value in card.facts.items())
+    return f"""# {card.title or args["base"]}
+
+A smaller `{args["base"]}`, found by nas_kd.
+
+```python
+import timm, nas_kd.models
+model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True)
+```
+
+| | |
+|---|---|
+| base | `{args["base"]}` |
+| input | {"×".join(map(str, size))} |
+{facts}
+"""
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def load(folder: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
+    """What `timm.create_model("local-dir:FOLDER", pretrained=True, **kwargs)` gives, with errors that a person
+    understands. Raises PlanError when the folder is no export or is damaged."""
+    path = Path(folder)
+    if not (path / "config.json").is_file():
+        raise PlanError(f"{path} is no exported model: it has no config.json")
+    try:
+        model: nn.Module = timm.create_model(f"local-dir:{path}", pretrained=True, **kwargs)
+    except NasKdError:
+        raise
+    except (RuntimeError, KeyError, TypeError, ValueError, OSError, json.JSONDecodeError) as error:
+        text = str(error).strip().splitlines() or [type(error).__name__]
+        raise PlanError(f"{path} is damaged: {text[0][:200]}; export the model again") from error
+    return model
+
+
+def remove_export(folder: Path) -> None:
+    """Removes an exported folder, if it is one."""
+    if (folder / "config.json").is_file():
+        shutil.rmtree(folder)
+
+
+def weights_equal(folder: Path, network: nn.Module) -> bool:
+    """Whether the weights of an exported folder are bit-equal to those of `network`."""
+    saved, own = load_state_dict(str(folder / "model.safetensors")), network.state_dict()
+    return saved.keys() == own.keys() and all(torch.equal(saved[name], own[name].cpu()) for name in own)

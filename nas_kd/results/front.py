@@ -1,0 +1,133 @@
+"""The Pareto front, and the file that lists it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from nas_kd.budget import Cost
+from nas_kd.errors import OutputError
+from nas_kd.results.rows import ModelRow, Role, sort_models
+
+T = TypeVar("T")
+COLUMNS = ("model", "digest", "role", "val_accuracy", "test_accuracy", "params", "macs", "latency_ms", "path")
+_FILE_ORDER: tuple[Role, ...] = ("front", "teacher", "uniform", "no teacher", "random")
+
+
+def front(items: Sequence[T], values: Sequence[Sequence[float]] | npt.NDArray[np.floating]) -> list[T]:
+    """The items whose values no other item's values dominate.
+
+    `values` is N x K, one row per item: the first value is maximised (a score), the others are minimised (costs). A row
+    dominates another when it is nowhere worse and somewhere better. A row with a NaN never enters and never keeps
+    another out. Of items with equal values only the first is kept. The result is sorted by falling score, then by
+    rising costs, so its values do not depend on the order of `items`.
+    Raises ValueError when `values` does not hold one row of at least one value per item.
+
+    >>> front(["big", "small", "bad"], [(0.9, 100), (0.8, 10), (0.7, 50)])
+    ['big', 'small']
+    """
+    if len(items) == 0 and len(values) == 0:
+        return []
+    table = np.array(values, dtype=float)  # a copy: the sign of the first column is turned
+    if table.ndim != 2 or table.shape[0] != len(items) or table.shape[1] == 0:
+        raise ValueError(f"values must be {len(items)} rows of at least one number each, got shape {table.shape}")
+    table[:, 0] *= -1
+    # A row can only be dominated by one that sorts before it; the sort is stable, so the first of equals stays.
+    order = [row for row in np.lexsort(table.T[::-1]) if not np.isnan(table[row]).any()]
+    kept: list[int] = []
+    for row in order:
+        if not (table[kept] <= table[row]).all(axis=1).any():
+            kept.append(int(row))
+    return [items[row] for row in kept]
+
+
+def write_front_csv(path: Path, models: Sequence[ModelRow]) -> None:
+    """Writes every model to `path`, atomically: the front first, then the teacher, then the baselines.
+
+    Within a role the model with the most MACs comes first. Accuracies are fractions with four decimals, `latency_ms`
+    has three, params and macs are exact, a missing value is an empty cell; `path` is relative to the file's folder.
+    Raises OutputError when the file cannot be written.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows(_cells(model) for model in sort_models(list(models), _FILE_ORDER))
+    write_atomically(path, text.getvalue())
+
+
+def read_front_csv(path: Path) -> tuple[ModelRow, ...]:
+    """Reads what `write_front_csv` wrote; the genotypes, which the file does not hold, are None.
+
+    Raises OutputError when the file is missing or is not such a file.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return tuple(_row(cells) for cells in csv.DictReader(file, strict=True))
+    except OSError as error:
+        raise OutputError(f"cannot read {path}: {error.strerror}; run the study again to write it") from error
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise OutputError(f"{path} is no list of models ({error}); delete it and run the study again") from error
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes `text` to `path` as UTF-8, whole or not at all, and makes its folder where needed.
+
+    A reader sees the old file or the new one, and a crash leaves the old one. Raises OutputError with the reason.
+    """
+    # Not tempfile: its files are private to the user, and a report is there to be shared.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("w", encoding="utf-8", newline="") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}; choose another folder with --out") from error
+
+
+def _cells(model: ModelRow) -> tuple[str | int, ...]:
+    return (
+        model.name,
+        model.digest,
+        model.role,
+        _decimals(model.val_accuracy, 4),
+        _decimals(model.test_accuracy, 4),
+        model.cost.params,
+        model.cost.macs,
+        _decimals(model.latency_ms, 3),
+        model.path or "",
+    )
+
+
+def _row(cells: dict[str, str]) -> ModelRow:
+    return ModelRow(
+        name=cells["model"],
+        role=cast(Role, cells["role"]),  # checked by ModelRow
+        digest=cells["digest"],
+        cost=Cost(params=int(cells["params"]), macs=int(cells["macs"])),
+        val_accuracy=_number(cells["val_accuracy"]),
+        test_accuracy=_number(cells["test_accuracy"]),
+        latency_ms=_number(cells["latency_ms"]),
+        path=cells["path"] or None,
+    )
+
+
+def _decimals(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _number(cell: str) -> float | None:
+    return float(cell) if cell else None

@@ -1,0 +1,163 @@
+"""How long a model takes for one image on this machine."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nas_kd.errors import DeviceError, ModelError
+
+_log = logging.getLogger(__name__)
+_AGREEING = 3  # medians in a row that must agree
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """How long to measure.
+
+    A turn is `repeats` timed runs after one untimed run, which brings the model back into the caches. Turns go on
+    until the medians after the last three lie within `tolerance` (a fraction) of each other, or until `limit_s`
+    seconds per model are over; at least one turn is always made. `warmup` runs come before the first turn.
+    Raises ValueError for a value outside its range.
+    """
+
+    warmup: int = 3
+    repeats: int = 10
+    tolerance: float = 0.02
+    limit_s: float = 3.0
+
+    def __post_init__(self) -> None:
+        if self.warmup < 0 or self.repeats < 1 or self.tolerance < 0 or not self.limit_s >= 0:
+            raise ValueError(f"warmup, tolerance and limit_s must be ≥ 0 and repeats ≥ 1, got {self}")
+
+
+def measure_latency(
+    model: nn.Module,
+    input_size: tuple[int, int, int],
+    *,
+    device: torch.device | str = "cpu",
+    threads: int | None = None,
+    timing: Timing | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Median milliseconds of the forward pass of one image of `input_size` (C, H, W), in evaluation mode.
+
+    `threads` bounds torch's threads on the CPU while measuring (None leaves them); `clock` gives seconds. A copy of the
+    model is measured: its mode, device and gradients stay as they are. Raises DeviceError for a device that is not
+    there, ModelError when the model cannot run such an image.
+    """
+    name = type(model).__name__
+    return measure_together({name: model}, input_size, device=device, threads=threads, timing=timing, clock=clock)[name]
+
+
+def measure_together(
+    models: Mapping[str, nn.Module],
+    input_size: tuple[int, int, int],
+    *,
+    device: torch.device | str = "cpu",
+    threads: int | None = None,
+    timing: Timing | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
+    """Median milliseconds of one image for each model, in the order of `models`, measured turn by turn.
+
+    The models take turns, so a machine that slows down or speeds up meanwhile treats all alike, and their ratios hold.
+    Arguments and errors are those of `measure_latency`; it ends when the medians of all models are stable.
+    """
+    place, timing = _existing(device), timing or Timing()
+    image = _image(input_size)
+    copies = {name: copy.deepcopy(model).to(place).eval() for name, model in models.items()}
+    with torch.inference_mode(), _threads(threads):
+        runs = {name: _ready(name, model, image.to(place), timing.warmup) for name, model in copies.items()}
+        times = _take_turns(runs, timing, _synchronised(clock, place))
+    return {name: 1000 * statistics.median(seconds) for name, seconds in times.items()}
+
+
+def _take_turns(
+    runs: Mapping[str, Callable[[], object]], timing: Timing, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    medians: dict[str, list[float]] = {name: [] for name in runs}
+    end = clock() + timing.limit_s * len(runs)
+    while runs:
+        for name, run in runs.items():
+            times[name] += _turn(run, timing.repeats, clock)
+            medians[name].append(statistics.median(times[name]))
+        if all(_stable(history, timing.tolerance) for history in medians.values()):
+            break
+        if clock() >= end:
+            _log.debug("latency not stable within %s s per model", timing.limit_s)
+            break
+    return times
+
+
+def _turn(run: Callable[[], object], repeats: int, clock: Callable[[], float]) -> list[float]:
+    run()
+    seconds = []
+    for _ in range(repeats):
+        start = clock()
+        run()
+        seconds.append(clock() - start)
+    return seconds
+
+
+def _stable(medians: list[float], tolerance: float) -> bool:
+    last = medians[-_AGREEING:]
+    return len(last) == _AGREEING and max(last) - min(last) <= tolerance * last[-1]
+
+
+def _ready(name: str, model: nn.Module, image: Tensor, warmup: int) -> Callable[[], object]:
+    first = next((tensor for tensor in model.parameters() if tensor.is_floating_point()), None)
+    batch = image if first is None else image.to(first.dtype)
+    try:
+        for _ in range(max(warmup, 1)):  # at least one: it shows whether the model takes such an image
+            model(batch)
+    except RuntimeError as error:
+        size = "×".join(map(str, image.shape[1:]))
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{name} cannot run an image of {size} ({reason}): give it its own input size") from error
+    return lambda: model(batch)
+
+
+def _image(input_size: tuple[int, int, int]) -> Tensor:
+    if len(input_size) != 3 or any(size < 1 for size in input_size):
+        raise ModelError(f"input_size must be three positive numbers (channels, height, width), got {input_size!r}")
+    # Not zeros, which some kernels run faster; a generator of its own, so that the caller's random numbers stay.
+    return torch.randn(1, *input_size, generator=torch.Generator().manual_seed(0))
+
+
+def _existing(device: torch.device | str) -> torch.device:
+    place = torch.device(device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(f"cannot measure on {place}: no CUDA device was found; use --device cpu")
+    return place
+
+
+def _synchronised(clock: Callable[[], float], place: torch.device) -> Callable[[], float]:
+    if place.type == "cpu":
+        return clock
+
+    def read() -> float:
+        torch.accelerator.synchronize(place)  # a launch returns before the work is done
+        return clock()
+
+    return read
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,133 @@
+"""What a finished study hands to its tables, files and report: frozen rows that need neither torch nor Optuna."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Literal, get_args
+
+from nas_kd.budget import Budget, Cost
+from nas_kd.genotype import Genotype
+
+Role = Literal["teacher", "front", "uniform", "no teacher", "random"]
+State = Literal["trained", "stopped", "over budget", "failed"]
+ROLES: tuple[Role, ...] = get_args(Role)  # in the order of every table: the teacher, the front, the baselines
+STATES: tuple[State, ...] = get_args(State)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRow:
+    """One model of the result: the teacher, a member of the front, or a baseline.
+
+    Accuracies are fractions 0–1, None where they were not measured or must not be quoted; `latency_ms` is the median of
+    batch-1 runs in milliseconds; `path` is the model's folder relative to the output folder, with forward slashes, None
+    for a model that is not exported; `genotype` is None for a model that is no student of the base.
+    Raises ValueError for a value outside its range.
+    """
+
+    name: str
+    role: Role
+    digest: str
+    cost: Cost
+    val_accuracy: float | None = None
+    test_accuracy: float | None = None
+    latency_ms: float | None = None
+    path: str | None = None
+    genotype: Genotype | None = None
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ValueError(f"unknown role {self.role!r}: use one of {', '.join(ROLES)}")
+        for field, accuracy in (("val_accuracy", self.val_accuracy), ("test_accuracy", self.test_accuracy)):
+            if accuracy is not None and not 0 <= accuracy <= 1:
+                raise ValueError(f"{field} of {self.name!r} must be a fraction 0–1 or None, got {accuracy!r}")
+        if self.latency_ms is not None and not 0 < self.latency_ms < math.inf:
+            raise ValueError(
+                f"latency_ms of {self.name!r} must be positive and finite or None, got {self.latency_ms!r}"
+            )
+        if self.path is not None and PurePosixPath(self.path).is_absolute():
+            raise ValueError(f"path of {self.name!r} must be relative to the output folder, got {self.path!r}")
+
+    @property
+    def accuracy(self) -> float | None:
+        """The accuracy to quote: on the test split where it was measured, else on the validation split."""
+        return self.val_accuracy if self.test_accuracy is None else self.test_accuracy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialRow:
+    """One trial of the study.
+
+    `score` is what the search maximised (None where nothing was trained); `rungs` holds (epoch, score) pairs in the
+    order of training; `seconds` is the trial's wall time; `source` says who proposed the genotype ("warm start",
+    "sampler"); `note` says in plain words why it was stopped, refused or failed.
+    Raises ValueError for an unknown state.
+    """
+
+    number: int
+    state: State
+    digest: str
+    cost: Cost | None = None
+    score: float | None = None
+    rungs: tuple[tuple[int, float], ...] = ()
+    seconds: float = 0.0
+    source: str = ""
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if self.state not in STATES:
+            raise ValueError(f"unknown state {self.state!r}: use one of {', '.join(STATES)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudySummary:
+    """All that a report says about a study.
+
+    `base` is the model's name; `importances` maps a parameter to its share (0–1) of the score's variance; `stages` maps
+    a stage to its seconds, in the order in which they ran; `notes` are warnings to show; `environment` holds versions
+    and hardware; `command` is the command line that reproduces the study.
+    """
+
+    study_name: str
+    command: str
+    seed: int
+    base: str
+    dataset: str
+    budget: Budget
+    models: tuple[ModelRow, ...]
+    trials: tuple[TrialRow, ...] = ()
+    importances: tuple[tuple[str, float], ...] = ()
+    stages: tuple[tuple[str, float], ...] = ()
+    notes: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def teacher(self) -> ModelRow | None:
+        """The teacher's row, None when there is none."""
+        return next((model for model in self.models if model.role == "teacher"), None)
+
+    @property
+    def best(self) -> ModelRow | None:
+        """The front's most accurate model, None for an empty front.
+
+        Chosen by validation accuracy, so that its test accuracy stays an honest number; by the accuracy to quote only
+        where no front model has one. Ties go to fewer MACs, then to fewer parameters.
+        """
+        members = [model for model in self.models if model.role == "front"]
+        by_val = any(model.val_accuracy is not None for model in members)
+
+        def rank(model: ModelRow) -> tuple[float, int, int]:
+            accuracy = model.val_accuracy if by_val else model.accuracy
+            return -1.0 if accuracy is None else accuracy, -model.cost.macs, -model.cost.params
+
+        return max(members, key=rank, default=None)
+
+
+def sort_models(models: tuple[ModelRow, ...] | list[ModelRow], roles: tuple[Role, ...] = ROLES) -> list[ModelRow]:
+    """`models` in the order of `roles`; within a role the dearest first: by MACs, params, then the name.
+
+    Models of a role that is not in `roles` are left out.
+    """
+    chosen = [model for model in models if model.role in roles]
+    return sorted(chosen, key=lambda m: (roles.index(m.role), -m.cost.macs, -m.cost.params, m.name))
