@@ -1,8 +1,8 @@
-"""The blocks of a base and the choices open to each, read off a trace of its channels.
+"""Finds the blocks of a base and the choices open to each, read off a trace of its channels.
 
 A convolution belongs to the block named by its parent path, cut after the last component that holds a digit
 (`layer1.0`, `blocks.2.1`). Channels whose producers all lie in one block are that block's `width`; channels that span
-blocks, the residual stream, stay as they are.
+blocks, the residual stream, stay as they are unless `stages` is opened.
 """
 
 from __future__ import annotations
@@ -10,172 +10,75 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 from timm.layers import Conv2dSame
 from torch import nn
 
-from nas_kd.errors import GenotypeError, ModelError, nearest
-from nas_kd.genotype import Choice, Genotype, group_count
+from nas_kd.errors import ModelError
+from nas_kd.genotype import Choice, group_count
 from nas_kd.models.convs import ConvSpec
-from nas_kd.models.trace import FROZEN, Call, Labels, Trace, trace
+from nas_kd.models.labels import FROZEN, Call, Labels, Split
+from nas_kd.models.structure import Analysis as Analysis
+from nas_kd.models.structure import Block as Block
+from nas_kd.models.structure import Channels as Channels
+from nas_kd.models.structure import Site as Site
+from nas_kd.models.structure import Widths, padding_for
+from nas_kd.models.trace import Trace, trace
+from nas_kd.models.verify import verified
 
 WIDTHS = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)
 KERNELS = (3, 5, 7)
 CHEAP = ("depthwise", "blueprint", "group4", "shift")
-ROUND_TO = 8  # channels; what vector units and tensor cores like
+ASPECTS = ("width", "kernel", "conv")  # what is open by default; also "stages" and "keep"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Site:
-    """One spatial convolution whose kernel and kind may change: where it is, what it is now, what it reads and
-    writes, and how many pixels (in, out)."""
-
-    module: str
-    spec: ConvSpec
-    inputs: Labels
-    outputs: Labels
-    positions: tuple[int, int]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Channels:
-    """Channels of one block that are narrowed by its width.
-
-    `segments` are arrays of units, each narrowed by the same share; a network that splits these channels in its
-    forward pass has several. `size` is how many channels of its producer a unit holds: 1, or a whole group.
-    """
-
-    producers: tuple[str, ...]
-    segments: tuple[Labels, ...]
-    size: int
-
-    def kept(self, width: float) -> tuple[int, ...]:
-        """How many units of each segment stay at this width: rounded to `ROUND_TO` channels where there are many."""
-        return tuple(_kept(len(segment), self.size, width) for segment in self.segments)
-
-
-def _kept(units: int, size: int, width: float) -> int:
-    if width == 1:
-        return units
-    multiple = min(ROUND_TO, 2 ** max(0, (units * size // 4).bit_length() - 1))
-    step = multiple // math.gcd(multiple, size)
-    return min(units, max(step, round(units * width / step) * step))
-
-
-_Widths = Mapping[str, Sequence[Channels]]  # per block, what its width narrows
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Block:
-    """A named part of the base and every `Choice` open to it; the first one is what the base has."""
-
-    name: str
-    choices: tuple[Choice, ...]
-    channels: tuple[Channels, ...]
-    sites: tuple[Site, ...]
-
-    @property
-    def default(self) -> Choice:
-        return self.choices[0]
-
-    @property
-    def widths(self) -> tuple[float, ...]:
-        return tuple(dict.fromkeys(choice.width for choice in self.choices))
-
-    @property
-    def kernels(self) -> tuple[int, ...]:
-        return tuple(dict.fromkeys(c.kernel_size for c in self.choices if c.kernel_size is not None))
-
-    @property
-    def convs(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(choice.conv for choice in self.choices if choice.conv is not None))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Analysis:
-    """What is known of a base: its blocks, the trace that they were read off, and what is left alone and why."""
-
-    name: str
-    input_size: tuple[int, ...]
-    trace: Trace
-    blocks: tuple[Block, ...]
-    left_alone: tuple[tuple[str, str], ...]
-
-    def block(self, name: str) -> Block:
-        """The block of this name. Raises GenotypeError, with the nearest known name, when there is none."""
-        for block in self.blocks:
-            if block.name == name:
-                return block
-        names = [block.name for block in self.blocks]
-        raise GenotypeError(f"{self.name} has no block {name!r}{nearest(name, names)}; it has {', '.join(names)}")
-
-    @property
-    def identity(self) -> Genotype:
-        """The genotype of the base itself."""
-        return Genotype.of({block.name: block.default for block in self.blocks})
-
-    def check(self, genotype: Mapping[str, Choice]) -> None:
-        """Raises GenotypeError unless `genotype` gives each block one of its choices."""
-        for name in genotype:
-            self.block(name)
-        for block in self.blocks:
-            if block.name not in genotype:
-                raise GenotypeError(f"the genotype lacks block {block.name!r} of {self.name}")
-            if genotype[block.name] not in block.choices:
-                open_ = f"width {block.widths}, kernel_size {block.kernels}, conv {block.convs}"
-                raise GenotypeError(f"{genotype[block.name]} is not open to block {block.name!r}: it offers {open_}")
-
-    def keep_mask(self, genotype: Mapping[str, Choice], order: NDArray[np.float64] | None = None) -> NDArray[np.bool_]:
-        """For each label, whether its channels stay. Of each segment the units highest in `order` stay (by label),
-        without it the first ones."""
-        mask = np.ones(self.labels, dtype=bool)
-        for block in self.blocks:
-            for channels in block.channels:
-                counts = channels.kept(genotype[block.name].width)
-                for segment, count in zip(channels.segments, counts, strict=True):
-                    rank = np.arange(len(segment)) if order is None else np.argsort(-order[segment], kind="stable")
-                    mask[segment[rank[count:]]] = False
-        return mask
-
-    @property
-    def labels(self) -> int:
-        """One more than the largest label."""
-        arrays = [axis for axes in self.trace.axes.values() for axis in axes if axis is not None]
-        arrays += [axis for call in self.trace.calls for axis in (call.inputs, call.outputs) if axis is not None]
-        return 1 + max((int(axis.max()) for axis in arrays if axis.size), default=FROZEN)
-
-
-def analyse(network: nn.Module, input_size: Sequence[int], *, name: str = "") -> Analysis:
+def analyse(
+    network: nn.Module, input_size: Sequence[int], *, name: str = "", open: Collection[str] = ASPECTS
+) -> Analysis:
     """Finds the blocks of `network` for images of `input_size` (C, H, W) and what each may become.
 
+    `open` says which aspects of a block may change: `width`, `kernel` (size) and `conv` (kind); also `stages`, one
+    more width for each residual stream, as a block of its own named `….stream`, and `keep`, blocks around an identity
+    shortcut may be dropped. Whatever the shape of a built student shows to be wrong is left alone.
     Raises ModelError when the network cannot run at that size, has no convolution, or offers no choice.
     """
     name = name or type(network).__name__
+    if unknown := set(open) - {*ASPECTS, "stages", "keep"}:
+        raise ModelError(f"cannot open {', '.join(sorted(unknown))}: use {', '.join((*ASPECTS, 'stages', 'keep'))}")
     if not any(isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1 for module in network.modules()):
         raise ModelError(f"{name} has no spatial convolutions: only convolutional networks can be searched")
     traced = trace(network, input_size)
-    owners = {call.module: block_of(network, call.module) for call in traced.calls}
-    widths, left_alone = _find_channels(traced, owners)
-    sites = _find_sites(network, traced, owners)
-    blocks = []
-    for block in dict.fromkeys(owners.values()):
-        own_sites = _changeable(sites[block], block, widths)
-        choices = _choices(block, own_sites, widths)
-        if len(choices) > 1:
-            blocks.append(Block(name=block, choices=choices, channels=tuple(widths[block]), sites=own_sites))
+    blocks, left_alone = _find_blocks(network, traced, frozenset(open))
     if not _is_convolutional(blocks, traced):
         raise ModelError(
             f"{name} offers no convolutional block to search: it is a transformer or MLP, or not supported"
         )
     left_alone += [(module, f"{operator} is not understood") for module, operator in traced.unknown]
     size = tuple(int(length) for length in input_size)
-    return Analysis(
+    found = Analysis(
         name=name, input_size=size, trace=traced, blocks=tuple(blocks), left_alone=tuple(dict.fromkeys(left_alone))
     )
+    return verified(found, network)
+
+
+def _find_blocks(network: nn.Module, traced: Trace, open: frozenset[str]) -> tuple[list[Block], list[tuple[str, str]]]:
+    """Every block with more than one choice, and what is left alone and why."""
+    owners = {call.module: block_of(network, call.module) for call in traced.calls}
+    found, left_alone = _find_channels(traced, owners, open)
+    widths = Widths(found, traced.labels)
+    sites = _find_sites(network, traced, owners) if open & {"kernel", "conv"} else {}
+    blocks = []
+    for block in (*dict.fromkeys(owners.values()), *(name for name in found if name not in owners.values())):
+        own_sites = _changeable(sites.get(block, ()), block, widths)
+        choices = list(_choices(block, own_sites, widths, found[block], open))
+        if "keep" in open and _is_droppable(block, network, traced, owners, widths):
+            choices.append(replace(choices[0], keep=False))
+        if len(choices) > 1:
+            blocks.append(Block(name=block, choices=tuple(choices), channels=tuple(found[block]), sites=own_sites))
+    return blocks, left_alone
 
 
 def _is_convolutional(blocks: Sequence[Block], traced: Trace) -> bool:
@@ -207,6 +110,23 @@ def _is_wrapper(network: nn.Module, parts: Sequence[str]) -> bool:
     return sum(isinstance(part, nn.Conv2d | nn.Linear) for part in module.modules()) == 1
 
 
+def _is_droppable(block: str, network: nn.Module, traced: Trace, owners: Mapping[str, str], widths: Widths) -> bool:
+    """Whether `block` is one module, run once, that adds something to its own input and nothing else.
+
+    Of its tensors at most one other block sets a number of channels: see `_changeable`.
+    """
+    flow = traced.flows.get(block)
+    if block not in traced.residual or flow is None or flow.in_shape != flow.out_shape:
+        return False
+    calls = [call.module for call in traced.calls if call.module.startswith(f"{block}.")]
+    if len(set(calls)) < len(calls) or any(owners[module] != block for module in calls):
+        return False
+    tensors = [axes for name, axes in traced.axes.items() if name.startswith(f"{block}.")]
+    tensors += [call.axes for call in traced.calls if call.module in calls]
+    setters = [{name for labels in axes if labels is not None for name in widths.setters(labels)} for axes in tensors]
+    return all(len(names - {block}) <= 1 for names in setters)
+
+
 # widths
 
 
@@ -215,25 +135,39 @@ def _is_depthwise(call: Call) -> bool:
 
 
 def _find_channels(
-    traced: Trace, owners: Mapping[str, str]
+    traced: Trace, owners: Mapping[str, str], open: frozenset[str]
 ) -> tuple[defaultdict[str, list[Channels]], list[tuple[str, str]]]:
     """Per block the channels that its width narrows, and what cannot be narrowed with the reason."""
     found: defaultdict[str, list[Channels]] = defaultdict(list)
     left_alone: list[tuple[str, str]] = []
+    candidates: list[tuple[str, Channels]] = []
     for calls in _components(traced.calls):
         producers = tuple(dict.fromkeys(call.module for call in calls))
         blocks = list(dict.fromkeys(owners[producer] for producer in producers))
-        if len(blocks) > 1:
-            left_alone.append((blocks[0], f"its output is shared with {len(blocks) - 1} more blocks"))
+        name = blocks[0] if len(blocks) == 1 else _stream_name(blocks[-1], {name for name, _ in candidates})
+        if ("width" if len(blocks) == 1 else "stages") not in open:
+            if len(blocks) > 1:
+                left_alone.append((blocks[0], f"its output is shared with {len(blocks) - 1} more blocks"))
             continue
-        outputs = next(call.outputs for call in calls if call.outputs is not None)
-        units, counts = np.unique(outputs[outputs != FROZEN], return_counts=True)
-        channels = Channels(producers=producers, segments=_segments(units, traced.splits), size=int(counts.max()))
-        if not _is_even(channels, traced):
-            left_alone.append((blocks[0], "its channels are used unevenly"))
-            continue
-        found[blocks[0]].append(channels)
+        outputs = np.concatenate([call.outputs for call in calls if call.outputs is not None])
+        units = np.unique(outputs[outputs != FROZEN])
+        first = next(call.outputs for call in calls if call.outputs is not None and (call.outputs != FROZEN).any())
+        size = int(np.unique(first[first != FROZEN], return_counts=True)[1].max())
+        candidates.append((name, Channels(producers=producers, segments=_segments(units, traced.splits), size=size)))
+    even = _even(candidates, traced)
+    for (name, channels), is_even in zip(candidates, even, strict=True):
+        if is_even:
+            found[name].append(channels)
+        else:
+            left_alone.append((name, "its channels are used unevenly"))
     return found, left_alone
+
+
+def _stream_name(block: str, taken: Collection[str]) -> str:
+    """A name for channels that several blocks share, of which `block` is the last: that of the stage it is in."""
+    stage = block.rpartition(".")[0] or block
+    names = itertools.chain([f"{stage}.stream"], (f"{stage}.stream{number}" for number in itertools.count(2)))
+    return next(name for name in names if name not in taken)
 
 
 def _components(calls: Iterable[Call]) -> list[list[Call]]:
@@ -243,36 +177,48 @@ def _components(calls: Iterable[Call]) -> list[list[Call]]:
         if call.outputs is None or _is_depthwise(call):
             continue
         units = np.unique(call.outputs[call.outputs != FROZEN]).tolist()
-        merged = [call]
-        for group in {id(members[unit]): members[unit] for unit in units if unit in members}.values():
-            merged = [*group, *merged]
+        groups = {id(members[unit]): members[unit] for unit in units if unit in members}.values()
+        merged = [*itertools.chain.from_iterable(groups), call]
         touched = {unit for other in merged if other.outputs is not None for unit in other.outputs.tolist()}
-        for unit in touched - {FROZEN}:
-            members[unit] = merged
+        if groups:
+            units = sorted(touched - {FROZEN})
+        members.update(dict.fromkeys(units, merged))
     return list({id(group): group for group in members.values()}.values())
 
 
-def _segments(units: Labels, splits: Iterable[tuple[Labels, ...]]) -> tuple[Labels, ...]:
+def _segments(units: Labels, splits: Iterable[Split]) -> tuple[Labels, ...]:
     """Cuts `units` where the forward pass splits them, so that every part keeps the same share."""
     signature = np.zeros(len(units), dtype=np.int64)
-    for parts in splits:
-        inside = np.stack([np.isin(units, part) for part in parts])
+    for split in splits:
+        inside = np.stack([np.isin(units, part) for part in split.parts])
         if inside.any():
             signature = np.unique(np.stack([signature, inside.argmax(axis=0)]), axis=1, return_inverse=True)[1].ravel()
     return tuple(units[signature == value] for value in np.unique(signature))
 
 
-def _is_even(channels: Channels, traced: Trace) -> bool:
-    """Whether every tensor holds the units of a segment equally often, so that counts alone give its shape."""
-    arrays = [axis for axes in traced.axes.values() for axis in axes if axis is not None]
-    arrays += [axis for call in traced.calls for axis in (call.inputs, call.outputs, *call.axes) if axis is not None]
-    for segment in channels.segments:
-        length = int(segment.max()) + 1
-        for axis in arrays:
-            counts = np.bincount(axis[axis < length], minlength=length)[segment]
-            if (counts != counts[0]).any():
-                return False
-    return True
+def _even(candidates: Sequence[tuple[str, Channels]], traced: Trace) -> list[bool]:
+    """For each candidate whether every tensor holds the units of a segment equally often, so that counts alone give
+    its shape."""
+    segments = [(number, s) for number, (_, channels) in enumerate(candidates) for s in channels.segments]
+    owner = np.full(traced.labels, len(segments), dtype=np.int64)  # the segment of each label; the last is none
+    for index, (_, units) in enumerate(segments):
+        owner[units] = index
+    lengths = np.array([*(len(units) for _, units in segments), 0])
+    uneven = np.zeros(len(segments) + 1, dtype=bool)
+    for axis in _distinct_axes(traced):
+        units, counts = np.unique(axis, return_counts=True)
+        of = owner[units]
+        present, total, squares = (np.bincount(of, w, len(lengths)) for w in (None, counts, counts**2))
+        # all equal: n·Σc² = (Σc)²
+        uneven |= (present > 0) & ((present != lengths) | (present * squares != total**2))
+    bad = {number for (number, _), is_uneven in zip(segments, uneven, strict=False) if is_uneven}
+    return [number not in bad for number in range(len(candidates))]
+
+
+def _distinct_axes(traced: Trace) -> list[Labels]:
+    axes = [axis for axes in traced.axes.values() for axis in axes]
+    axes += [axis for call in traced.calls for axis in (call.inputs, call.outputs, *call.axes)]
+    return list({axis.tobytes(): axis for axis in axes if axis is not None}.values())
 
 
 # kernels and kinds
@@ -286,6 +232,7 @@ def _find_sites(network: nn.Module, traced: Trace, owners: Mapping[str, str]) ->
         if called.count(call.module) > 1 or not isinstance(module, nn.Conv2d):
             continue
         spec = _spec_of(module)
+        flow = traced.flows[call.module]
         if spec is None or call.inputs is None or call.outputs is None:
             continue
         if (call.inputs == FROZEN).all() and not spec.channelwise:
@@ -296,7 +243,7 @@ def _find_sites(network: nn.Module, traced: Trace, owners: Mapping[str, str]) ->
                 spec=spec,
                 inputs=call.inputs,
                 outputs=call.outputs,
-                positions=(call.positions_in, call.positions_out),
+                positions=(math.prod(flow.in_shape[2:]), math.prod(flow.out_shape[2:])),
             )
         )
     return sites
@@ -306,7 +253,7 @@ def _spec_of(conv: nn.Conv2d) -> ConvSpec | None:
     """What a convolution is now, or None where it is not a square one of a size that may change."""
     kernel, stride, dilation = conv.kernel_size, conv.stride, conv.dilation
     padding: int | str = "same"
-    if not isinstance(conv, Conv2dSame):
+    if not (isinstance(conv, Conv2dSame) or getattr(conv, "same_pad", False)):
         if isinstance(conv.padding, str) or len(set(conv.padding)) > 1 or conv.padding_mode != "zeros":
             return None
         padding = conv.padding[0]
@@ -328,42 +275,35 @@ def _spec_of(conv: nn.Conv2d) -> ConvSpec | None:
     )
 
 
-def _changeable(sites: Sequence[Site], block: str, widths: _Widths) -> tuple[Site, ...]:
+def _changeable(sites: Sequence[Site], block: str, widths: Widths) -> tuple[Site, ...]:
     """The sites of a block of which at most one other block sets a number of channels.
 
     The cost of a network is a sum over blocks and pairs of blocks; a site between two other blocks would need triples.
     """
 
     def is_pairwise(site: Site) -> bool:
-        readers, writers = (_setters(labels, widths) - {block} for labels in (site.inputs, site.outputs))
+        readers, writers = (set(widths.setters(labels)) - {block} for labels in (site.inputs, site.outputs))
         return site.spec.channelwise or not (readers and writers)
 
     return tuple(site for site in sites if is_pairwise(site))
 
 
-def _setters(labels: Labels, widths: _Widths) -> set[str]:
-    """The blocks whose widths set how many of these channels stay."""
-    return {name for name, channels in widths.items() if any(count_kept(labels, channels, 1.0))}
-
-
-def count_kept(labels: Labels, channels: Iterable[Channels], width: float) -> Iterator[int]:
-    """For each segment of `channels`, how many of `labels` are of it and stay at this width."""
-    for member in channels:
-        for segment, kept in zip(member.segments, member.kept(width), strict=True):
-            yield int(np.isin(labels, segment).sum()) * kept // len(segment)
-
-
-def _choices(block: str, sites: Sequence[Site], widths: _Widths) -> tuple[Choice, ...]:
+def _choices(
+    block: str, sites: Sequence[Site], widths: Widths, channels: Sequence[Channels], open: frozenset[str]
+) -> tuple[Choice, ...]:
     """Every combination of width, kernel and kind that changes the block, the base's own first."""
     kernels: tuple[int | None, ...] = (None,)
     sizes = {site.spec.kernel_size for site in sites}
     if len(sizes) == 1:
         own = sizes.pop()
-        kernels = (own, *(k for k in KERNELS if abs(k - own) == 2 and all(_fits(site, k) for site in sites)))
+        others = (k for k in KERNELS if abs(k - own) == 2 and all(_fits(site, k) for site in sites))
+        kernels = (own, *(others if "kernel" in open else ()))
     convs = _convs(block, sites, widths)
     return tuple(
         Choice(width=width, kernel_size=kernel, conv=conv)
-        for width, kernel, conv in itertools.product(_different_widths(widths[block]), kernels, convs)
+        for width, kernel, conv in itertools.product(
+            _different_widths(channels), kernels, convs if "conv" in open else convs[:1]
+        )
     )
 
 
@@ -380,12 +320,7 @@ def _fits(site: Site, kernel_size: int) -> bool:
     return site.spec.padding == "same" or padding_for(site.spec, kernel_size) >= 0
 
 
-def padding_for(spec: ConvSpec, kernel_size: int) -> int:
-    """The padding in pixels that keeps the output's size when `spec` gets another kernel size."""
-    return int(spec.padding) + spec.dilation * (kernel_size - spec.kernel_size) // 2
-
-
-def _convs(block: str, sites: Sequence[Site], widths: _Widths) -> tuple[str | None, ...]:
+def _convs(block: str, sites: Sequence[Site], widths: Widths) -> tuple[str | None, ...]:
     dense = [site for site in sites if not site.spec.channelwise]
     if not sites:
         return (None,)
@@ -394,33 +329,13 @@ def _convs(block: str, sites: Sequence[Site], widths: _Widths) -> tuple[str | No
     return ("standard", *(kind for kind in CHEAP if all(_suits(kind, site, block, widths) for site in dense)))
 
 
-def _suits(kind: str, site: Site, block: str, widths: _Widths) -> bool:
+def _suits(kind: str, site: Site, block: str, widths: Widths) -> bool:
     """Whether a kind can stand at `site`: a grouped one needs whole groups at every width of whatever it reads, and
     costs the square of that, so that it may read from one other block only."""
     groups = group_count(kind)
     if groups is None:
         return True
-    setters = _setters(site.inputs, widths)
-    parts = [sum(count_kept(site.inputs, widths[name], width)) for name in setters for width in WIDTHS]
-    fixed = len(site.inputs) - sum(sum(count_kept(site.inputs, widths[name], 1.0)) for name in setters)
-    return len(setters - {block}) <= 1 and not any(count % groups for count in (*parts, fixed))
-
-
-def replaced(site: Site, choice: Choice, in_channels: int, out_channels: int) -> ConvSpec:
-    """What `choice` makes of the convolution at `site`, between these numbers of channels."""
-    kernel = choice.kernel_size or site.spec.kernel_size
-    padding = site.spec.padding if site.spec.padding == "same" else padding_for(site.spec, kernel)
-    kind = choice.conv or "standard"
-    return replace(
-        site.spec,
-        kind="shift" if site.spec.channelwise else kind,
-        in_channels=in_channels,
-        out_channels=out_channels,
-        kernel_size=kernel,
-        padding=padding,
-    )
-
-
-def is_replaced(site: Site, choice: Choice) -> bool:
-    """Whether `choice` puts another kind of convolution at `site` (rather than the base's, perhaps resized)."""
-    return choice.conv == "shift" if site.spec.channelwise else choice.conv not in (None, "standard")
+    setters = widths.setters(site.inputs)
+    parts = [widths.kept(site.inputs, name, width) for name in setters for width in WIDTHS]
+    fixed = len(site.inputs) - sum(setters.values())
+    return len(setters.keys() - {block}) <= 1 and not any(count % groups for count in (*parts, fixed))

@@ -97,6 +97,7 @@ class Shift2d(nn.Module):
         self.keep_order = keep_order
         self.shares = tap_shares(spec.in_channels, spec.kernel_size)
         self.register_buffer("order", torch.arange(spec.in_channels))
+        self.bias = nn.Parameter(torch.zeros(spec.in_channels)) if spec.bias and spec.channelwise else None
 
     def forward(self, image: Tensor) -> Tensor:
         if self.padding == "same":
@@ -106,11 +107,13 @@ class Shift2d(nn.Module):
         reach = self.dilation * (self.kernel_size - 1)
         height, width = image.shape[-2] - reach, image.shape[-1] - reach
         parts = []
-        for tap, channels in enumerate(image.index_select(1, self.order).split(self.shares, dim=1)):
+        for tap, channels in enumerate(torch.split(image.index_select(1, self.order), self.shares, dim=1)):
             top, left = (self.dilation * step for step in divmod(tap, self.kernel_size))
             parts.append(channels[:, :, top : top + height : self.stride, left : left + width : self.stride])
         shifted = torch.cat(parts, dim=1)
-        return shifted.index_select(1, self.order.argsort()) if self.keep_order else shifted
+        if self.keep_order:
+            shifted = shifted.index_select(1, self.order.argsort())
+        return shifted if self.bias is None else shifted + self.bias[:, None, None]
 
     def extra_repr(self) -> str:
         return f"{sum(self.shares)}, kernel_size={self.kernel_size}, stride={self.stride}"

@@ -17,9 +17,9 @@ from torch import nn
 
 from nas_kd.budget import KINDS, Cost
 from nas_kd.genotype import Choice, Genotype
-from nas_kd.models.blocks import Analysis, Block, Site, count_kept
 from nas_kd.models.convs import ConvCost, conv_cost
-from nas_kd.models.trace import FROZEN, Labels
+from nas_kd.models.labels import Labels
+from nas_kd.models.structure import Analysis, Block, Site, Widths, is_replaced
 
 Vector = NDArray[np.float64]
 
@@ -124,38 +124,51 @@ class CostTable:
 
 def cost_table(analysis: Analysis, network: nn.Module) -> CostTable:
     """The cost tables of an analysed base. Takes a fraction of a second; building no student."""
-    builder = _Builder(analysis.blocks)
+    builder = _Builder(analysis)
     totals = {kind: _Sum() for kind in KINDS}
     sites = {site.module: (index, site) for index, block in enumerate(analysis.blocks) for site in block.sites}
     for index, site in sites.values():
         params, macs = builder.site(index, site)
-        totals["params"].add(params)
-        totals["macs"].add(macs)
+        totals["params"].add(builder.kept(site.module, params))
+        totals["macs"].add(builder.kept(site.module, macs))
     for name, parameter in network.named_parameters():
         module, _, tensor = name.rpartition(".")
+        axes = analysis.trace.axes.get(name, (None,) * parameter.ndim)
+        size = builder.product(axes, parameter.shape)
         if module in sites and tensor == "weight":
             continue
-        axes = analysis.trace.axes.get(name, (None,) * parameter.ndim)
-        totals["params"].add(builder.product(axes, parameter.shape))
+        if module in sites and tensor != "bias":  # the gain of a weight-standardised convolution goes with it
+            size = size.times(builder.stays(*sites[module]))
+        totals["params"].add(builder.kept(name, size))
     for call in analysis.trace.calls:
         if call.module not in sites:
-            totals["macs"].add(builder.product((*call.axes, None), (*map(len, call.axes), call.factor)))
+            macs = builder.product((*call.axes, None), (*map(len, call.axes), call.factor))
+            totals["macs"].add(builder.kept(call.module, macs))
     return builder.table(totals)
 
 
 class _Builder:
     """Turns labelled dimensions into sums over the choices of blocks; remembers what it has counted."""
 
-    def __init__(self, blocks: tuple[Block, ...]) -> None:
-        self.blocks = blocks
+    def __init__(self, analysis: Analysis) -> None:
+        self.blocks = analysis.blocks
+        self._index = {block.name: index for index, block in enumerate(self.blocks)}
+        self._widths = Widths({block.name: block.channels for block in self.blocks}, analysis.trace.labels)
         self._counted: dict[bytes, _Sum] = {}
-        self._owner: dict[int, int] = {
-            int(unit): index
-            for index, block in enumerate(blocks)
-            for channels in block.channels
-            for segment in channels.segments
-            for unit in segment
-        }
+        self._droppable = [(f"{b.name}.", i) for i, b in enumerate(self.blocks) if not all(c.keep for c in b.choices)]
+
+    def kept(self, path: str, amount: _Sum) -> _Sum:
+        """`amount` where the block around `path` is not dropped, else nothing."""
+        for prefix, index in self._droppable:
+            if path.startswith(prefix):
+                keeps = np.array([float(choice.keep) for choice in self.blocks[index].choices])
+                return amount.times(_Sum(single={index: keeps}))
+        return amount
+
+    def stays(self, index: int, site: Site) -> _Sum:
+        """1 where the convolution at `site` is the base's own, 0 where another kind takes its place."""
+        own = [float(not is_replaced(site, choice)) for choice in self.blocks[index].choices]
+        return _Sum(single={index: np.array(own)})
 
     def count(self, labels: Labels) -> _Sum:
         """How many channels of a dimension stay, as a constant and a number per choice."""
@@ -166,11 +179,10 @@ class _Builder:
 
     def _count(self, labels: Labels) -> _Sum:
         result = _Sum(constant=float(len(labels)))
-        owners = {self._owner[unit] for unit in set(labels[labels != FROZEN].tolist()) & self._owner.keys()}
-        for index in owners:
-            block = self.blocks[index]
-            by_width = {width: sum(count_kept(labels, block.channels, width)) for width in block.widths}
-            result.constant -= by_width[1.0]
+        for name, count in self._widths.setters(labels).items():
+            block = self.blocks[index := self._index[name]]
+            by_width = {width: self._widths.kept(labels, name, width) for width in block.widths}
+            result.constant -= count
             result.single[index] = np.array([by_width[choice.width] for choice in block.choices], dtype=np.float64)
         return result
 

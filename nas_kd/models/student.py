@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from nas_kd.genotype import Choice
-from nas_kd.models.blocks import Analysis, Site, is_replaced, padding_for, replaced
-from nas_kd.models.plan import Edit, Number, Plan, apply_plan
-from nas_kd.models.trace import Axes, Labels
+from nas_kd.models.labels import Axes, Labels, Split
+from nas_kd.models.plan import SETTABLE, Edit, Number, Plan, apply_plan
+from nas_kd.models.structure import Analysis, Site, is_replaced, padding_for, replaced
 
 Network = TypeVar("Network", bound=nn.Module)
 Mask = NDArray[np.bool_]
+Shapes = Mapping[str, tuple[tuple[int, int], ...]]  # per tensor the dimensions that change, and their new lengths
 
 
 def build_student(base: Network, analysis: Analysis, genotype: Mapping[str, Choice]) -> Network:
@@ -28,9 +29,24 @@ def build_student(base: Network, analysis: Analysis, genotype: Mapping[str, Choi
     """
     analysis.check(genotype)
     plan = student_plan(base, analysis, genotype)
-    student: Any = apply_plan(copy.deepcopy(base), plan)
+    student: Any = _patched_copy(base, plan)
     student.nas_kd_plan = plan_of(base).then(plan)
     return cast(Network, student)
+
+
+def _patched_copy(base: nn.Module, plan: Plan) -> nn.Module:
+    """A copy of `base` changed by `plan`; a tensor that the plan cuts is never copied whole."""
+    views: dict[int, Any] = {}
+    for tensor in (*base.parameters(), *base.buffers()):
+        view = tensor.detach()
+        is_parameter = isinstance(tensor, nn.Parameter)
+        views[id(tensor)] = nn.Parameter(view, requires_grad=tensor.requires_grad) if is_parameter else view
+    shared = {id(view) for view in views.values()}
+    student = apply_plan(copy.deepcopy(base, dict(views)), plan)
+    for tensor in (*student.parameters(), *student.buffers()):
+        if id(tensor) in shared:
+            tensor.data = tensor.detach().clone()
+    return student
 
 
 def plan_of(network: nn.Module) -> Plan:
@@ -43,28 +59,36 @@ def student_plan(base: nn.Module, analysis: Analysis, genotype: Mapping[str, Cho
     """The edits that turn `base` into the student of this genotype."""
     mask = analysis.keep_mask(genotype)
     sites = {site.module: (site, genotype[block.name]) for block in analysis.blocks for site in block.sites}
-    edits: dict[str, Edit] = {}
+    dropped = tuple(name for name, choice in genotype.items() if not choice.keep)
+    edits = {path: Edit(drop=True) for path in dropped}
     narrowed = _narrowed_tensors(analysis, mask)
     for path, module in base.named_modules():
-        site, choice = sites.get(path, (None, None))
-        if site is not None and choice is not None and is_replaced(site, choice):
-            spec = replaced(site, choice, _kept(site.inputs, mask), _kept(site.outputs, mask))
-            edits[path] = Edit(conv=spec)
+        if path in dropped or path.startswith(tuple(f"{name}." for name in dropped)):
             continue
-        shapes = narrowed.get(path, {})
-        sizes = dict(_sizes(module, path, analysis, shapes, mask))
-        if site is not None and choice is not None and choice.kernel_size != site.spec.kernel_size:
-            shapes, sizes = _grown(site, choice, shapes, sizes)
-        if shapes or sizes:
-            edits[path] = Edit(shapes=shapes, sizes=sizes)
+        edit = _edit(module, path, analysis, narrowed.get(path, {}), mask)
+        edit = _site_edit(edit, *sites[path], mask) if path in sites else edit
+        if edit != Edit():
+            edits[path] = edit
     return Plan(edits=edits, features=_features(base, analysis, mask))
+
+
+def _edit(module: nn.Module, path: str, analysis: Analysis, shapes: Shapes, mask: Mask) -> Edit:
+    """What narrowing does to one module."""
+    sizes = dict(_sizes(module, path, analysis, shapes, mask)) | dict(_split_sizes(module, path, analysis, mask))
+    return Edit(shapes=shapes, sizes=sizes)
+
+
+def _site_edit(edit: Edit, site: Site, choice: Choice, mask: Mask) -> Edit:
+    """What `choice` does to the convolution at `site`, beside the narrowing in `edit`."""
+    if is_replaced(site, choice):
+        return Edit(conv=replaced(site, choice, _kept(site.inputs, mask), _kept(site.outputs, mask)))
+    if choice.kernel_size not in (None, site.spec.kernel_size):
+        return _grown(site, choice, edit)
+    return edit
 
 
 def _kept(labels: Labels, mask: Mask) -> int:
     return int(mask[labels].sum())
-
-
-Shapes = Mapping[str, tuple[tuple[int, int], ...]]
 
 
 def _narrowed_tensors(analysis: Analysis, mask: Mask) -> dict[str, dict[str, tuple[tuple[int, int], ...]]]:
@@ -82,14 +106,14 @@ def _narrowed_tensors(analysis: Analysis, mask: Mask) -> dict[str, dict[str, tup
     return narrowed
 
 
-def _grown(site: Site, choice: Choice, shapes: Shapes, sizes: Mapping[str, Number]) -> tuple[Shapes, dict[str, Number]]:
-    """The shapes and sizes of a convolution of the base's own kind with another kernel size."""
+def _grown(site: Site, choice: Choice, edit: Edit) -> Edit:
+    """`edit` of a convolution of the base's own kind, with another kernel size as well."""
     kernel = choice.kernel_size or site.spec.kernel_size
-    weight = (*shapes.get("weight", ()), (2, kernel), (3, kernel))
-    grown: dict[str, Number] = {**sizes, "kernel_size": (kernel, kernel)}
+    weight = (*edit.shapes.get("weight", ()), (2, kernel), (3, kernel))
+    sizes: dict[str, Number] = {**edit.sizes, "kernel_size": (kernel, kernel)}
     if site.spec.padding != "same":
-        grown["padding"] = (padding_for(site.spec, kernel),) * 2
-    return {**shapes, "weight": weight}, grown
+        sizes["padding"] = (padding_for(site.spec, kernel),) * 2
+    return Edit(shapes={**edit.shapes, "weight": weight}, sizes=sizes)
 
 
 def _sizes(
@@ -97,8 +121,8 @@ def _sizes(
 ) -> Iterator[tuple[str, Number]]:
     """The numbers that a module keeps beside its tensors, where they change."""
     weight = dict(shapes.get("weight", ()))
-    if isinstance(module, nn.Conv2d) and weight:
-        yield from _conv_sizes(module, weight)
+    if isinstance(module, nn.Conv2d):
+        yield from _conv_sizes(module, path, analysis, weight, mask)
     elif isinstance(module, nn.Linear):
         names = {0: "out_features", 1: "in_features"}
         yield from ((names[dim], count) for dim, count in weight.items())
@@ -108,17 +132,35 @@ def _sizes(
         yield from _container_sizes(module, path, analysis, shapes, mask)
 
 
-def _conv_sizes(conv: nn.Conv2d, weight: Mapping[int, int]) -> Iterator[tuple[str, Number]]:
-    outputs = weight.get(0, conv.out_channels)
-    if conv.groups == 1:
-        inputs = weight.get(1, conv.in_channels)
-    else:  # whole groups went
-        groups = outputs * conv.groups // conv.out_channels
-        inputs = groups * conv.in_channels // conv.groups
-        yield "groups", groups
-    if inputs != conv.in_channels:  # else it may be the image's, which timm's in_chans changes
-        yield "in_channels", inputs
+def _conv_sizes(
+    conv: nn.Conv2d, path: str, analysis: Analysis, weight: Mapping[int, int], mask: Mask
+) -> Iterator[tuple[str, Number]]:
+    call = next((call for call in analysis.trace.calls if call.module == path), None)
+    if call is None or call.inputs is None or call.outputs is None:
+        return
+    inputs, outputs = _kept(call.inputs, mask), _kept(call.outputs, mask)
+    if (inputs, outputs) == (conv.in_channels, conv.out_channels):
+        return
+    yield "in_channels", inputs
     yield "out_channels", outputs
+    if conv.groups > 1:  # whole groups went, or each of them lost channels
+        yield "groups", inputs // weight.get(1, conv.in_channels // conv.groups)
+
+
+def _split_sizes(module: nn.Module, path: str, analysis: Analysis, mask: Mask) -> Iterator[tuple[str, Number]]:
+    """The numbers at which a module splits channels, where it keeps them as attributes."""
+    for split in analysis.trace.splits:
+        if split.module == path and not all(mask[part].all() for part in split.parts):
+            yield from _following_split(module, split, mask)
+
+
+def _following_split(module: nn.Module, split: Split, mask: Mask) -> Iterator[tuple[str, Number]]:
+    old, new = [len(part) for part in split.parts], tuple(_kept(part, mask) for part in split.parts)
+    for name, value in vars(module).items():
+        if name in SETTABLE and isinstance(value, list | tuple) and list(value) == old:
+            yield name, new
+        elif name in SETTABLE and type(value) is int and value == old[0]:
+            yield name, new[0]
 
 
 _NORM_SIZES = ("num_features", "num_channels", "num_parameters")  # batch norm, group norm, PReLU
@@ -135,6 +177,7 @@ def _container_sizes(
         yield from ((name, dims[0][1]) for name in _NORM_SIZES if hasattr(module, name))
         return
     flows = analysis.trace.flows
+    sources: tuple[tuple[tuple[str, ...], str, bool], ...]
     if path == "":
         sources = ((("num_features",), "forward_features", False), (("head_hidden_size",), "pre_logits", False))
     elif path in flows and next(module.children(), None) is not None:

@@ -1,0 +1,181 @@
+"""The safety net under the analysis: a few students are built and run, and what turns out wrong is left alone.
+
+The labels of a trace say how many channels every tensor keeps. A network may hold such a number where no tensor
+shows it (an integer in its constructor), and then a narrower one fails, or counts something else than the tables
+say. Students on the meta device show it for the price of a forward pass.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from nas_kd.budget import Cost
+from nas_kd.errors import ModelError
+from nas_kd.genotype import Choice, Genotype
+from nas_kd.models.costs import CostTable, cost_table
+from nas_kd.models.labels import tensors
+from nas_kd.models.structure import Analysis, Block
+from nas_kd.models.student import build_student
+from nas_kd.models.trace import meta_image, without_storage
+
+N_RANDOM = 2  # students beside the narrowest one; each costs a forward pass
+_logger = logging.getLogger(__name__)
+
+
+def measure(network: nn.Module, input_size: Sequence[int]) -> Cost:
+    """The cost of a built network, counted by running it on the meta device: the truth that tables must equal.
+
+    MACs are half of what torch's own formulas (`torch.utils.flop_counter`) give. `input_size` is (C, H, W).
+    """
+    meta = without_storage(network).eval()
+    counter = _Counter()
+    with torch.no_grad(), counter:
+        meta(meta_image(meta, input_size))
+    return Cost(params=sum(parameter.numel() for parameter in network.parameters()), macs=counter.flops // 2)
+
+
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up torch's flop formulas; `FlopCounterMode` does the same and also keeps a tree of modules."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=output)
+        return output
+
+
+def verified(analysis: Analysis, network: nn.Module) -> Analysis:
+    """`analysis` without the widths, kernels and kinds whose students do not run or do not cost what tables say.
+
+    Raises ModelError when nothing is left, or when students still fail.
+    """
+    meta = without_storage(network).eval()
+    for _ in range(3):
+        table = cost_table(analysis, meta)
+        check = _Check(meta, analysis, table)
+        failing = next((genotype for genotype in _samples(table) if check.fault(genotype)), None)
+        if failing is None:
+            return analysis
+        analysis = _without(analysis, dict(_offences(check, failing)))
+        if not analysis.blocks:
+            break
+    raise ModelError(f"{analysis.name} is not supported: its students do not run or cost something else than counted")
+
+
+def _samples(table: CostTable) -> Iterator[Genotype]:
+    """The narrowest student and a few random ones; the same every time."""
+    yield table.genotype([_narrowest(block) for block in table.blocks])
+    rng = np.random.default_rng(0)
+    for _ in range(N_RANDOM):
+        yield table.genotype([int(rng.integers(len(block.choices))) for block in table.blocks])
+
+
+def _narrowest(block: Block) -> int:
+    return min(range(len(block.choices)), key=lambda index: (block.choices[index].width, index))
+
+
+class _Check:
+    """Builds students of one analysis on the meta device and compares them with the tables."""
+
+    def __init__(self, meta: nn.Module, analysis: Analysis, table: CostTable) -> None:
+        self.meta, self.analysis, self.table = meta, analysis, table
+        self._output = self._run(meta)
+
+    def _run(self, network: nn.Module) -> list[torch.Size]:
+        image = meta_image(network, self.analysis.input_size)
+        with torch.no_grad():
+            return [tensor.shape for tensor in tensors(network(image))]
+
+    def fault(self, genotype: Genotype) -> str:
+        """What is wrong with the student of `genotype`, in a few words; empty when nothing is."""
+        expected = self.table.cost(genotype)
+        try:
+            student = build_student(self.meta, self.analysis, genotype)
+            counter = _Counter()
+            with counter:
+                shapes = self._run(student)
+        except Exception as error:  # whatever a model's own code raises at a width that it does not expect
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            return f"a student fails: {lines[0][:100]}"
+        cost = Cost(params=sum(parameter.numel() for parameter in student.parameters()), macs=counter.flops // 2)
+        if shapes != self._output:
+            return "a student's output has another shape"
+        return "" if cost == expected else "a student costs something else than counted"
+
+    def alone(self, genotype: Genotype, blocks: Sequence[str]) -> Genotype:
+        """The base with the choices of `genotype` in these blocks only."""
+        return Genotype.of(
+            {name: genotype[name] if name in blocks else c for name, c in self.analysis.identity.items()}
+        )
+
+
+_ASPECTS: tuple[tuple[str, Callable[[Choice, Choice], Choice]], ...] = (
+    ("width", lambda choice, default: replace(default, width=choice.width)),
+    ("conv", lambda choice, default: replace(choice, width=default.width, keep=default.keep)),
+    ("keep", lambda choice, default: replace(default, keep=choice.keep)),
+)
+
+
+def _offences(check: _Check, genotype: Genotype) -> Iterator[tuple[tuple[str, str], str]]:
+    """(block, aspect) and what is wrong with it, for everything that is at fault in `genotype`."""
+    for name in _culprits(check, genotype, [n for n in genotype if genotype[n] != check.analysis.identity[n]]):
+        default, choice = check.analysis.identity[name], genotype[name]
+        faults = {}
+        for aspect, only in _ASPECTS:
+            single = Genotype.of({**check.analysis.identity, name: only(choice, default)})
+            if fault := check.fault(single):
+                faults[name, aspect] = fault
+        whole = check.fault(check.alone(genotype, [name])) or "a student fails beside others"
+        yield from (faults or {(name, aspect): whole for aspect, _ in _ASPECTS}).items()
+
+
+def _culprits(check: _Check, genotype: Genotype, blocks: Sequence[str]) -> list[str]:
+    """The blocks among `blocks` whose choices are at fault: by halving."""
+    if not blocks or not check.fault(check.alone(genotype, blocks)):
+        return []
+    if len(blocks) == 1:
+        return list(blocks)
+    middle = len(blocks) // 2
+    found = [*_culprits(check, genotype, blocks[:middle]), *_culprits(check, genotype, blocks[middle:])]
+    return found or list(blocks[middle:])  # each half is fine alone: let one of them be
+
+
+def _without(analysis: Analysis, offences: Mapping[tuple[str, str], str]) -> Analysis:
+    """`analysis` with these aspects of these blocks fixed as in the base."""
+    blocks = []
+    for block in analysis.blocks:
+        for aspect, _ in _ASPECTS:
+            if (block.name, aspect) in offences:
+                block = _fixed(block, aspect)
+        if len(block.choices) > 1:
+            blocks.append(block)
+    reasons = [(name, f"its {aspect} stays: {fault}") for (name, aspect), fault in offences.items()]
+    _logger.warning("%s: left alone because students fail: %s", analysis.name, "; ".join(map(": ".join, reasons)))
+    return replace(analysis, blocks=tuple(blocks), left_alone=(*analysis.left_alone, *reasons))
+
+
+def _fixed(block: Block, aspect: str) -> Block:
+    default = block.default
+    if aspect == "width":
+        choices = tuple(choice for choice in block.choices if choice.width == default.width)
+        return replace(block, choices=choices, channels=())
+    if aspect == "keep":
+        return replace(block, choices=tuple(choice for choice in block.choices if choice.keep))
+    same = (
+        choice for choice in block.choices if (choice.kernel_size, choice.conv) == (default.kernel_size, default.conv)
+    )
+    return replace(block, choices=tuple(same), sites=())
