@@ -1,3 +1,59 @@
-"""Any timm CNN in, a family of smaller timm CNNs out, each within a hard budget."""
+"""Any timm CNN in, a family of smaller timm CNNs out, each within a hard budget, with the accuracy of distillation.
+
+The public names are loaded when they are first used, so that importing the package is instant.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nas_kd.budget import Budget as Budget
+    from nas_kd.budget import Cost as Cost
+    from nas_kd.budget import parse_budget as parse_budget
+    from nas_kd.errors import NasKdError as NasKdError
+    from nas_kd.genotype import Choice as Choice
+    from nas_kd.genotype import Genotype as Genotype
+    from nas_kd.models.blocks import analyse as analyse
+    from nas_kd.models.hub import create_base as create_base
+    from nas_kd.models.reduction import reduce_stride as reduce_stride
+    from nas_kd.results.export import Card as Card
+    from nas_kd.results.export import export as export
+    from nas_kd.results.export import load as load
+    from nas_kd.search.options import parse_options as parse_options
+    from nas_kd.search.space import Space as Space
+    from nas_kd.training.loop import recalibrate as recalibrate
+    from nas_kd.training.losses import distillation_loss as distillation_loss
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Budget": "nas_kd.budget",
+    "Card": "nas_kd.results.export",
+    "Choice": "nas_kd.genotype",
+    "Cost": "nas_kd.budget",
+    "Genotype": "nas_kd.genotype",
+    "NasKdError": "nas_kd.errors",
+    "Space": "nas_kd.search.space",
+    "analyse": "nas_kd.models.blocks",
+    "create_base": "nas_kd.models.hub",
+    "distillation_loss": "nas_kd.training.losses",
+    "export": "nas_kd.results.export",
+    "load": "nas_kd.results.export",
+    "parse_budget": "nas_kd.budget",
+    "parse_options": "nas_kd.search.options",
+    "recalibrate": "nas_kd.training.loop",
+    "reduce_stride": "nas_kd.models.reduction",
+}
+__all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

@@ -115,6 +115,11 @@ class Shift2d(nn.Module):
             shifted = shifted.index_select(1, self.order.argsort())
         return shifted if self.bias is None else shifted + self.bias[:, None, None]
 
+    def taps(self) -> Tensor:
+        """For each entry of `order` the tap (0 … k²−1) that its channel is displaced by (C)."""
+        taps = torch.arange(len(self.shares), device=self.order.device)
+        return torch.repeat_interleave(taps, torch.tensor(self.shares, device=self.order.device))
+
     def extra_repr(self) -> str:
         return f"{sum(self.shares)}, kernel_size={self.kernel_size}, stride={self.stride}"
 

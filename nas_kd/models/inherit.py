@@ -20,32 +20,46 @@ from torch import Tensor, nn
 
 from nas_kd.genotype import Choice, group_count
 from nas_kd.models.convs import ConvSpec, Shift2d
+from nas_kd.models.labels import Labels
 from nas_kd.models.plan import resize
 from nas_kd.models.structure import Analysis, Site, is_replaced
 from nas_kd.models.student import build_student, plan_of
 
 Network = TypeVar("Network", bound=nn.Module)
+Mask = NDArray[np.bool_]
 
 
-def inherit_student(base: Network, analysis: Analysis, genotype: Mapping[str, Choice]) -> Network:
-    """The student of `genotype` with weights inherited from `base`; milliseconds to a second for large bases.
+def inherit_student(
+    base: Network, analysis: Analysis, genotype: Mapping[str, Choice], *, importance: NDArray[np.float64] | None = None
+) -> Network:
+    """The student of `genotype` with weights inherited from `base`; a fraction of a second.
 
+    `importance` is `unit_importance(base, analysis)`, for callers who make many students of one base.
     Raises GenotypeError when the genotype does not fit the analysed base.
     """
     student = build_student(base, analysis, genotype)
-    mask = analysis.keep_mask(genotype, unit_importance(base, analysis))
-    sites = {
-        site.module: site for block in analysis.blocks for site in block.sites if _is_new(block.name, site, genotype)
-    }
-    with torch.no_grad():
-        _copy_kept(student, base, analysis, mask)
-        for path, site in sites.items():
-            conv = base.get_submodule(path)
-            assert isinstance(conv, nn.Conv2d)
-            weight = _select(effective_weight(conv), (site.inputs, site.outputs), mask, site)
-            bias = None if conv.bias is None else conv.bias[_index(site.outputs, mask)]
-            approximate(student.get_submodule(path), replaced_spec(student, path), weight, bias)
+    mask = analysis.keep_mask(genotype, unit_importance(base, analysis) if importance is None else importance)
+    inherit_tensors(student, base, analysis, mask)
+    for block in analysis.blocks:
+        for site in block.sites:
+            if genotype[block.name].keep and is_replaced(site, genotype[block.name]):
+                _inherit_site(student, base, analysis, site, mask)
     return student
+
+
+@torch.no_grad()
+def _inherit_site(student: nn.Module, base: nn.Module, analysis: Analysis, site: Site, mask: Mask) -> None:
+    """Weights for the cheap convolution that took the place of the base's at `site`."""
+    conv, spec = base.get_submodule(site.module), replaced_spec(student, site.module)
+    assert isinstance(conv, nn.Conv2d)
+    weight = _select(effective_weight(conv), site, mask)
+    bias = None if conv.bias is None else conv.bias[_index(site.outputs, mask).to(conv.bias.device)]
+    module = student.get_submodule(site.module)
+    approximate(module, spec, weight, bias)
+    norm = analysis.trace.norms.get(site.module)
+    if isinstance(module, Shift2d) and norm is not None:
+        taps = tap_weights(module, resize_kernel(weight, spec.kernel_size))
+        _fold_taps(student.get_submodule(norm), taps, module.bias)
 
 
 def replaced_spec(student: nn.Module, path: str) -> ConvSpec:
@@ -55,23 +69,38 @@ def replaced_spec(student: nn.Module, path: str) -> ConvSpec:
     return spec
 
 
-def _is_new(block: str, site: Site, genotype: Mapping[str, Choice]) -> bool:
-    return is_replaced(site, genotype[block])
-
-
-def _index(labels: NDArray[np.int64], mask: NDArray[np.bool_]) -> Tensor:
+def _index(labels: Labels, mask: Mask) -> Tensor:
     return torch.from_numpy(np.flatnonzero(mask[labels]))
 
 
-def _select(
-    weight: Tensor, channels: tuple[NDArray[np.int64], NDArray[np.int64]], mask: NDArray[np.bool_], site: Site
-) -> Tensor:
-    inputs, outputs = channels
-    weight = weight[_index(outputs, mask).to(weight.device)]
-    return weight if site.spec.channelwise else weight[:, _index(inputs, mask).to(weight.device)]
+def _select(weight: Tensor, site: Site, mask: Mask) -> Tensor:
+    weight = weight[_index(site.outputs, mask).to(weight.device)]
+    return weight if site.spec.channelwise else weight[:, _index(site.inputs, mask).to(weight.device)]
 
 
-def _copy_kept(student: nn.Module, base: nn.Module, analysis: Analysis, mask: NDArray[np.bool_]) -> None:
+def tap_weights(shift: Shift2d, weight: Tensor) -> Tensor:
+    """For each channel of a channelwise shift, what the C×1×k×k kernel that it stands for has at its tap (C)."""
+    values = weight.new_empty(len(weight))
+    values[shift.order] = weight.flatten(1)[shift.order, shift.taps()]
+    return values
+
+
+def _fold_taps(norm: nn.Module, taps: Tensor, bias: Tensor | None) -> None:
+    """Moves the factor of each channel, which a shift has not, into the batch norm behind it: BN(w·x) as BN'(x)."""
+    if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None or norm.running_var is None:
+        return
+    size = taps.abs().clamp_min(1e-3 * taps.abs().max().clamp_min(1e-12))  # a dead channel would divide by zero
+    sign = torch.where(taps < 0, -1.0, 1.0).to(taps)
+    norm.running_mean.mul_(sign / size)
+    norm.running_var.add_(norm.eps).div_(size.square()).sub_(norm.eps).clamp_min_(0)
+    if norm.weight is not None:
+        norm.weight.mul_(sign)
+    if bias is not None:
+        bias.mul_(sign / size)
+
+
+@torch.no_grad()
+def inherit_tensors(student: nn.Module, base: nn.Module, analysis: Analysis, mask: Mask) -> None:
     """Copies every tensor that student and base share, cut to the kept channels; larger kernels are zero-padded."""
     old = dict(base.named_parameters(remove_duplicate=False)) | dict(base.named_buffers(remove_duplicate=False))
     new = dict(student.named_parameters(remove_duplicate=False)) | dict(student.named_buffers(remove_duplicate=False))
@@ -120,15 +149,18 @@ def unit_importance(base: nn.Module, analysis: Analysis) -> NDArray[np.float64]:
         weight = parameters.get(name)
         if weight is None or weight.ndim < 2 or axes[0] is None:
             continue
-        squares = weight.detach().double().square().cpu()
-        outputs = squares.flatten(1).sum(1).numpy()
-        np.add.at(produced, axes[0], outputs * gains[axes[0]])
+        np.add.at(produced, axes[0], _squared_norms(weight, 0) * gains[axes[0]])
         if axes[1] is not None:
-            inputs = squares.transpose(0, 1).flatten(1).sum(1).numpy()
-            np.add.at(read, axes[1], inputs)
+            np.add.at(read, axes[1], _squared_norms(weight, 1))
     read[read == 0] = 1.0
     importance: NDArray[np.float64] = np.sqrt(produced * read)
     return importance
+
+
+def _squared_norms(weight: Tensor, dim: int) -> NDArray[np.float64]:
+    others = [other for other in range(weight.ndim) if other != dim]
+    norms: NDArray[np.float64] = torch.linalg.vector_norm(weight.detach(), dim=others).double().square().cpu().numpy()
+    return norms
 
 
 def _norm_gains(base: nn.Module, analysis: Analysis) -> NDArray[np.float64]:
@@ -187,10 +219,12 @@ def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if rows > columns:
         right, left = low_rank(matrix.mT, rank)
         return left.mT, right.mT
-    work = matrix.double()
+    # single precision will do: the product of the factors is a projection, exact whatever the eigenvalues' error
+    work = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     values, vectors = torch.linalg.eigh(work @ work.mT)
     best = min(rank, rows)
-    scale = values[..., -best:].clamp_min(1e-24).pow(0.25)  # √σ: the square root of each singular value
+    floor = torch.finfo(work.dtype).eps ** 2 * values[..., -1:].clamp_min(torch.finfo(work.dtype).tiny)
+    scale = values[..., -best:].maximum(floor).pow(0.25)  # √σ: the square root of each singular value
     basis = vectors[..., -best:]
     left = basis * scale[..., None, :]
     right = (basis / scale[..., None, :]).mT @ work

@@ -89,6 +89,8 @@ class Labelling:
         self.splits: list[Split] = []
         self.unknown: dict[tuple[str, str], None] = {}
         self.flows: dict[str, Flow] = {}
+        self.norms: dict[str, str] = {}
+        self._made: dict[int, str] = {}  # by the id of a tensor, the module whose convolution made it
         self.residual: dict[str, None] = {}
         self._running: list[tuple[str, int]] = [("", 0)]  # the running modules, innermost last, and their inputs' ids
 
@@ -103,6 +105,7 @@ class Labelling:
     def set(self, tensor: Tensor, axes: Sequence[Labels | None]) -> None:
         """Labels a tensor, one entry per dimension."""
         self._labels[id(tensor)] = (tensor, tuple(axes))
+        self._made.pop(id(tensor), None)  # an in-place operator has changed what the convolution made
 
     def _new_axes(self, tensor: Tensor) -> Axes:
         """Labels for dimensions 0 and 1 of a parameter (a kernel's height and width are no channels)."""
@@ -190,6 +193,15 @@ class Labelling:
         """Tensors are added: a module whose own input is among them has an identity shortcut."""
         ids = {id(tensor) for tensor in inputs}
         self.residual.update((name, None) for name, entered in self._running if entered in ids)
+
+    def made(self, output: Tensor) -> None:
+        """The running module's convolution gives `output`."""
+        self._made[id(output)] = self._running[-1][0]
+
+    def normalised(self, image: Tensor) -> None:
+        """The running module is a batch norm; `image` may come straight from a convolution."""
+        if id(image) in self._made:
+            self.norms[self._made[id(image)]] = self._running[-1][0]
 
     def give_up(self, operator: str, inputs: Sequence[Tensor]) -> None:
         """An operator without a rule: its labelled inputs freeze, its outputs carry no labels."""

@@ -84,6 +84,7 @@ def _convolution(labelling: Labelling, arguments: dict[str, Any], output: Tensor
     labelling.set(output, (in_axes[0], outputs, *(None,) * (output.ndim - 2)))
     pixels = math.prod(output.shape[2:]) * math.prod(weight.shape[2:])
     dims = [(pixels, None), (weight.shape[0], outputs), (weight.shape[1], read)]
+    labelling.made(output)
     labelling.call("conv", dims, groups=groups, inputs=channels, outputs=outputs)
 
 
@@ -142,6 +143,7 @@ def _batch_norm(labelling: Labelling, arguments: dict[str, Any], output: Any) ->
     for name in ("weight", "bias", "running_mean", "running_var"):
         if arguments.get(name) is not None:
             labelling.tie(labelling.get(image)[1], labelling.get(arguments[name])[0])
+    labelling.normalised(image)
     _normalised(labelling, image, output)
 
 

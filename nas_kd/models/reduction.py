@@ -39,7 +39,7 @@ def reduce_stride(network: nn.Module, reduction: int, channels: int) -> nn.Modul
 
 def _total_stride(flows: Mapping[str, Flow], name: str) -> int:
     """By how much the last feature map is smaller than the image, rounded."""
-    for flow in (flows.get("forward_features"), *reversed(flows.values())):
+    for flow in (flows.get("forward_features"), *reversed(list(flows.values()))):
         if flow is not None and len(flow.out_shape) == 4 and min(flow.out_shape[2:]) > 1:
             return round(_PROBE / flow.out_shape[-1])
     raise ModelError(f"{name} has no feature maps: only convolutional networks can be searched")

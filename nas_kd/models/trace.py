@@ -36,6 +36,7 @@ class Trace:
     splits: tuple[Split, ...]
     unknown: tuple[tuple[str, str], ...]  # (module, operator) that froze channels
     flows: dict[str, Flow]  # by module path; also "forward_features" and "pre_logits" of the whole network
+    norms: dict[str, str]  # by the module of a convolution, the batch norm right behind it
     residual: tuple[str, ...]  # modules that add something to their own input
     labels: int  # one more than the largest label
 
@@ -178,6 +179,7 @@ def _result(labelling: Labelling) -> Trace:
         splits=tuple(replace(split, parts=tuple(map(labelling.find, split.parts))) for split in labelling.splits),
         unknown=tuple(labelling.unknown),
         flows={name: settled(flow) for name, flow in labelling.flows.items()},
+        norms=dict(labelling.norms),
         residual=tuple(labelling.residual),
         labels=labelling.count,
     )

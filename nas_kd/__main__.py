@@ -1,0 +1,29 @@
+"""`nas-kd COMMAND …`, the same as `python -m nas_kd.COMMAND …`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from nas_kd import __version__
+
+COMMANDS = {"study": "search a family of smaller models within a budget"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Hands over to the command of the first argument and returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in COMMANDS:
+        return int(importlib.import_module(f"nas_kd.{arguments[0]}").main(arguments[1:]))
+    lines = "\n".join(f"  {name:<10} {words}" for name, words in COMMANDS.items())
+    usage = f"usage: nas-kd COMMAND …\n\ncommands (nas-kd COMMAND --help for more):\n{lines}\n"
+    if arguments in (["--version"], ["-h"], ["--help"]):
+        sys.stdout.write(f"nas_kd {__version__}\n" if arguments == ["--version"] else usage)
+        return 0
+    sys.stderr.write(usage)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""What the command line understands. Standard library only, so that `--help` and bad arguments answer at once."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from nas_kd import __version__
+from nas_kd.budget import parse_budget
+from nas_kd.errors import NasKdError
+
+SAMPLERS = ("tpe", "nsgaii", "nsgaiii", "random")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The arguments of `python -m nas_kd.study`, checked as far as that is possible without torch."""
+
+    model: str
+    pretrained: bool
+    initial_checkpoint: str | None
+    reduction: int | None
+    img_size: int | None
+    in_chans: int | None
+    num_classes: int | None
+    dataset: str
+    data_dir: str | None
+    train_images: int | None
+    val_fraction: float
+    budget: str
+    trials: int
+    space: str
+    pin: tuple[str, ...]
+    sampler: str
+    proxy_epochs: int
+    proxy_images: int
+    teacher_epochs: int | None
+    refine_epochs: int | None
+    front: int
+    batch_size: int
+    lr: float
+    views: int
+    device: str | None
+    amp: bool
+    workers: int
+    seed: int
+    out: str | None
+    study_name: str | None
+    storage: str | None
+    quiet: bool
+    debug: bool
+    command: str = ""
+
+    @property
+    def name(self) -> str:
+        """The study's name: as given, or model, dataset and budget."""
+        text = self.study_name or f"{self.model}-{self.dataset or 'folder'}-{self.budget.replace('=', '')}"
+        return re.sub(r"[^\w.%+-]+", "-", text).strip("-")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise NasKdError(f"{message}; see {self.prog} --help")
+
+
+def _number(least: float, kind: type[int] | type[float] = int, below: float | None = None) -> object:
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+        if not value >= least or (below is not None and not value < below):
+            top = f" and below {below:g}" if below is not None else ""
+            raise argparse.ArgumentTypeError(f"must be at least {least:g}{top}, got {text}")
+        return value
+
+    return read
+
+
+def study_parser(prog: str = "python -m nas_kd.study") -> argparse.ArgumentParser:
+    """The parser of the main command."""
+    parser = _Parser(
+        prog=prog,
+        description="Any timm CNN in, a family of smaller timm CNNs out, each within a hard budget.",
+        epilog=f"example: {prog} --budget params=1M     (no data, network or GPU needed)",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"nas_kd {__version__}")
+    _add_base(parser)
+    _add_data(parser)
+    _add_search(parser)
+    _add_training(parser)
+    _add_output(parser)
+    return parser
+
+
+def _add_base(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("base and teacher (as in timm)")
+    add = group.add_argument
+    add("--model", default="resnet18", metavar="NAME", help="timm model to search from, or local-dir:FOLDER (resnet18)")
+    add("--pretrained", action="store_true", help="take timm's weights as the teacher's")
+    add("--initial-checkpoint", metavar="FILE", help="take these weights as the teacher's (.safetensors, .pth)")
+    add("--reduction", type=_number(1), metavar="R", help="total stride of the network; small images need 8 or 4")
+    add("--img-size", type=_number(4), metavar="N", help="side of the images in pixels (the model's; digits: 16)")
+    add("--in-chans", type=int, choices=(1, 3), help="channels of the images (3; digits: 1)")
+    add("--num-classes", type=_number(2), metavar="N", help="outputs (as many as the data has classes)")
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    add(
+        "--dataset",
+        default="digits",
+        metavar="NAME",
+        help="digits (ships with scikit-learn), a name of timm's dataset"
+        " factory (torch/cifar10, torch/fashion_mnist, …), or folder",
+    )
+    add("--data-dir", metavar="DIR", help="where the data lies; image folders as timm takes them")
+    add(
+        "--train-images", type=_number(2), metavar="N", help="use at most so many training images, class by class (all)"
+    )
+    add(
+        "--val-fraction",
+        type=_number(0.01, float, 1),
+        default=0.2,
+        metavar="F",
+        help="cut from train to select on (0.2)",
+    )
+
+
+def _add_search(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("search")
+    add = group.add_argument
+    add("--budget", required=True, metavar="B", help="hard upper bounds: params=1M,macs=30M or macs=50%% of the base")
+    add("--trials", type=_number(1), default=20, metavar="N", help="students to train; over-budget ones are free (20)")
+    add("--space", default="width,kernel,conv", metavar="S", help="what may change, e.g. width,conv=standard/depthwise")
+    add("--pin", action="append", default=[], metavar="P", help="limit blocks: 'layer1.*:conv=standard' (repeatable)")
+    add("--sampler", choices=SAMPLERS, default="tpe", help="who proposes genotypes after the warm starts (tpe)")
+    add("--front", type=_number(1), default=8, metavar="N", help="refine at most so many students of the front (8)")
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("training")
+    add = group.add_argument
+    add("--teacher-epochs", type=_number(1), metavar="N", help="epochs of a teacher trained here (by the data's size)")
+    add("--proxy-epochs", type=_number(1), default=4, metavar="N", help="epochs of a trial, at most (4)")
+    add("--proxy-images", type=_number(2), default=10_000, metavar="N", help="training images of a trial (10000)")
+    add("--refine-epochs", type=_number(1), metavar="N", help="epochs of the front's models (by the data's size)")
+    add("--batch-size", type=_number(2), default=64, metavar="N", help="images per step (64)")
+    add("--lr", type=_number(1e-9, float), default=0.015, metavar="F", help="peak learning rate of students (0.015)")
+    add("--views", type=_number(1), default=8, metavar="N", help="augmented views with cached teacher logits (8)")
+    add("--device", metavar="D", help="cpu, cuda, cuda:1, … (cuda where there is one)")
+    add("--amp", action="store_true", help="mixed precision")
+    add("--workers", type=_number(1), default=2, metavar="N", help="threads that decode images (2)")
+    add("--seed", type=_number(0), default=0, metavar="N", help="decides everything that is random (0)")
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    add = group.add_argument
+    add("--out", metavar="DIR", help="output folder (results/STUDY); the same command again resumes")
+    add("--study-name", metavar="NAME", help="name of the study (made of model, dataset and budget)")
+    add("--storage", metavar="URL", help="Optuna storage (study.db in the output folder)")
+    add("-q", "--quiet", action="store_true", help="print the result alone")
+    add("--debug", action="store_true", help="tracebacks and debug messages")
+
+
+def parse_study(argv: Sequence[str]) -> Settings:
+    """Reads the arguments of the main command. Raises NasKdError for bad ones."""
+    arguments = vars(study_parser().parse_args(argv))
+    parse_budget(arguments["budget"])
+    arguments["pin"] = tuple(arguments["pin"])
+    arguments["command"] = " ".join(["python -m nas_kd.study", *argv])
+    return Settings(**{field.name: arguments[field.name] for field in fields(Settings)})

@@ -1,0 +1,87 @@
+"""What a person sees while a study runs: a bar per stage on a terminal, plain lines in a file."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_QUIET_SECONDS = 5.0  # between two plain lines of one stage
+
+Advance = Callable[[str], None]
+
+
+class Stages:
+    """Shows the stages of a run and keeps how long each took. `seconds` maps a finished stage to its duration."""
+
+    def __init__(self, console: Console, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
+        self.console, self.quiet, self.clock = console, quiet, clock
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str, total: int = 1) -> Iterator[Advance]:
+        """One stage of `total` steps; the block calls what it gets after each step, with a few words on it."""
+        started = self.clock()
+        show = self._bar if self.console.is_terminal and not self.quiet else self._lines
+        with show(name, total) as advance:
+            yield advance
+        self.seconds[name] = self.seconds.get(name, 0.0) + self.clock() - started
+
+    @contextmanager
+    def _bar(self, name: str, total: int) -> Iterator[Advance]:
+        columns = (
+            TextColumn("{task.description:<10}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[words]}"),
+        )
+        with Progress(*columns, console=self.console) as progress:
+            task = progress.add_task(name, total=total, words="")
+            yield lambda words: progress.update(task, advance=1, words=words)
+            progress.update(task, completed=total)
+
+    @contextmanager
+    def _lines(self, name: str, total: int) -> Iterator[Advance]:
+        started = last = self.clock()
+        done = 0
+        self._print(f"{name}: {total} step{'s' if total > 1 else ''}")
+
+        def advance(words: str) -> None:
+            nonlocal done, last
+            done += 1
+            now = self.clock()
+            if now - last >= _QUIET_SECONDS or done == total:
+                left = (now - started) / done * max(0, total - done)
+                self._print(f"{name}: {done}/{total}, {words + ', ' if words else ''}about {left:.0f} s left")
+                last = now
+
+        yield advance
+        self._print(f"{name}: done in {self.clock() - started:.0f} s")
+
+    def _print(self, line: str) -> None:
+        if not self.quiet:
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def configure_logging(console: Console, *, quiet: bool, debug: bool) -> None:
+    """Sends the package's log lines to the console; only the command line calls this."""
+    level = logging.DEBUG if debug else logging.ERROR if quiet else logging.WARNING
+    handler = RichHandler(console=console, show_path=False, show_time=False, markup=False, highlighter=None)
+    logger = logging.getLogger("nas_kd")
+    logger.handlers[:] = [handler]
+    logger.setLevel(level)
+    logger.propagate = False
+
+
+def console_for(stream: TextIO) -> Console:
+    """A console on a stream; into a pipe or file it writes plain lines."""
+    return Console(file=stream, soft_wrap=not stream.isatty())

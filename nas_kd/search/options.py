@@ -1,0 +1,121 @@
+"""Which choices a user leaves open: `--space width,kernel,conv` and `--pin layer1.*:conv=standard`."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from nas_kd.errors import GenotypeError, nearest
+from nas_kd.genotype import Choice, is_conv_kind
+from nas_kd.models.blocks import Analysis, Block
+
+DIMENSIONS = ("width", "kernel", "conv")
+_FIELDS: Mapping[str, Callable[[Choice], object]] = {
+    "width": lambda choice: choice.width,
+    "kernel": lambda choice: choice.kernel_size,
+    "conv": lambda choice: choice.conv,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """For every block whose name fits `pattern`, the values that stay open in one dimension."""
+
+    pattern: str
+    dimension: str
+    values: tuple[object, ...]
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The open dimensions, each with the values it is limited to (none: all), and pins that limit single blocks."""
+
+    open: Mapping[str, tuple[object, ...]] = field(default_factory=lambda: {name: () for name in DIMENSIONS})
+    pins: tuple[Pin, ...] = ()
+
+
+def parse_options(space: str = ",".join(DIMENSIONS), pins: Sequence[str] = ()) -> Options:
+    """Reads `width,conv=standard/depthwise` and pins such as `layer1.*:conv=standard` or `conv1:width=0.5/1`.
+
+    Raises GenotypeError and says how to write it.
+    """
+    parts = [part.strip() for part in space.split(",") if part.strip()]
+    if not parts:
+        raise GenotypeError(f"the space is empty: open at least one of {', '.join(DIMENSIONS)}")
+    opened: dict[str, tuple[object, ...]] = {}
+    for part in parts:
+        name, _, values = part.partition("=")
+        opened[_dimension(name)] = _values(name, values) if values else ()
+    return Options(opened, tuple(_pin(pin) for pin in pins))
+
+
+def _dimension(name: str) -> str:
+    if name not in DIMENSIONS:
+        raise GenotypeError(f"unknown dimension {name!r}: use {', '.join(DIMENSIONS)}{nearest(name, DIMENSIONS)}")
+    return name
+
+
+def _values(dimension: str, text: str) -> tuple[object, ...]:
+    return tuple(_value(dimension, word.strip()) for word in text.split("/"))
+
+
+def _value(dimension: str, word: str) -> object:
+    try:
+        if dimension == "width":
+            return float(word)
+        if dimension == "kernel":
+            return int(word)
+    except ValueError as error:
+        raise GenotypeError(f"cannot read the {dimension} {word!r}: write a number, as in {dimension}=…/…") from error
+    if not is_conv_kind(word):
+        raise GenotypeError(f"unknown conv {word!r}: use standard, depthwise, blueprint, shift or group4")
+    return word
+
+
+def _pin(text: str) -> Pin:
+    pattern, colon, rest = text.rpartition(":")
+    dimension, equals, values = rest.partition("=")
+    if not (colon and equals and pattern and values):
+        raise GenotypeError(f"cannot read the pin {text!r}: write it like 'layer1.*:conv=standard'")
+    return Pin(pattern, _dimension(dimension), _values(dimension, values), text)
+
+
+def restrict(analysis: Analysis, options: Options) -> Analysis:
+    """The analysis with only the choices that `options` leave open; what is not opened stays as in the base.
+
+    Raises GenotypeError for a pin that fits no block, and where nothing is left of a block because a value is not
+    offered there or two pins contradict each other.
+    """
+    for pin in options.pins:
+        if not any(fnmatch.fnmatchcase(block.name, pin.pattern) for block in analysis.blocks):
+            names = [block.name for block in analysis.blocks]
+            hint = nearest(pin.pattern, names)
+            raise GenotypeError(f"the pin {pin.text!r} fits no block{hint}; blocks are {', '.join(names)}")
+    return replace(analysis, blocks=tuple(_restrict_block(block, options) for block in analysis.blocks))
+
+
+def _restrict_block(block: Block, options: Options) -> Block:
+    choices = block.choices
+    for name, value_of in _FIELDS.items():
+        pins = [pin for pin in options.pins if pin.dimension == name and fnmatch.fnmatchcase(block.name, pin.pattern)]
+        if pins:
+            choices = _pinned(block, choices, name, pins)
+        elif name not in options.open:
+            choices = tuple(choice for choice in choices if value_of(choice) == value_of(block.default))
+        elif allowed := options.open[name]:
+            kept = tuple(choice for choice in choices if value_of(choice) in allowed)
+            # a block that offers none of the values (a 1×1 convolution has no kernel to choose) stays as it is
+            choices = kept or tuple(choice for choice in choices if value_of(choice) == value_of(block.default))
+    return replace(block, choices=choices)
+
+
+def _pinned(block: Block, choices: tuple[Choice, ...], name: str, pins: Sequence[Pin]) -> tuple[Choice, ...]:
+    value_of = _FIELDS[name]
+    kept = tuple(choice for choice in choices if all(value_of(choice) in pin.values for pin in pins))
+    if not kept:
+        offered = ", ".join(str(value) for value in dict.fromkeys(map(value_of, block.choices)))
+        texts = " and ".join(repr(pin.text) for pin in pins)
+        raise GenotypeError(f"{texts} leave nothing of block {block.name}: its {name} can be {offered}")
+    return kept

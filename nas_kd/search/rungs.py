@@ -1,0 +1,45 @@
+"""When a trial stops early: at a rung where enough cheaper trials were already better.
+
+Optuna's own pruners refuse studies with several objectives, so the rule is ours: asynchronous successive halving over
+the front, one comparison per rung, tested without a study.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from nas_kd.budget import KINDS, Cost
+
+PATIENCE = 3  # better and no dearer trials at a rung before a trial stops there
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RungScore:
+    """What a trial of this cost scored at a rung."""
+
+    cost: Cost
+    score: float
+
+
+def rung_epochs(epochs: int) -> tuple[int, ...]:
+    """The epochs after which a proxy of `epochs` is looked at: powers of two, and the last.
+
+    >>> rung_epochs(6)
+    (1, 2, 4, 6)
+    """
+    powers = [2**power for power in range(epochs.bit_length()) if 2**power < epochs]
+    return (*powers, epochs)
+
+
+def deficit(own: RungScore, peers: Iterable[RungScore], patience: int = PATIENCE) -> float:
+    """How far a trial is behind at a rung: > 0 when at least `patience` peers that cost no more in any kind scored
+    more, by how much the worst of the best `patience` of them did; else ≤ 0."""
+    rivals = sorted((peer.score for peer in peers if _no_dearer(peer.cost, own.cost)), reverse=True)
+    if len(rivals) < patience:
+        return 0.0
+    return rivals[patience - 1] - own.score
+
+
+def _no_dearer(cost: Cost, other: Cost) -> bool:
+    return all(cost[kind] <= other[kind] for kind in KINDS)

@@ -1,0 +1,184 @@
+"""The trials of a study: each proposes a genotype, is priced, and if it is within budget trains a short proxy."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+from torch import nn
+
+from nas_kd.budget import KINDS, Cost
+from nas_kd.errors import TrainingError
+from nas_kd.genotype import Genotype
+from nas_kd.search.rungs import RungScore, deficit, rung_epochs
+from nas_kd.search.space import Space
+from nas_kd.search.storage import Direction
+from nas_kd.training.images import Images
+from nas_kd.training.loop import recalibrate, train
+from nas_kd.training.recipe import Recipe
+from nas_kd.training.views import Views
+
+SCORE = "accuracy"  # the name of the first objective
+RUNG = "rung"  # the constraint of a trial that stopped at a rung
+_CALIBRATION = 512  # images through which batch norms are recalibrated
+_logger = logging.getLogger(__name__)
+
+
+OBJECTIVES = (SCORE, *KINDS)  # the score is maximised, every cost minimised
+DIRECTIONS: tuple[Direction, ...] = ("maximize", *itertools.repeat("minimize", len(KINDS)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Proxy:
+    """What every trial trains on and how: the same images in the same order for every genotype."""
+
+    views: Views
+    val: Images
+    recipe: Recipe
+    device: str = "cpu"
+
+    def prepare(self, student: nn.Module) -> nn.Module:
+        """Moves a student to the device and recalibrates its batch norms on augmented training images."""
+        student = student.to(self.device)
+        recalibrate(student, self.views.sample(_CALIBRATION))
+        return student
+
+
+class Objective:
+    """Called with a trial, gives its score and costs; for `study.optimize` of a study with `DIRECTIONS`."""
+
+    def __init__(self, space: Space[Any], proxy: Proxy, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.space, self.proxy, self.clock = space, proxy, clock
+        rungs = rung_epochs(proxy.recipe.epochs)
+        self.recipe = dataclasses.replace(proxy.recipe, eval_epochs=rungs)
+
+    def __call__(self, trial: optuna.Trial) -> tuple[float, ...]:
+        genotype = self.space.suggest_genotype(trial)
+        trial.set_user_attr("genotype", genotype.to_json())
+        cost = self.space.admit(trial, genotype)
+        known = self._known(trial, genotype)
+        if known is not None:
+            trial.set_user_attr("reused", known.number)
+            trial.set_constraint(RUNG, 0.0)
+            return tuple(known.values)
+        started = self.clock()
+        score = self._train(trial, genotype, cost)
+        trial.set_user_attr("seconds", round(self.clock() - started, 3))
+        return (score, *(float(cost[kind]) for kind in KINDS))
+
+    def _known(self, trial: optuna.Trial, genotype: Genotype) -> FrozenTrial | None:
+        finished = trial.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        return next((other for other in finished if other.user_attrs.get("digest") == genotype.digest), None)
+
+    def _train(self, trial: optuna.Trial, genotype: Genotype, cost: Cost) -> float:
+        student = self.proxy.prepare(self.space.student(genotype))
+
+        def report(epoch: int, accuracy: float) -> None:
+            trial.set_user_attr(f"rung/{epoch}", accuracy)
+            if epoch < self.recipe.epochs:
+                self._stop_if_behind(trial, epoch, RungScore(cost=cost, score=accuracy))
+
+        try:
+            result = train(student, self.proxy.views, self.recipe, val=self.proxy.val, report=report)
+        except TrainingError as error:
+            trial.set_user_attr("reason", str(error))
+            trial.set_constraint(RUNG, 1.0)
+            raise optuna.TrialPruned(str(error)) from error
+        trial.set_constraint(RUNG, 0.0)
+        return result.accuracy
+
+    def _stop_if_behind(self, trial: optuna.Trial, epoch: int, own: RungScore) -> None:
+        behind = deficit(own, _rung_scores(trial, epoch))
+        if behind > 0:
+            reason = f"stopped after epoch {epoch}: cheaper students were {100 * behind:.1f} points better there"
+            trial.set_user_attr("reason", reason)
+            trial.set_constraint(RUNG, behind)
+            raise optuna.TrialPruned(reason)
+
+
+def _rung_scores(trial: optuna.Trial, epoch: int) -> list[RungScore]:
+    """What the study's other trials scored at this rung."""
+    return [
+        RungScore(cost=cost_of(other), score=other.user_attrs[f"rung/{epoch}"])
+        for other in trial.study.get_trials(deepcopy=False)
+        if other.number != trial.number and f"rung/{epoch}" in other.user_attrs
+    ]
+
+
+def cost_of(trial: FrozenTrial) -> Cost:
+    """The cost that was noted on a trial."""
+    return Cost(**{kind: int(trial.user_attrs[kind]) for kind in KINDS})
+
+
+def is_trained(trial: FrozenTrial) -> bool:
+    """Whether a trial trained anything: it is finished, was within budget and did not reuse another's result."""
+    if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED) or "reused" in trial.user_attrs:
+        return False
+    return any(name.startswith("rung/") for name in trial.user_attrs)
+
+
+def count_trained(study: optuna.Study) -> int:
+    """How many trials of a study trained a student; over-budget ones are free."""
+    return sum(map(is_trained, study.get_trials(deepcopy=False)))
+
+
+def run_trials(
+    study: optuna.Study,
+    objective: Objective,
+    *,
+    trained: int,
+    tick: Callable[[FrozenTrial], None] = lambda trial: None,
+    cap: int = 50,
+) -> None:
+    """Runs trials until `trained` of the study have trained a student, or `cap` times as many were asked for now."""
+    missing = trained - count_trained(study)
+    if missing <= 0:
+        return
+
+    def after(study: optuna.Study, trial: FrozenTrial) -> None:
+        tick(trial)
+        if count_trained(study) >= trained:
+            study.stop()
+
+    study.optimize(objective, n_trials=missing * cap, callbacks=[after], gc_after_trial=False)
+    if (done := count_trained(study)) < trained:
+        _logger.warning("only %d of %d trials trained: the sampler found too few students within budget", done, trained)
+
+
+def make_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
+    """One of Optuna's samplers by its short name: tpe (multivariate), nsgaii, nsgaiii, random."""
+    samplers: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
+        "tpe": lambda: optuna.samplers.TPESampler(multivariate=True, seed=seed, n_startup_trials=8),
+        "nsgaii": lambda: optuna.samplers.NSGAIISampler(seed=seed, population_size=16),
+        "nsgaiii": lambda: optuna.samplers.NSGAIIISampler(seed=seed, population_size=16),
+        "random": lambda: optuna.samplers.RandomSampler(seed=seed),
+    }
+    return samplers[name]()
+
+
+def best_score(trial: FrozenTrial) -> float:
+    """The score of a trial: its first value, or what it had at its last rung when it stopped; NaN without any."""
+    if trial.values:
+        return float(trial.values[0])
+    rungs = {int(name.split("/")[1]): score for name, score in trial.user_attrs.items() if name.startswith("rung/")}
+    return float(rungs[max(rungs)]) if rungs else math.nan
+
+
+def importances(study: optuna.Study) -> tuple[tuple[str, float], ...]:
+    """Each parameter's share of the variance of the score, largest first; empty with too few finished trials."""
+    if len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))) < 4:
+        return ()
+    try:
+        shares = optuna.importance.get_param_importances(study, target=lambda trial: -trial.values[0])
+    except (ValueError, RuntimeError) as error:
+        _logger.warning("no parameter importances: %s", error)
+        return ()
+    return tuple(shares.items())

@@ -1,0 +1,75 @@
+"""The main command: `python -m nas_kd.study --budget params=1M`."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nas_kd.arguments import Settings, parse_study
+from nas_kd.errors import NasKdError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from nas_kd.results.rows import StudySummary
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a study and returns the exit code: 0 done, 2 a mistake of the user's, 130 interrupted."""
+    arguments = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in arguments
+    try:
+        return run_study(parse_study(arguments))
+    except NasKdError as error:
+        if debug:
+            traceback.print_exc()
+        sys.stderr.write(f"nas_kd: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("nas_kd: stopped; what is finished is kept, the same command goes on from there\n")
+        return 130
+
+
+def run_study(settings: Settings) -> int:
+    """The whole way from settings to results, with progress on standard error and the result on standard output."""
+    import logging
+    import warnings
+
+    import optuna
+
+    from nas_kd import pipeline
+    from nas_kd.progress import Stages, configure_logging, console_for
+
+    console = console_for(sys.stderr)
+    configure_logging(console, quiet=settings.quiet, debug=settings.debug)
+    optuna.logging.set_verbosity(optuna.logging.DEBUG if settings.debug else optuna.logging.ERROR)
+    logging.getLogger("timm").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    job = pipeline.prepare(settings)
+    summary = pipeline.run(job, Stages(console, quiet=settings.quiet))
+    _conclude(summary, job.out, settings, console_for(sys.stdout))
+    return 0
+
+
+def _conclude(summary: StudySummary, out: Path, settings: Settings, console: Console) -> None:
+    """Prints the table of models and where everything is."""
+    from nas_kd.results.report import headline
+    from nas_kd.results.table import render_table
+
+    console.print(render_table(summary.models, folder=out), crop=False)
+    storage = settings.storage or f"sqlite:///{out / 'study.db'}"
+    lines = (
+        headline(summary),
+        f"load one: import timm, nas_kd.models; timm.create_model('local-dir:{out}/MODEL', pretrained=True)",
+        f"report: {out / 'report.html'}    table: {out / 'front.csv'}",
+        f"look closer: optuna-dashboard {storage}",
+    )
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

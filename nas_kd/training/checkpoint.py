@@ -1,0 +1,76 @@
+"""Weights from a file that a user names: safetensors or torch, never code."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from timm.models import load_state_dict
+from torch import Tensor, nn
+
+from nas_kd.errors import CheckpointError
+
+
+def load_checkpoint(network: nn.Module, path: Path) -> None:
+    """Loads `path` into `network`: safetensors, or a torch file that holds tensors only (`weights_only=True`).
+
+    As in timm, weights may be wrapped in 'state_dict' or 'model', and carry the prefix 'module.'. Raises
+    CheckpointError, in one line, for a file that is missing, unreadable, holds pickled objects, or does not fit.
+    """
+    load_exactly(network, _read(path), path)
+
+
+def load_exactly(network: nn.Module, state: Mapping[str, Any], path: Path) -> None:
+    """Loads a state dict that came from `path`, after it was compared with the network: all of it or nothing.
+
+    Raises CheckpointError that names the first keys or shapes which differ, or a tensor that is not finite.
+    """
+    if reason := _mismatch(network.state_dict(), state):
+        raise CheckpointError(f"{path} does not fit the model {type(network).__name__}: {reason}")
+    network.load_state_dict(dict(state), strict=False)  # strict but for the batch counters, see _mismatch
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint file {path}")
+    try:
+        with warnings.catch_warnings():  # torch warns of strange pickles before it refuses them; the error is enough
+            warnings.simplefilter("ignore")
+            state = load_state_dict(str(path), weights_only=True)
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError,
+            pickle.UnpicklingError, SafetensorError) as error:  # fmt: skip
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"cannot read the checkpoint {path}: it must be safetensors or a torch file of tensors only ({reason})"
+        ) from error
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"the checkpoint {path} holds no state dict of tensors (nor one under 'state_dict')")
+    return dict(state)
+
+
+def _mismatch(own: Mapping[str, Tensor], state: Mapping[str, Any]) -> str:
+    """Why the state does not fit, in words; empty when it does."""
+    # old checkpoints have no batch counters, and nothing depends on them
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in state if key not in own]
+    if missing or unexpected:
+        parts = [_some("it lacks", missing), _some("the model does not have", unexpected)]
+        return "; ".join(part for part in parts if part)
+    for key, tensor in state.items():
+        if tensor.shape != own[key].shape:
+            return f"{key} is {tuple(tensor.shape)} there and {tuple(own[key].shape)} in the model"
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            return f"{key} holds values that are not finite"
+    return ""
+
+
+def _some(words: str, keys: list[str]) -> str:
+    if not keys:
+        return ""
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return f"{words} {', '.join(keys[:3])}{more}"

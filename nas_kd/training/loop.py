@@ -1,0 +1,316 @@
+"""The one training loop, and what looks at a network without training it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from nas_kd.errors import DataError, TrainingError
+from nas_kd.training.augment import derive_seed
+from nas_kd.training.images import Batch, Images, TrainingData, normalise
+from nas_kd.training.losses import student_loss
+from nas_kd.training.recipe import Recipe
+from nas_kd.training.resume import Stateful, restore, store
+
+_CHECK_STEPS = 50  # between two looks at the loss: each look makes a GPU wait
+_RESIDENT = 0.25  # of the free device memory may hold the training data
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """What a training gave: `accuracies`, (epoch from 1, fraction) per evaluated epoch; `losses`, mean per epoch;
+    `images`, how many were seen; `seconds` of this run, without what an earlier, killed one had done."""
+
+    accuracies: tuple[tuple[int, float], ...]
+    losses: tuple[float, ...]
+    images: int
+    seconds: float
+
+    @property
+    def accuracy(self) -> float:
+        """The last evaluated accuracy; NaN when nothing was evaluated."""
+        return self.accuracies[-1][1] if self.accuracies else math.nan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Where and how a training runs, as opposed to its recipe: the file it resumes from, and the clock in seconds."""
+
+    checkpoint: Path | None = None
+    clock: Callable[[], float] = time.monotonic
+
+
+def ignore(epoch: int, accuracy: float) -> None:
+    """The report that tells nobody."""
+
+
+def train(
+    student: nn.Module,
+    data: TrainingData,
+    recipe: Recipe,
+    *,
+    val: Images | None = None,
+    report: Callable[[int, float], None] = ignore,
+    run: Run = Run(),
+) -> TrainResult:
+    """Trains `student` in place, on the device that it is on, and leaves it in eval mode.
+
+    At each of the recipe's `eval_epochs` (and the last) the accuracy on `val` is passed to `report`, which may raise
+    anything to stop. With `run.checkpoint` the state is kept there at those epochs and a killed training goes on from
+    it; epochs that were reported before are not reported again. The same seed gives the same weights on a CPU.
+    Raises TrainingError when the loss is not finite or one image does not fit the device, DataError for < 2 images.
+    """
+    started, device = run.clock(), device_of(student)
+    data = _resident(data, device)
+    steps_per_epoch = len(_batches(data, recipe, 0))
+    with _own_randomness(device), _layout(student, recipe), _left_in_eval(student):
+        stepper = _Stepper(student, data, recipe, steps=steps_per_epoch * recipe.epochs)
+        progress = restore(run.checkpoint, stepper.parts(), recipe, len(data))
+        for epoch in range(progress.epoch, recipe.epochs):
+            torch.manual_seed(derive_seed(recipe.seed, "dropout", epoch))
+            student.train()
+            total = torch.zeros((), device=device)
+            for step, indices in enumerate(_batches(data, recipe, epoch)):
+                batch = data.batch(epoch, indices)
+                total += stepper.step(batch, epoch * steps_per_epoch + step) * len(indices)
+                if step % _CHECK_STEPS == 0:
+                    _check_loss(total, epoch, recipe)
+            progress = progress.after_epoch(_check_loss(total, epoch, recipe) / len(data))
+            if recipe.evaluates(progress.epoch):
+                if val is not None:
+                    progress = progress.with_accuracy(evaluate(stepper.averaged(), val))
+                store(run.checkpoint, stepper.parts(), recipe, len(data), progress)
+                if val is not None:
+                    report(progress.epoch, progress.accuracies[-1][1])
+        stepper.adopt_average()
+    return TrainResult(
+        accuracies=progress.accuracies,
+        losses=progress.losses,
+        images=progress.epoch * len(data),
+        seconds=run.clock() - started,
+    )
+
+
+class _Stepper:
+    """One optimiser step: learning rate, precision, gradient accumulation when memory is short, moving average."""
+
+    def __init__(self, student: nn.Module, data: TrainingData, recipe: Recipe, *, steps: int) -> None:
+        trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        if not trainable:
+            raise TrainingError("nothing to train: every parameter of the student has requires_grad=False")
+        self.student, self.recipe, self.steps, self.pieces = student, recipe, steps, 1
+        self.mean, self.std, self.device = data.mean, data.std, device_of(student)
+        self.optimizer = recipe.make_optimizer(trainable)
+        self.dtype = amp_dtype(self.device) if recipe.amp else None
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.average = recipe.make_average(student)
+
+    def step(self, batch: Batch, step: int) -> Tensor:
+        """Descends on one batch; its mean loss, still on the device. `step` counts from the start of the training."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.learning_rate(step, self.steps)
+        loss = self._backward(batch)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average is not None:
+            self.average.update(self.student, step=step)
+        return loss
+
+    def _backward(self, batch: Batch) -> Tensor:
+        while True:
+            self.optimizer.zero_grad(set_to_none=True)
+            try:
+                return self._accumulate(batch)
+            except torch.OutOfMemoryError as error:
+                self._halve(len(batch.labels), error)
+
+    def _accumulate(self, batch: Batch) -> Tensor:
+        loss = torch.zeros((), device=self.device)
+        for indices in torch.arange(len(batch.labels), device=batch.labels.device).tensor_split(self.pieces):
+            part = self._loss(batch, indices) * (len(indices) / len(batch.labels))
+            torch.autograd.backward(self.scaler.scale(part))
+            loss += part.detach()
+        return loss
+
+    def _loss(self, batch: Batch, indices: Tensor) -> Tensor:
+        pixels = normalise(batch.pixels[indices], self.mean, self.std, self.device)
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+            logits = self.student(memory_layout(pixels, self.recipe.channels_last))
+        return student_loss(
+            logits,
+            batch.labels[indices].to(self.device, non_blocking=True),
+            None if batch.logits is None else batch.logits[indices].to(self.device, non_blocking=True),
+            distill_weight=self.recipe.distill_weight,
+            temperature=self.recipe.temperature,
+        )
+
+    def _halve(self, batch_size: int, error: torch.OutOfMemoryError) -> None:
+        self.pieces *= 2
+        if batch_size < 2 * self.pieces:
+            raise TrainingError(
+                f"not even {batch_size // (self.pieces // 2)} images fit the memory of {self.device}: "
+                "use smaller images or another device"
+            ) from error
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        _logger.warning(
+            "out of memory: batches of %d go on as %d pieces with accumulated gradients", batch_size, self.pieces
+        )
+
+    def averaged(self) -> nn.Module:
+        """The network to evaluate: the moving average where the recipe has one."""
+        return self.student if self.average is None else self.average.module
+
+    def adopt_average(self) -> None:
+        """Gives the student the weights of its moving average, if there is one."""
+        if self.average is not None:
+            self.student.load_state_dict(self.average.module.state_dict())
+
+    def parts(self) -> dict[str, Stateful]:
+        """Everything that holds state between two epochs."""
+        parts: dict[str, Stateful] = {"student": self.student, "optimizer": self.optimizer, "scaler": self.scaler}
+        if self.average is not None:
+            parts["average"] = self.average.module
+        return parts
+
+
+def evaluate(model: nn.Module, images: Images, *, batch_size: int = 256) -> float:
+    """The accuracy (fraction 0–1) of `model` on `images`, on the model's device, in eval mode; the mode is restored."""
+    logits = predict_logits(model, images, batch_size=batch_size)
+    return (logits.argmax(1) == images.labels.cpu()).double().mean().item()
+
+
+def predict_logits(model: nn.Module, images: Images, *, batch_size: int = 256) -> Tensor:
+    """The logits N×K (float32, CPU) of `model`, in inference and eval mode; the model's mode is restored."""
+    device = device_of(model)
+    with eval_mode(model), torch.inference_mode():
+        pieces = [
+            model(normalise(pixels, images.mean, images.std, device)).float().cpu()
+            for pixels in torch.split(images.pixels, batch_size)
+        ]
+    return torch.cat(pieces).clone()
+
+
+def recalibrate(model: nn.Module, images: Images, *, batch_size: int = 128) -> None:
+    """Recomputes every batch norm's running mean and variance as the average over `images`; ends in eval mode.
+
+    The images must have gone through the training augmentation (`Views.sample`, `AugmentedImages.sample`): on clean
+    ones even an untouched teacher loses points. A few hundred are enough. Does nothing to a model without batch norms.
+    Raises DataError for fewer than 2 images.
+    """
+    model.eval()
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # torch: the cumulative average
+        norm.train()
+    try:
+        with torch.no_grad():
+            for indices in even_split(torch.arange(len(images)), batch_size):
+                model(normalise(images.pixels[indices], images.mean, images.std, device_of(model)))
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        model.eval()
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a model's first parameter or buffer; the CPU when it has none."""
+    tensor = next(model.parameters(), None)
+    return next(model.buffers(), torch.empty(0)).device if tensor is None else tensor.device
+
+
+def amp_dtype(device: torch.device) -> torch.dtype:
+    """The 16-bit type for automatic mixed precision: bfloat16, or float16 on a GPU that has no bfloat16."""
+    return torch.float16 if device.type == "cuda" and not torch.cuda.is_bf16_supported() else torch.bfloat16
+
+
+def even_split(indices: Tensor, batch_size: int) -> tuple[Tensor, ...]:
+    """Cuts indices into batches of nearly equal length ≤ `batch_size`, and never of 1: batch norm cannot train on it.
+
+    Raises DataError for fewer than 2 indices.
+
+    >>> [len(batch) for batch in even_split(torch.arange(65), 64)]
+    [33, 32]
+    """
+    if len(indices) < 2:
+        raise DataError(f"batch norm needs at least 2 images, got {len(indices)}")
+    return indices.tensor_split(max(1, min(math.ceil(len(indices) / batch_size), len(indices) // 2)))
+
+
+def memory_layout(pixels: Tensor, channels_last: bool) -> Tensor:
+    """The same images, laid out channels-last in memory when asked for."""
+    return pixels.contiguous(memory_format=torch.channels_last) if channels_last else pixels
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block, every module's own mode after it."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _batches(data: TrainingData, recipe: Recipe, epoch: int) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(derive_seed(recipe.seed, "order", epoch))
+    return even_split(torch.randperm(len(data), generator=generator), recipe.batch_size)
+
+
+def _check_loss(total: Tensor, epoch: int, recipe: Recipe) -> float:
+    value = total.item()
+    if not math.isfinite(value):
+        raise TrainingError(
+            f"the loss became {value} in epoch {epoch + 1} of {recipe.epochs} with {recipe.optimizer} at a peak "
+            f"learning rate of {recipe.lr:g}: lower the learning rate, or look for weights that are not finite"
+        )
+    return value
+
+
+def _resident(data: TrainingData, device: torch.device) -> TrainingData:
+    if device.type != "cuda":
+        return data
+    free, _ = torch.cuda.mem_get_info(device)
+    return data.to(device) if data.bytes <= _RESIDENT * free else data
+
+
+@contextmanager
+def _own_randomness(device: torch.device) -> Iterator[None]:
+    # dropout and drop-path draw from torch's global generators: ours while training, the caller's afterwards
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
+@contextmanager
+def _layout(student: nn.Module, recipe: Recipe) -> Iterator[None]:
+    if recipe.channels_last:
+        student.to(memory_format=torch.channels_last)
+    try:
+        yield
+    finally:
+        if recipe.channels_last:  # safetensors refuses weights in another layout
+            student.to(memory_format=torch.contiguous_format)
+
+
+@contextmanager
+def _left_in_eval(student: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        student.eval()

@@ -1,0 +1,111 @@
+"""The state of a killed training, kept in one file that is replaced in one step."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import pickle
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+
+from nas_kd.errors import OutputError
+from nas_kd.training.recipe import Recipe
+
+_VERSION = 1
+_logger = logging.getLogger(__name__)
+
+
+class Stateful(Protocol):
+    """A network, an optimiser, or anything else with torch's state dict."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
+        """Takes the state back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a training is: finished epochs, (epoch, accuracy) pairs, the mean loss of each epoch."""
+
+    epoch: int = 0
+    accuracies: tuple[tuple[int, float], ...] = ()
+    losses: tuple[float, ...] = ()
+
+    def after_epoch(self, loss: float) -> Progress:
+        """One epoch further, which had this mean loss."""
+        return replace(self, epoch=self.epoch + 1, losses=(*self.losses, loss))
+
+    def with_accuracy(self, accuracy: float) -> Progress:
+        """With the accuracy after the current epoch."""
+        return replace(self, accuracies=(*self.accuracies, (self.epoch, accuracy)))
+
+
+def store(path: Path | None, parts: Mapping[str, Stateful], recipe: Recipe, images: int, progress: Progress) -> None:
+    """Writes the state to `path` in one step; does nothing for None. Raises OutputError when it cannot."""
+    if path is None:
+        return
+    state = {
+        "version": _VERSION,
+        "fingerprint": _fingerprint(parts, recipe, images),
+        "progress": {
+            "epoch": progress.epoch,
+            "accuracies": [list(pair) for pair in progress.accuracies],
+            "losses": list(progress.losses),
+        },
+        "parts": {name: part.state_dict() for name, part in parts.items()},
+    }
+    replace_file(path, lambda draft: torch.save(state, draft))
+
+
+def restore(path: Path | None, parts: Mapping[str, Stateful], recipe: Recipe, images: int) -> Progress:
+    """Puts the state of `path` into the parts; where there is none that fits, warns and starts at epoch 0."""
+    if path is None or not path.exists():
+        return Progress()
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["version"] != _VERSION or state["fingerprint"] != _fingerprint(parts, recipe, images):
+            raise ValueError("it belongs to another recipe or other data")
+        if state["parts"].keys() != parts.keys():
+            raise ValueError("it holds other parts")
+        progress = Progress(
+            state["progress"]["epoch"],
+            tuple((epoch, accuracy) for epoch, accuracy in state["progress"]["accuracies"]),
+            tuple(state["progress"]["losses"]),
+        )
+        for name, part in parts.items():
+            part.load_state_dict(state["parts"][name])
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        _logger.warning("cannot resume from %s (%s): training from the start", path, str(error).splitlines()[0])
+        return Progress()
+    _logger.info("resumed %s after epoch %d of %d", path.name, progress.epoch, recipe.epochs)
+    return progress
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets `write` fill a temporary file and moves it to `path` in one step. Raises OutputError when it cannot."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # not tempfile: its files are private to the user; and torch.save refuses names that begin with a dot
+        draft = path.with_name(f"{path.name}-{secrets.token_hex(4)}.partial")
+        try:
+            write(draft)
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap a full disk in their own
+        raise OutputError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _fingerprint(parts: Mapping[str, Stateful], recipe: Recipe, images: int) -> str:
+    # shapes too: a state that does not fit must be refused before half of it is loaded
+    shapes = [(name, tuple(tensor.shape)) for name, tensor in parts["student"].state_dict().items()]
+    return hashlib.sha256(f"{recipe!r} {images} {shapes}".encode()).hexdigest()
