@@ -221,13 +221,15 @@ def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         return left.mT, right.mT
     # single precision will do: the product of the factors is a projection, exact whatever the eigenvalues' error
     work = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    peak = work.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(work.dtype).tiny)
+    work = work / peak
     values, vectors = torch.linalg.eigh(work @ work.mT)
     best = min(rank, rows)
-    floor = torch.finfo(work.dtype).eps ** 2 * values[..., -1:].clamp_min(torch.finfo(work.dtype).tiny)
-    scale = values[..., -best:].maximum(floor).pow(0.25)  # √σ: the square root of each singular value
+    floor = torch.finfo(work.dtype).eps ** 2  # of the largest eigenvalue, which is at least 1 now
+    scale = values[..., -best:].clamp_min(floor).pow(0.25)  # √σ: the square root of each singular value
     basis = vectors[..., -best:]
-    left = basis * scale[..., None, :]
-    right = (basis / scale[..., None, :]).mT @ work
+    left = basis * scale[..., None, :] * peak.sqrt()
+    right = (basis / scale[..., None, :]).mT @ work * peak.sqrt()
     padding = rank - best
     return F.pad(left, (0, padding)).to(matrix.dtype), F.pad(right, (0, 0, 0, padding)).to(matrix.dtype)
 

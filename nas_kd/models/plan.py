@@ -151,7 +151,7 @@ def _apply_edit(network: nn.Module, path: str, edit: Edit) -> None:
 
 
 def _resize(module: nn.Module, name: str, dims: tuple[tuple[int, int], ...]) -> None:
-    old = getattr(module, name)
+    old = getattr(module, name, None)
     if name in module._parameters and old is not None:
         resized: Tensor = nn.Parameter(resize(old.detach(), dims), requires_grad=old.requires_grad)
     elif name in module._buffers and old is not None:

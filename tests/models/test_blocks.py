@@ -121,7 +121,7 @@ def test_a_genotype_must_be_complete() -> None:
 def test_transformers_and_mlps_are_refused(name: str) -> None:
     with torch.device("meta"):
         network = timm.create_model(name)
-    with pytest.raises(ModelError, match="transformer or MLP, or not supported|no spatial convolutions"):
+    with pytest.raises(ModelError, match=r"transformer or MLP, or not supported|no spatial convolutions"):
         analyse(network, (3, 224, 224), name=name)
 
 
@@ -133,7 +133,7 @@ def test_no_convolution_at_all() -> None:
 def test_images_too_small_for_the_model() -> None:
     with torch.device("meta"):
         network = timm.create_model("inception_v3")
-    with pytest.raises(ModelError, match="cannot run on 3×8×8 images: .*; try a larger --img-size"):
+    with pytest.raises(ModelError, match=r"cannot run on 3×8×8 images: .*; try a larger --img-size"):
         analyse(network, (3, 8, 8))
 
 

