@@ -84,7 +84,12 @@ def _find_blocks(network: nn.Module, traced: Trace, open: frozenset[str]) -> tup
 def _is_convolutional(blocks: Sequence[Block], traced: Trace) -> bool:
     """Whether a choice changes a convolution: a transformer has a patch embedding, and inner widths of MLPs."""
     convs = {call.module for call in traced.calls if call.kind == "conv"}
-    return any(block.sites or any(convs & set(c.producers) for c in block.channels) for block in blocks)
+    return any(
+        block.sites
+        or any(convs & set(channels.producers) for channels in block.channels)
+        or any(not choice.keep and conv.startswith(f"{block.name}.") for choice in block.choices for conv in convs)
+        for block in blocks
+    )
 
 
 def block_of(network: nn.Module, path: str) -> str:
@@ -283,7 +288,7 @@ def _changeable(sites: Sequence[Site], block: str, widths: Widths) -> tuple[Site
 
     def is_pairwise(site: Site) -> bool:
         readers, writers = (set(widths.setters(labels)) - {block} for labels in (site.inputs, site.outputs))
-        return site.spec.channelwise or not (readers and writers)
+        return site.spec.channelwise or not (readers and writers) or len(readers | writers) == 1
 
     return tuple(site for site in sites if is_pairwise(site))
 

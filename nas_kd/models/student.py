@@ -161,6 +161,8 @@ def _following_split(module: nn.Module, split: Split, mask: Mask) -> Iterator[tu
             yield name, new
         elif name in SETTABLE and type(value) is int and value == old[0]:
             yield name, new[0]
+        elif name in SETTABLE and type(value) is int and value == sum(old):
+            yield name, sum(new)
 
 
 _NORM_SIZES = ("num_features", "num_channels", "num_parameters")  # batch norm, group norm, PReLU

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from nas_kd.genotype import Choice, Genotype
-from nas_kd.models.blocks import Analysis, analyse
+from nas_kd.models.blocks import ASPECTS, Analysis, analyse
 from nas_kd.models.costs import CostTable, cost_table
 
 COVERED = (
@@ -76,11 +76,11 @@ class Base:
 
 
 @cache
-def base(name: str, side: int, classes: int = 10) -> Base:
+def base(name: str, side: int, classes: int = 10, opened: tuple[str, ...] = ASPECTS) -> Base:
     """A timm model on the meta device, analysed at side×side pixels; made once."""
     with torch.device("meta"):
         network = timm.create_model(name, num_classes=classes).eval()
-    analysis = analyse(network, (3, side, side), name=name)
+    analysis = analyse(network, (3, side, side), name=name, open=opened)
     return Base(network=network, analysis=analysis, table=cost_table(analysis, network))
 
 

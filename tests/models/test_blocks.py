@@ -5,12 +5,14 @@ import time
 import pytest
 import timm
 import torch
-from families import COVERED, FAMILIES, family
+from families import COVERED, FAMILIES, base, family
 from torch import nn
 
 from nas_kd.errors import GenotypeError, ModelError
 from nas_kd.genotype import Choice
 from nas_kd.models.blocks import WIDTHS, analyse, block_of
+from nas_kd.models.student import build_student
+from nas_kd.models.verify import measure
 
 
 @pytest.mark.parametrize(
@@ -103,6 +105,29 @@ def test_aspects_can_be_closed(open_: tuple[str, ...], widths: int, kernels: int
     assert len(block.choices) == widths * kernels * convs
 
 
+def test_streams_are_blocks_of_their_own() -> None:
+    analysis = base("resnet18", 32, opened=("stages",)).analysis
+    assert [block.name for block in analysis.blocks] == [f"layer{stage}.stream" for stage in range(1, 5)]
+    assert analysis.blocks[0].channels[0].producers == ("conv1", "layer1.0.conv2", "layer1.1.conv2")
+    assert not analysis.blocks[0].sites
+
+
+def test_blocks_around_an_identity_may_be_dropped() -> None:
+    subject = base("resnet18", 32, opened=("keep",))
+    assert [block.name for block in subject.analysis.blocks] == [
+        "layer1.0",
+        "layer1.1",
+        "layer2.1",
+        "layer3.1",
+        "layer4.1",
+    ]
+    dropped = {block.name: block.choices[-1] for block in subject.analysis.blocks}
+    assert not any(choice.keep for choice in dropped.values())
+    student = build_student(subject.network, subject.analysis, dropped)
+    assert isinstance(student.layer1[1], nn.Identity)
+    assert len(student.layer2) == 2  # indices stay: the keys of other blocks do not move
+
+
 def test_unknown_block() -> None:
     with pytest.raises(GenotypeError, match=r"resnet18 has no block 'layer1\.9'; did you mean 'layer1\.\d'\?; it has"):
         family("resnet18").analysis.block("layer1.9")
@@ -146,11 +171,6 @@ def test_unknown_aspect() -> None:
 @pytest.mark.parametrize("name", COVERED)
 def test_covered(name: str) -> None:
     """Every covered model at its own size, in time, with choices in most blocks, and 20 random students as priced."""
-    from families import base
-
-    from nas_kd.models.student import build_student
-    from nas_kd.models.verify import measure
-
     with torch.device("meta"):
         network = timm.create_model(name, num_classes=10).eval()
     size = network.pretrained_cfg["input_size"]

@@ -29,6 +29,16 @@ def test_table_equals_built_student(name: str, seed: int) -> None:
     assert measure(student, subject.input_size) == subject.table.cost(genotype)
 
 
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100", "convnext_atto", "cspresnet50", "repvgg_a0"])
+@given(seed=SEEDS)
+def test_streams_and_dropped_blocks_are_exact_too(name: str, seed: int) -> None:
+    subject = base(name, FAMILIES[name], opened=("width", "kernel", "conv", "stages", "keep"))
+    genotype = subject.genotype(seed)
+    student = build_student(subject.network, subject.analysis, genotype)
+    assert measure(student, subject.input_size) == subject.table.cost(genotype)
+    assert any(block.name.endswith(".stream") for block in subject.analysis.blocks)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_identity_costs_what_the_base_costs(name: str) -> None:
     subject = family(name)
