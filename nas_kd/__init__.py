@@ -46,7 +46,7 @@ _HOMES = {
     "recalibrate": "nas_kd.training.loop",
     "reduce_stride": "nas_kd.models.reduction",
 }
-__all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_HOMES)]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,10 @@ from collections.abc import Sequence
 
 from nas_kd import __version__
 
-COMMANDS = {"study": "search a family of smaller models within a budget"}
+COMMANDS = {
+    "study": "search a family of smaller models within a budget",
+    "space": "show what a model may become and what that costs",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
-from collections.abc import Sequence
+import sys
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 from nas_kd import __version__
@@ -57,7 +60,7 @@ class Settings:
     def name(self) -> str:
         """The study's name: as given, or model, dataset and budget."""
         text = self.study_name or f"{self.model}-{self.dataset or 'folder'}-{self.budget.replace('=', '')}"
-        return re.sub(r"[^\w.%+-]+", "-", text).strip("-")
+        return re.sub(r"[^\w.%+-]+", "-", text).strip("-.")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -65,7 +68,7 @@ class _Parser(argparse.ArgumentParser):
         raise NasKdError(f"{message}; see {self.prog} --help")
 
 
-def _number(least: float, kind: type[int] | type[float] = int, below: float | None = None) -> object:
+def _number(least: float, kind: type[int] | type[float] = int, below: float | None = None) -> Callable[[str], float]:
     def read(text: str) -> float:
         try:
             value = kind(text)
@@ -137,10 +140,14 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--budget", required=True, metavar="B", help="hard upper bounds: params=1M,macs=30M or macs=50%% of the base")
     add("--trials", type=_number(1), default=20, metavar="N", help="students to train; over-budget ones are free (20)")
-    add("--space", default="width,kernel,conv", metavar="S", help="what may change, e.g. width,conv=standard/depthwise")
-    add("--pin", action="append", default=[], metavar="P", help="limit blocks: 'layer1.*:conv=standard' (repeatable)")
+    _add_choices(add)
     add("--sampler", choices=SAMPLERS, default="tpe", help="who proposes genotypes after the warm starts (tpe)")
     add("--front", type=_number(1), default=8, metavar="N", help="refine at most so many students of the front (8)")
+
+
+def _add_choices(add: Callable[..., object]) -> None:
+    add("--space", default="width,kernel,conv", metavar="S", help="what may change, e.g. width,conv=standard/depthwise")
+    add("--pin", action="append", default=[], metavar="P", help="limit blocks: 'layer1.*:conv=standard' (repeatable)")
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
@@ -151,12 +158,18 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     add("--proxy-images", type=_number(2), default=10_000, metavar="N", help="training images of a trial (10000)")
     add("--refine-epochs", type=_number(1), metavar="N", help="epochs of the front's models (by the data's size)")
     add("--batch-size", type=_number(2), default=64, metavar="N", help="images per step (64)")
-    add("--lr", type=_number(1e-9, float), default=0.015, metavar="F", help="peak learning rate of students (0.015)")
+    add(
+        "--lr",
+        type=_number(1e-9, float, math.inf),
+        default=0.015,
+        metavar="F",
+        help="peak learning rate of students (0.015)",
+    )
     add("--views", type=_number(1), default=8, metavar="N", help="augmented views with cached teacher logits (8)")
     add("--device", metavar="D", help="cpu, cuda, cuda:1, … (cuda where there is one)")
     add("--amp", action="store_true", help="mixed precision")
     add("--workers", type=_number(1), default=2, metavar="N", help="threads that decode images (2)")
-    add("--seed", type=_number(0), default=0, metavar="N", help="decides everything that is random (0)")
+    add("--seed", type=_number(0, int, 2**32), default=0, metavar="N", help="decides everything that is random (0)")
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
@@ -173,6 +186,62 @@ def parse_study(argv: Sequence[str]) -> Settings:
     """Reads the arguments of the main command. Raises NasKdError for bad ones."""
     arguments = vars(study_parser().parse_args(argv))
     parse_budget(arguments["budget"])
+    if arguments["study_name"] is not None and not re.search(r"\w", arguments["study_name"]):
+        raise NasKdError(f"--study-name {arguments['study_name']!r} needs a letter or digit")
     arguments["pin"] = tuple(arguments["pin"])
     arguments["command"] = " ".join(["python -m nas_kd.study", *argv])
     return Settings(**{field.name: arguments[field.name] for field in fields(Settings)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpaceSettings:
+    """The arguments of `python -m nas_kd.space`."""
+
+    model: str
+    reduction: int | None
+    img_size: int | None
+    in_chans: int
+    num_classes: int | None
+    space: str
+    pin: tuple[str, ...]
+    budget: str | None
+    as_json: bool
+
+
+def parse_space(argv: Sequence[str]) -> SpaceSettings:
+    """Reads the arguments of the space command. Raises NasKdError for bad ones."""
+    parser = _Parser(
+        prog="python -m nas_kd.space",
+        description="What a timm CNN may become: its blocks, the choices open to each, and what they cost.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a timm model, or local-dir:FOLDER")
+    add("--img-size", type=_number(4), metavar="N", help="side of the images in pixels (the model's)")
+    add("--reduction", type=_number(1), metavar="R", help="total stride of the network; small images need 8 or 4")
+    add("--in-chans", type=int, choices=(1, 3), default=3, help="channels of the images (3)")
+    add("--num-classes", type=_number(1), metavar="N", help="outputs (the model's)")
+    _add_choices(add)
+    add("--budget", metavar="B", help="tell whether it can be met: params=1M,macs=30M or macs=50%% of the base")
+    add("--json", action="store_true", dest="as_json", help="print one JSON object")
+    add("--debug", action="store_true", help="tracebacks")
+    arguments = vars(parser.parse_args(argv))
+    if arguments["budget"]:
+        parse_budget(arguments["budget"])
+    arguments["pin"] = tuple(arguments["pin"])
+    return SpaceSettings(**{field.name: arguments[field.name] for field in fields(SpaceSettings)})
+
+
+def guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None) -> int:
+    """Runs a command and returns its exit code; a mistake of the user's becomes one line and 2, Ctrl-C 130."""
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        return command(arguments)
+    except NasKdError as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        sys.stderr.write(f"nas_kd: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("nas_kd: stopped; what is finished is kept, the same command goes on from there\n")
+        return 130

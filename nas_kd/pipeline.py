@@ -6,6 +6,7 @@ Each stage is a function from values to values, made of the package's public pie
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import platform
 from collections.abc import Callable, Iterable
@@ -16,13 +17,14 @@ from typing import Any
 import optuna
 import timm
 import torch
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 
 from nas_kd import __version__
 from nas_kd.arguments import Settings
 from nas_kd.budget import KINDS, Budget, Cost, short
-from nas_kd.errors import DeviceError, OutputError
+from nas_kd.errors import DeviceError, OutputError, TrainingError
 from nas_kd.genotype import Genotype
 from nas_kd.models.hub import create_base
 from nas_kd.models.reduction import reduce_stride
@@ -37,7 +39,7 @@ from nas_kd.results.rows import ModelRow, Role, StudySummary, TrialRow
 from nas_kd.search.options import parse_options
 from nas_kd.search.space import Space
 from nas_kd.search.starts import random_genotype, uniform_width_student
-from nas_kd.search.storage import open_storage, open_study, sqlite_url
+from nas_kd.search.storage import check_study, open_storage, open_study, retry_dead_trials, sqlite_url
 from nas_kd.search.trials import (
     DIRECTIONS,
     OBJECTIVES,
@@ -61,7 +63,7 @@ from nas_kd.training.teacher import TeacherCache, TeacherResult, adopt_teacher, 
 from nas_kd.training.views import Views, ViewSpec, build_views
 
 _DIGITS_SIZE = 16  # at the base's own stride: measured, docs/decisions.md
-_TEACHER_IMAGES, _REFINE_IMAGES = 120_000, 60_000  # that a training sees by default, in at least 3 epochs
+_TEACHER, _REFINE = (120_000, 20), (60_000, 15)  # by default: images to be seen, in 3 epochs to so many
 _TEACHER_LR = 0.03
 _LEAST_FRONT = 5  # models that a study gives, from the layers behind the front if need be
 _CALIBRATION = 512
@@ -78,6 +80,7 @@ class Job:
     budget: Budget
     data: DataSpec
     trained_elsewhere: bool
+    storage: BaseStorage
 
     @property
     def cache(self) -> Path:
@@ -120,6 +123,8 @@ def prepare(settings: Settings) -> Job:
     )
     assert space.budget is not None
     elsewhere = bool(settings.pretrained or settings.initial_checkpoint)
+    storage = open_storage(settings.storage or sqlite_url(out / "study.db"))
+    check_study(storage, settings.name, _choices_made(settings, space.budget))
     return Job(
         settings=settings,
         device=device,
@@ -128,6 +133,7 @@ def prepare(settings: Settings) -> Job:
         budget=space.budget,
         data=_data_spec(settings, space, base if elsewhere else None),
         trained_elsewhere=elsewhere,
+        storage=storage,
     )
 
 
@@ -137,7 +143,7 @@ def choose_device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # the meta device makes tensors, but holds no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         text = str(error).splitlines()[0][:120]
         raise DeviceError(f"there is no device {name!r} on this machine ({text}): use --device cpu") from error
@@ -204,10 +210,10 @@ def gather(job: Job, stages: Stages) -> Materials:
     settings = job.settings
     with stages.stage("data"):
         splits = load_splits(job.data, job.cache)
-    epochs = _epochs(settings.teacher_epochs, _TEACHER_IMAGES, splits)
+    epochs = _epochs(settings.teacher_epochs, _TEACHER, splits)
     with stages.stage("teacher", 1 if job.trained_elsewhere else epochs) as advance:
         teacher = _teacher(job, splits, epochs, advance)
-    refine_epochs = _epochs(settings.refine_epochs, _REFINE_IMAGES, splits)
+    refine_epochs = _epochs(settings.refine_epochs, _REFINE, splits)
     with stages.stage("views", 2) as advance:
         subset = splits.train[: settings.proxy_images]
         proxy_views = _views(job, splits, teacher, min(settings.views, settings.proxy_epochs), subset)
@@ -217,15 +223,16 @@ def gather(job: Job, stages: Stages) -> Materials:
     return Materials(splits=splits, teacher=teacher, proxy_views=proxy_views, refine_views=whole)
 
 
-def _epochs(given: int | None, images: int, splits: Splits) -> int:
-    return given or max(3, min(30, round(images / len(splits.train))))
+def _epochs(given: int | None, default: tuple[int, int], splits: Splits) -> int:
+    images, most = default
+    return given or max(3, min(most, round(images / len(splits.train))))
 
 
 def _teacher(job: Job, splits: Splits, epochs: int, advance: Advance) -> TeacherResult:
     base = job.space.base.to(job.device)
     if job.trained_elsewhere:
         return adopt_teacher(base, splits)
-    recipe = dataclasses.replace(_recipe(job, epochs), lr=_TEACHER_LR, distill_weight=0.0)
+    recipe = dataclasses.replace(_recipe(job.settings, epochs), lr=_TEACHER_LR, distill_weight=0.0)
     cache = TeacherCache(folder=job.cache, key=job.settings.model)
     augmentation = default_augmentation(job.settings.dataset)
 
@@ -241,32 +248,33 @@ def _views(job: Job, splits: Splits, teacher: TeacherResult, count: int, images:
     return build_views(images, teacher.network, spec, job.cache)
 
 
-def _recipe(job: Job, epochs: int) -> Recipe:
-    settings = job.settings
+def _recipe(settings: Settings, epochs: int) -> Recipe:
     return Recipe(epochs=epochs, batch_size=settings.batch_size, lr=settings.lr, amp=settings.amp, seed=settings.seed)
 
 
 def search(job: Job, materials: Materials, stages: Stages) -> optuna.Study:
     """Trains proxies of genotypes within the budget until `--trials` of them have been trained."""
     settings = job.settings
-    storage = open_storage(settings.storage or sqlite_url(job.out / "study.db"))
     study = open_study(
-        storage,
+        job.storage,
         settings.name,
         directions=DIRECTIONS,
         config=_config(job, materials),
         sampler=make_sampler(settings.sampler, settings.seed),
     )
     study.set_metric_names(list(OBJECTIVES))
+    retry_dead_trials(study)
     job.space.enqueue(study)
-    recipe = _recipe(job, settings.proxy_epochs)
+    recipe = _recipe(settings, settings.proxy_epochs)
     proxy = Proxy(views=materials.proxy_views, val=materials.splits.val, recipe=recipe, device=str(job.device))
     objective = Objective(job.space, proxy)
     with stages.stage("search", max(1, settings.trials - count_trained(study))) as advance:
 
         def tick(trial: FrozenTrial) -> None:
             if is_trained(trial):
-                advance(f"trial {trial.number}: {100 * best_score(trial):.1f} % at {short(cost_of(trial).params)}")
+                score = best_score(trial)
+                words = "stopped, its loss is not finite" if math.isnan(score) else f"{100 * score:.1f} %"
+                advance(f"trial {trial.number}: {words} at {short(cost_of(trial).params)}")
 
         run_trials(study, objective, trained=settings.trials, tick=tick)
     return study
@@ -274,16 +282,22 @@ def search(job: Job, materials: Materials, stages: Stages) -> optuna.Study:
 
 def _config(job: Job, materials: Materials) -> dict[str, Any]:
     """What must stay the same for the trials of a study to be comparable."""
-    settings = job.settings
     return {
-        "model": settings.model,
+        **_choices_made(job.settings, job.budget),
         "teacher": materials.teacher.digest,
         "data": materials.splits.digest,
-        "budget": str(job.budget),
+        "proxy images": len(materials.proxy_views),
+    }
+
+
+def _choices_made(settings: Settings, budget: Budget) -> dict[str, Any]:
+    """The part of the configuration that is known before anything is trained."""
+    return {
+        "model": settings.model,
+        "budget": str(budget),
         "space": settings.space,
         "pin": list(settings.pin),
-        "proxy": repr(_recipe(job, settings.proxy_epochs)),
-        "proxy images": len(materials.proxy_views),
+        "proxy": repr(_recipe(settings, settings.proxy_epochs)),
         "version": __version__,
     }
 
@@ -303,7 +317,7 @@ def take_home(job: Job, study: optuna.Study, materials: Materials, stages: Stage
     chosen = choose_front(study, job.settings.front)
     plan: list[tuple[Role, Genotype]] = [("front", genotype) for genotype in chosen]
     plan += _baselines(job, chosen)
-    epochs = _epochs(job.settings.refine_epochs, _REFINE_IMAGES, materials.splits)
+    epochs = _epochs(job.settings.refine_epochs, _REFINE, materials.splits)
     models = [_teacher_model(job, materials)]
     with stages.stage("refine", len(plan) * epochs) as advance:
         for role, genotype in plan:
@@ -323,10 +337,15 @@ def take_home(job: Job, study: optuna.Study, materials: Materials, stages: Stage
 def choose_front(study: optuna.Study, count: int) -> list[Genotype]:
     """The genotypes of the study's front: the best score among them, the others evenly over their parameters.
 
-    Where the front has fewer than five, it is filled up from the fronts of what is left.
+    Where the front has fewer than five, it is filled up from the fronts of what is left. Raises TrainingError when no
+    trial came to its end.
     """
     left = [trial for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
     left = list({trial.user_attrs["digest"]: trial for trial in reversed(left)}.values())[::-1]
+    if not left:
+        raise TrainingError(
+            f"none of the trials of {study.study_name!r} came to its end: lower --lr, or train more of them"
+        )
     chosen: list[FrozenTrial] = []
     while left and len(chosen) < min(count, _LEAST_FRONT):
         layer = front(left, [tuple(trial.values) for trial in left])
@@ -352,7 +371,7 @@ def _baselines(job: Job, chosen: list[Genotype]) -> list[tuple[Role, Genotype]]:
 
 
 def _refine(job: Job, role: Role, genotype: Genotype, materials: Materials, epochs: int, advance: Advance) -> Refined:
-    recipe = dataclasses.replace(_recipe(job, epochs), eval_epochs=tuple(range(1, epochs + 1)))
+    recipe = dataclasses.replace(_recipe(job.settings, epochs), eval_epochs=tuple(range(1, epochs + 1)))
     if role == "no teacher":
         recipe = dataclasses.replace(recipe, lr=_TEACHER_LR, distill_weight=0.0)
     views = materials.refine_views
@@ -470,14 +489,14 @@ def _trial_row(trial: FrozenTrial) -> TrialRow:
     if trial.state == TrialState.COMPLETE:
         state = "trained"
     elif trial.state == TrialState.PRUNED:
-        state = "stopped" if rungs else "over budget"
+        state = "stopped" if is_trained(trial) else "over budget"
     score = best_score(trial)
     return TrialRow(
         number=trial.number,
         state=state,
         digest=attributes.get("digest", ""),
         cost=cost_of(trial) if all(kind in attributes for kind in KINDS) else None,
-        score=None if score != score else score,
+        score=None if math.isnan(score) else score,
         rungs=tuple(sorted(rungs.items())),
         seconds=float(attributes.get("seconds", 0.0)),
         source=attributes.get("source", "sampler"),

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+_PIPE_WIDTH = 400  # columns: nothing is cut where no terminal sets a width
 _QUIET_SECONDS = 5.0  # between two plain lines of one stage
 
 Advance = Callable[[str], None]
@@ -83,5 +84,5 @@ def configure_logging(console: Console, *, quiet: bool, debug: bool) -> None:
 
 
 def console_for(stream: TextIO) -> Console:
-    """A console on a stream; into a pipe or file it writes plain lines."""
-    return Console(file=stream, soft_wrap=not stream.isatty())
+    """A console on a stream; into a pipe or file it writes plain lines, as long as they are."""
+    return Console(file=stream) if stream.isatty() else Console(file=stream, width=_PIPE_WIDTH)

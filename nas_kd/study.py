@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nas_kd.arguments import Settings, parse_study
-from nas_kd.errors import NasKdError
+from nas_kd.arguments import Settings, guarded, parse_study
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,24 +17,17 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a study and returns the exit code: 0 done, 2 a mistake of the user's, 130 interrupted."""
-    arguments = sys.argv[1:] if argv is None else argv
-    debug = "--debug" in arguments
-    try:
-        return run_study(parse_study(arguments))
-    except NasKdError as error:
-        if debug:
-            traceback.print_exc()
-        sys.stderr.write(f"nas_kd: {error}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("nas_kd: stopped; what is finished is kept, the same command goes on from there\n")
-        return 130
+    return guarded(lambda arguments: run_study(parse_study(arguments)), argv)
 
 
 def run_study(settings: Settings) -> int:
     """The whole way from settings to results, with progress on standard error and the result on standard output."""
     import logging
+    import os
     import warnings
+
+    # threads that spin while they wait make training many times slower beside any other work on the same cores
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     import optuna
 
@@ -46,7 +37,8 @@ def run_study(settings: Settings) -> int:
     console = console_for(sys.stderr)
     configure_logging(console, quiet=settings.quiet, debug=settings.debug)
     optuna.logging.set_verbosity(optuna.logging.DEBUG if settings.debug else optuna.logging.ERROR)
-    logging.getLogger("timm").setLevel(logging.ERROR)
+    for library in ("timm", "huggingface_hub"):  # what they warn of comes back as an error
+        logging.getLogger(library).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     job = pipeline.prepare(settings)
     summary = pipeline.run(job, Stages(console, quiet=settings.quiet))

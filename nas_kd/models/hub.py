@@ -35,7 +35,7 @@ _LOADING = (
 default_cfgs: dict[str, Any] = {ENTRY_POINT: {}}  # every export brings its own
 
 
-@register_model
+@register_model  # type: ignore[untyped-decorator]
 def nas_kd_student(
     pretrained: bool = False,
     *,

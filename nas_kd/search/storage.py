@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
+import os
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,14 +12,15 @@ from typing import Any, Literal
 import optuna
 import sqlalchemy
 from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from nas_kd.errors import OutputError, StudyError
 
 Direction = Literal["minimize", "maximize"]
 CONFIG = "nas_kd"  # the study's user attribute that holds what it was begun with
+WORKER = "worker"  # the user attribute of a trial that names the process which runs it
 _HEARTBEAT = 30  # seconds; a trial that was silent for four of them is dead and retried
-_logger = logging.getLogger(__name__)
 
 
 def sqlite_url(path: Path) -> str:
@@ -84,13 +86,11 @@ def open_study(
             pruner=optuna.pruners.NopPruner(),
             load_if_exists=True,
         )
-        begun = study.user_attrs.get(CONFIG)
-        if begun is None and study.trials:
-            raise StudyError(f"the study {name!r} in this storage was not made by nas_kd: choose another --study-name")
+        begun = _begun_with(study)
         if begun is None:
-            study.set_user_attr(CONFIG, json.loads(json.dumps(config)))
+            study.set_user_attr(CONFIG, _plain(config))
         else:
-            _check_config(name, begun, json.loads(json.dumps(config)))
+            _check_config(name, begun, _plain(config))
     except SQLAlchemyError as error:
         raise OutputError(f"cannot use the study {name!r} in its storage: {_reason(error)}") from error
     except optuna.exceptions.StorageInternalError as error:
@@ -98,6 +98,29 @@ def open_study(
     if [direction.name.lower() for direction in study.directions] != list(directions):
         raise StudyError(f"the study {name!r} has other objectives: choose another --study-name")
     return study
+
+
+def check_study(storage: BaseStorage, name: str, config: Mapping[str, Any]) -> None:
+    """Raises StudyError when the study of this name, if there is one, was not made by nas_kd or was begun with other
+    values of `config`, which may be a part of its configuration: known before anything is trained."""
+    if name in optuna.get_all_study_names(storage):
+        begun = _begun_with(optuna.load_study(study_name=name, storage=storage))
+        if begun is not None:
+            _check_config(name, {key: begun.get(key) for key in config}, _plain(config))
+
+
+def _begun_with(study: optuna.Study) -> dict[str, Any] | None:
+    begun: dict[str, Any] | None = study.user_attrs.get(CONFIG)
+    if begun is None and study.get_trials(deepcopy=False):
+        raise StudyError(
+            f"the study {study.study_name!r} in this storage was not made by nas_kd: choose another --study-name"
+        )
+    return begun
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(json.dumps(config))
+    return plain
 
 
 def _check_config(name: str, begun: Mapping[str, Any], config: Mapping[str, Any]) -> None:
@@ -111,7 +134,33 @@ def _check_config(name: str, begun: Mapping[str, Any], config: Mapping[str, Any]
         )
 
 
-def dead_trials_first(study: optuna.Study) -> int:
-    """Sends trials that an earlier, killed run of this machine left behind to be retried; returns how many wait."""
-    optuna.storages.fail_stale_trials(study)
-    return len(study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,)))
+def worker_name() -> str:
+    """Names this process among all that run trials of a study."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+def retry_dead_trials(study: optuna.Study) -> int:
+    """Queues the trials again that a killed run on this machine left behind, and returns how many.
+
+    Those of other machines are found by their silent heartbeat, but only after minutes.
+    """
+    dead = [trial for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if _is_dead(trial)]
+    for trial in dead:
+        study.tell(trial.number, state=TrialState.FAIL)
+        source = trial.user_attrs.get("source", "sampler")
+        attributes = {"source": source, "retry of": trial.number}
+        study.enqueue_trial(trial.system_attrs.get("fixed_params", trial.params), user_attrs=attributes)
+    return len(dead)
+
+
+def _is_dead(trial: FrozenTrial) -> bool:
+    host, _, process = trial.user_attrs.get(WORKER, "").rpartition(":")
+    if os.name != "posix" or host != socket.gethostname():
+        return False
+    try:
+        os.kill(int(process), 0)  # sends nothing: asks whether the process is there
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False

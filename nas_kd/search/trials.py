@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 import math
 import time
@@ -20,7 +19,7 @@ from nas_kd.errors import TrainingError
 from nas_kd.genotype import Genotype
 from nas_kd.search.rungs import RungScore, deficit, rung_epochs
 from nas_kd.search.space import Space
-from nas_kd.search.storage import Direction
+from nas_kd.search.storage import WORKER, Direction, worker_name
 from nas_kd.training.images import Images
 from nas_kd.training.loop import recalibrate, train
 from nas_kd.training.recipe import Recipe
@@ -33,7 +32,8 @@ _logger = logging.getLogger(__name__)
 
 
 OBJECTIVES = (SCORE, *KINDS)  # the score is maximised, every cost minimised
-DIRECTIONS: tuple[Direction, ...] = ("maximize", *itertools.repeat("minimize", len(KINDS)))
+_COST_DIRECTION: Direction = "minimize"
+DIRECTIONS: tuple[Direction, ...] = ("maximize", *(_COST_DIRECTION for _ in KINDS))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -61,6 +61,7 @@ class Objective:
         self.recipe = dataclasses.replace(proxy.recipe, eval_epochs=rungs)
 
     def __call__(self, trial: optuna.Trial) -> tuple[float, ...]:
+        trial.set_user_attr(WORKER, worker_name())
         genotype = self.space.suggest_genotype(trial)
         trial.set_user_attr("genotype", genotype.to_json())
         cost = self.space.admit(trial, genotype)
@@ -119,10 +120,10 @@ def cost_of(trial: FrozenTrial) -> Cost:
 
 
 def is_trained(trial: FrozenTrial) -> bool:
-    """Whether a trial trained anything: it is finished, was within budget and did not reuse another's result."""
-    if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED) or "reused" in trial.user_attrs:
-        return False
-    return any(name.startswith("rung/") for name in trial.user_attrs)
+    """Whether a trial trained anything, were it in vain: it is finished, was within budget and did not reuse another's
+    result."""
+    finished = trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
+    return finished and RUNG in trial.constraints and "reused" not in trial.user_attrs
 
 
 def count_trained(study: optuna.Study) -> int:

@@ -1,0 +1,132 @@
+"""A look at a search space before a minute is spent on it: `python -m nas_kd.space MODEL`."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from nas_kd.arguments import SpaceSettings, guarded, parse_space
+from nas_kd.budget import KINDS, Budget, parse_budget, short
+from nas_kd.errors import BudgetError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from nas_kd.search.prices import BlockPrices
+    from nas_kd.search.space import Space
+
+_DRAWS = 100_000  # random genotypes by which the share within a budget is estimated
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints a base's blocks, choices and costs, and returns the exit code: 0, or 2 for a mistake of the user's."""
+    return guarded(lambda arguments: show_space(parse_space(arguments)), argv)
+
+
+def show_space(settings: SpaceSettings) -> int:
+    """Analyses the base and prints what was found. Raises a NasKdError when that cannot be done."""
+    from nas_kd.models.hub import create_base
+    from nas_kd.models.reduction import reduce_stride
+    from nas_kd.search.options import parse_options
+    from nas_kd.search.prices import block_prices
+    from nas_kd.search.space import Space
+
+    given = {} if settings.num_classes is None else {"num_classes": settings.num_classes}
+    base = create_base(settings.model, in_chans=settings.in_chans, **given)
+    if settings.reduction is not None:
+        reduce_stride(base, settings.reduction, settings.in_chans)
+    options = parse_options(settings.space, settings.pin)
+    space = Space(base, img_size=settings.img_size, options=options, name=settings.model)
+    budget = parse_budget(settings.budget, space.table.base()) if settings.budget else None
+    facts = describe(space, block_prices(space.table, space.analysis, base), budget)
+    if settings.as_json:
+        sys.stdout.write(json.dumps(facts) + "\n")
+    else:
+        _print(space, facts)
+    return 0
+
+
+def describe(space: Space[Any], prices: Sequence[BlockPrices], budget: Budget | None) -> dict[str, Any]:
+    """Everything about a space as plain JSON values."""
+    base = space.table.base()
+    facts: dict[str, Any] = {
+        "model": space.analysis.name,
+        "input_size": list(space.input_size),
+        "blocks": [price.to_json() for price in prices],
+        "genotypes": math.prod(len(block.choices) for block in space.blocks),
+        "left_alone": [{"module": module, "reason": reason} for module, reason in space.analysis.left_alone],
+    }
+    for kind in KINDS:
+        facts[kind] = base[kind]
+        facts[f"min_{kind}"] = space.table.cost(space.table.cheapest(kind))[kind]
+    if budget is not None:
+        facts["budget"] = _budget_facts(space, budget, facts)
+    return facts
+
+
+def _budget_facts(space: Space[Any], budget: Budget, facts: dict[str, Any]) -> dict[str, Any]:
+    from nas_kd.search.prices import share_within
+
+    try:
+        space.check_budget(budget)
+        problem = ""
+    except BudgetError as error:
+        problem = str(error)
+    bounds = {kind: {"bound": bound, "can_be_met": facts[f"min_{kind}"] <= bound} for kind, bound in budget.items()}
+    return {"bounds": bounds, "problem": problem, "share_of_random": share_within(space.table, budget, _DRAWS)}
+
+
+def _print(space: Space[Any], facts: dict[str, Any]) -> None:
+    from nas_kd.progress import console_for
+
+    console = console_for(sys.stdout)
+    console.print(_table(facts), crop=False)
+    size = "×".join(map(str, space.input_size))
+    lines = [f"{facts['model']} at {size}: {short(facts['params'])} params, {short(facts['macs'])} MACs"]
+    lines.append("smallest reachable: " + ", ".join(f"{short(facts[f'min_{kind}'])} {kind}" for kind in KINDS))
+    lines.append(f"genotypes: {facts['genotypes']:.3g}")
+    lines += [f"left alone: {item['module']}, {item['reason']}" for item in facts["left_alone"]]
+    if "budget" in facts:
+        lines += _budget_lines(facts["budget"])
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _budget_lines(facts: dict[str, Any]) -> list[str]:
+    lines = [
+        f"budget {kind}={short(item['bound'])}: {'can be met' if item['can_be_met'] else 'cannot be met'}"
+        for kind, item in facts["bounds"].items()
+    ]
+    if facts["problem"]:
+        return [*lines, facts["problem"]]
+    share = facts["share_of_random"]
+    return [
+        *lines,
+        f"random genotypes within it: {share:.2%}" if share else f"random genotypes within it: < 1 in {_DRAWS:,}",
+    ]
+
+
+def _table(facts: dict[str, Any]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("block", "kind"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("width", no_wrap=True)
+    table.add_column("kernel", no_wrap=True)
+    table.add_column("conv", no_wrap=True)
+    for heading in ("params", "can save", "can add", "MACs", "can save", "can add"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for block in facts["blocks"]:
+        choices = [" ".join(map(str, block[name])) or "-" for name in ("width", "kernel", "conv")]
+        amounts = [short(block[kind][end]) for kind in KINDS for end in ("now", "saves", "adds")]
+        table.add_row(block["name"], block["kind"], *choices, *amounts)
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())
