@@ -56,11 +56,12 @@ from nas_kd.search.trials import (
 from nas_kd.training.augment import default_augmentation, derive_seed
 from nas_kd.training.checkpoint import load_checkpoint
 from nas_kd.training.data import DIGITS, DataSpec, Splits, load_splits
+from nas_kd.training.images import AugmentedImages, Images
 from nas_kd.training.loop import evaluate, recalibrate
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.sources import open_source
-from nas_kd.training.teacher import TeacherCache, TeacherResult, adopt_teacher, prepare_teacher
-from nas_kd.training.views import Views, ViewSpec, build_views
+from nas_kd.training.teacher import Teacher, TeacherCache, TeacherResult, adopt_teacher, prepare_teacher
+from nas_kd.training.views import OnlineViews, Views, ViewSpec, build_views, views_bytes
 
 _DIGITS_SIZE = 16  # at the base's own stride: measured, docs/decisions.md
 _TEACHER, _REFINE = (120_000, 20), (60_000, 15)  # by default: images to be seen, in 3 epochs to so many
@@ -94,8 +95,8 @@ class Materials:
 
     splits: Splits
     teacher: TeacherResult
-    proxy_views: Views
-    refine_views: Views
+    proxy_views: Views | OnlineViews
+    refine_views: Views | OnlineViews
 
 
 # before anything is trained
@@ -135,6 +136,13 @@ def prepare(settings: Settings) -> Job:
         trained_elsewhere=elsewhere,
         storage=storage,
     )
+
+
+def _is_trained(settings: Settings, base: nn.Module) -> bool:
+    """Whether the base can teach as it is: timm drops a pretrained classifier that has other classes."""
+    config: Any = getattr(base, "pretrained_cfg", None) or {}
+    whole = config.get("num_classes") == getattr(base, "num_classes", None)
+    return bool(settings.initial_checkpoint) or (settings.pretrained and whole)
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -232,9 +240,12 @@ def _teacher(job: Job, splits: Splits, epochs: int, advance: Advance) -> Teacher
     base = job.space.base.to(job.device)
     if job.trained_elsewhere:
         return adopt_teacher(base, splits)
-    recipe = dataclasses.replace(_recipe(job.settings, epochs), lr=_TEACHER_LR, distill_weight=0.0)
-    cache = TeacherCache(folder=job.cache, key=job.settings.model)
-    augmentation = default_augmentation(job.settings.dataset)
+    settings = job.settings
+    recipe = dataclasses.replace(_recipe(settings, epochs), distill_weight=0.0)
+    if not settings.pretrained:  # pretrained weights are tuned gently, like inherited ones
+        recipe = dataclasses.replace(recipe, lr=_TEACHER_LR)
+    cache = TeacherCache(folder=job.cache, key=f"{settings.model} {settings.pretrained} {settings.seed}")
+    augmentation = default_augmentation(settings.dataset)
 
     def report(epoch: int, accuracy: float) -> None:
         advance(f"val accuracy {100 * accuracy:.1f} %")
@@ -242,9 +253,12 @@ def _teacher(job: Job, splits: Splits, epochs: int, advance: Advance) -> Teacher
     return prepare_teacher(base, splits, recipe=recipe, augmentation=augmentation, cache=cache, report=report)
 
 
-def _views(job: Job, splits: Splits, teacher: TeacherResult, count: int, images: Any) -> Views:
+def _views(job: Job, splits: Splits, teacher: TeacherResult, count: int, images: Images) -> Views | OnlineViews:
+    """Cached views, or the teacher beside the student in every step where they would be too large to keep."""
     augmentation = default_augmentation(job.settings.dataset)
     spec = ViewSpec(count=count, augmentation=augmentation, seed=job.settings.seed, key=splits.digest)
+    if views_bytes(images, spec, splits.num_classes) > spec.max_bytes:
+        return OnlineViews(AugmentedImages(images, augmentation, job.settings.seed), Teacher(teacher.network))
     return build_views(images, teacher.network, spec, job.cache)
 
 
@@ -390,7 +404,7 @@ def _refine(job: Job, role: Role, genotype: Genotype, materials: Materials, epoc
         splits=materials.splits,
         recipe=recipe,
         folder=job.cache,
-        key=f"{materials.splits.digest} {materials.teacher.digest} {views.count} {job.settings.seed}",
+        key=f"{materials.splits.digest} {materials.teacher.digest} {job.settings.views} {job.settings.seed}",
     )
 
     def report(epoch: int, accuracy: float) -> None:

@@ -13,11 +13,12 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.models import FeatureHookNet, build_model_with_cfg, get_model_args, register_model
 from timm.models._features import FeatureGetterNet
 from torch import nn
 
-from nas_kd.errors import ModelError, PlanError, nearest
+from nas_kd.errors import ModelError, NasKdError, PlanError, nearest
 from nas_kd.models.plan import Plan, apply_plan
 from nas_kd.models.student import plan_of
 
@@ -114,7 +115,10 @@ def create_base(name: str, **kwargs: Any) -> nn.Module:
         raise ModelError(f"timm knows no model {name!r}{nearest(stem, timm.list_models())}; see timm.list_models()")
     try:
         model: nn.Module = timm.create_model(name, **kwargs)
-    except (RuntimeError, TypeError, ValueError, KeyError, AssertionError, OSError) as error:
+    except NasKdError:
+        raise
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, OSError,
+            SafetensorError) as error:  # fmt: skip
         text = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"timm cannot create {name!r}: {text[0]}") from error
     return model

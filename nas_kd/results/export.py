@@ -14,6 +14,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.models import load_state_dict, save_for_hf
 from torch import nn
 
@@ -119,7 +120,7 @@ def load(folder: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
         model: nn.Module = timm.create_model(f"local-dir:{path}", pretrained=True, **kwargs)
     except NasKdError:
         raise
-    except (RuntimeError, KeyError, TypeError, ValueError, OSError, json.JSONDecodeError) as error:
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, OSError, SafetensorError) as error:
         text = str(error).strip().splitlines() or [type(error).__name__]
         raise PlanError(f"{path} is damaged: {text[0][:200]}; export the model again") from error
     return model

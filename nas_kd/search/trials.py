@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from nas_kd.search.storage import WORKER, Direction, worker_name
 from nas_kd.training.images import Images
 from nas_kd.training.loop import recalibrate, train
 from nas_kd.training.recipe import Recipe
-from nas_kd.training.views import Views
+from nas_kd.training.views import OnlineViews, Views
 
 SCORE = "accuracy"  # the name of the first objective
 RUNG = "rung"  # the constraint of a trial that stopped at a rung
@@ -40,7 +41,7 @@ DIRECTIONS: tuple[Direction, ...] = ("maximize", *(_COST_DIRECTION for _ in KIND
 class Proxy:
     """What every trial trains on and how: the same images in the same order for every genotype."""
 
-    views: Views
+    views: Views | OnlineViews
     val: Images
     recipe: Recipe
     device: str = "cpu"
@@ -178,7 +179,9 @@ def importances(study: optuna.Study) -> tuple[tuple[str, float], ...]:
     if len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))) < 4:
         return ()
     try:
-        shares = optuna.importance.get_param_importances(study, target=lambda trial: -trial.values[0])
+        with warnings.catch_warnings():  # Optuna reminds of the sign that is given here
+            warnings.filterwarnings("ignore", message="PedAnova", category=UserWarning)
+            shares = optuna.importance.get_param_importances(study, target=lambda trial: -trial.values[0])
     except (ValueError, RuntimeError) as error:
         _logger.warning("no parameter importances: %s", error)
         return ()

@@ -143,9 +143,14 @@ def build_views(train: Images, teacher: nn.Module | None, spec: ViewSpec, folder
     return Views(torch.from_numpy(arrays["pixels"]), train.labels, logits, train.mean, train.std)
 
 
+def views_bytes(train: Images, spec: ViewSpec, classes: int) -> int:
+    """What the views of `train` take on disk, with a teacher's logits over so many classes."""
+    return spec.count * (train.bytes + 2 * classes * len(train))
+
+
 def _build(train: Images, teacher: nn.Module | None, spec: ViewSpec, path: Path) -> None:
     classes = 0 if teacher is None else predict_logits(teacher, train[:2]).shape[1]
-    count, needed = len(train), spec.count * (train.bytes + 2 * classes * len(train))
+    count, needed = len(train), views_bytes(train, spec, classes)
     if needed > spec.max_bytes:
         raise DataError(
             f"{spec.count} views of {count} images need {needed / 2**30:.1f} GiB, the limit is "
