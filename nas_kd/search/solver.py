@@ -1,0 +1,150 @@
+"""The multiple-choice knapsack behind a budget: one choice per block, every bound a row, the least damage.
+
+The product of two blocks' widths is made linear with one variable per pair of choices that differ in cost
+(Glover & Woolsey 1974), so that the optimum, or the proof that there is none, is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse
+from numpy.typing import NDArray
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from nas_kd.budget import Budget
+from nas_kd.genotype import Genotype
+from nas_kd.models.costs import CostTable
+
+_INFEASIBLE = 2  # scipy's status
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Pair:
+    """Two blocks whose costs multiply: where their pair variables begin, and to which class each choice belongs."""
+
+    blocks: tuple[int, int]
+    start: int
+    rows: NDArray[np.int64]  # choice of the first block → its class
+    columns: NDArray[np.int64]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return int(self.rows.max()) + 1, int(self.columns.max()) + 1
+
+
+def solve(
+    table: CostTable, budget: Budget, damages: Sequence[NDArray[np.float64]] | None = None, *, seconds: float = 10.0
+) -> Genotype | None:
+    """The genotype within `budget` whose damages, one array per block over its choices, have the smallest sum.
+
+    Without `damages` any genotype within the budget will do. None is a proof that there is none; a search that takes
+    longer than `seconds` gives the best found so far, and raises TimeoutError when there is none yet.
+    """
+    problem = _Problem(table, tuple(budget))
+    objective = np.zeros(problem.size)
+    for start, block_damages in zip(problem.starts, damages or (), strict=False):
+        objective[start : start + len(block_damages)] = block_damages
+    result = milp(
+        objective,
+        integrality=problem.integrality(),
+        bounds=Bounds(0, 1),
+        constraints=[problem.one_choice_each(), *problem.links(), problem.within(budget)],
+        options={"time_limit": seconds},
+    )
+    if result.x is None:
+        if result.status == _INFEASIBLE:
+            return None
+        raise TimeoutError(f"no genotype within {budget} was found in {seconds:.0f} s: {result.message}")
+    genotype = problem.genotype(result.x)
+    # HiGHS works to a tolerance; a hard bound is a hard bound
+    return genotype if budget.admits(table.cost(genotype)) else solve(table, _tightened(budget), damages)
+
+
+def _tightened(budget: Budget) -> Budget:
+    return Budget(tuple((kind, bound * (1 - 1e-6)) for kind, bound in budget.bounds))
+
+
+class _Problem:
+    """The variables: one per block and choice, then one per pair of blocks and pair of choice classes."""
+
+    def __init__(self, table: CostTable, kinds: tuple[str, ...]) -> None:
+        self.table, self.kinds = table, kinds
+        lengths = [len(block.choices) for block in table.blocks]
+        self.starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(int)
+        self.choices = int(sum(lengths))
+        self.pairs: list[_Pair] = []
+        self.size = self.choices
+        for pair in dict.fromkeys(pair for kind in kinds for pair in table.pairs[kind]):
+            self._add_pair(pair)
+
+    def _matrix(self, kind: str, pair: tuple[int, int]) -> NDArray[np.int64]:
+        shape = tuple(len(self.table.blocks[index].choices) for index in pair)
+        return self.table.pairs[kind].get(pair, np.zeros(shape, dtype=np.int64))
+
+    def _add_pair(self, pair: tuple[int, int]) -> None:
+        """Choices that cost the same beside every choice of the other block need one variable between them."""
+        stacked = np.concatenate([self._matrix(kind, pair) for kind in self.kinds], axis=1)
+        rows = np.unique(stacked, axis=0, return_inverse=True)[1].ravel()
+        stacked = np.concatenate([self._matrix(kind, pair) for kind in self.kinds], axis=0)
+        columns = np.unique(stacked, axis=1, return_inverse=True)[1].ravel()
+        added = _Pair(blocks=pair, start=self.size, rows=rows, columns=columns)
+        self.pairs.append(added)
+        self.size += added.shape[0] * added.shape[1]
+
+    def integrality(self) -> NDArray[np.int64]:
+        """Choices are whole; pair variables then are of themselves."""
+        whole = np.zeros(self.size, dtype=np.int64)
+        whole[: self.choices] = 1
+        return whole
+
+    def one_choice_each(self) -> LinearConstraint:
+        counts = [len(block.choices) for block in self.table.blocks]
+        block_of_choice = np.repeat(np.arange(len(counts)), counts)
+        shape = (len(counts), self.size)
+        matrix = scipy.sparse.csr_array(
+            (np.ones(self.choices), (block_of_choice, np.arange(self.choices))), shape=shape
+        )
+        return LinearConstraint(matrix, 1, 1)
+
+    def links(self) -> list[LinearConstraint]:
+        """The pair variables of a class sum to the choices of that class, on both sides."""
+        links = []
+        for pair in self.pairs:
+            variables = pair.start + np.arange(pair.shape[0] * pair.shape[1]).reshape(pair.shape)
+            for block, classes, grid in (
+                (pair.blocks[0], pair.rows, variables),
+                (pair.blocks[1], pair.columns, variables.T),
+            ):
+                lines = np.repeat(np.arange(len(grid)), grid.shape[1])
+                choices = self.starts[block] + np.arange(len(classes))
+                data = np.concatenate([np.ones(grid.size), -np.ones(len(classes))])
+                place = (np.concatenate([lines, classes]), np.concatenate([grid.ravel(), choices]))
+                links.append(
+                    LinearConstraint(scipy.sparse.csr_array((data, place), shape=(len(grid), self.size)), 0, 0)
+                )
+        return links
+
+    def within(self, budget: Budget) -> LinearConstraint:
+        """One row per bound, scaled to it."""
+        rows, limits = [], []
+        for kind, bound in budget.items():
+            row = np.zeros(self.size)
+            row[: self.choices] = np.concatenate(self.table.single[kind])
+            for pair in self.pairs:
+                costs = np.zeros(pair.shape)
+                costs[pair.rows[:, None], pair.columns[None, :]] = self._matrix(kind, pair.blocks)
+                row[pair.start : pair.start + costs.size] = costs.ravel()
+            rows.append(row / bound)
+            limits.append(1 - self.table.constants[kind] / bound)
+        return LinearConstraint(scipy.sparse.csr_array(np.array(rows)), -np.inf, np.array(limits))
+
+    def genotype(self, solution: NDArray[np.float64]) -> Genotype:
+        """The choices with the largest value."""
+        chosen = [
+            int(solution[start : start + len(block.choices)].argmax())
+            for start, block in zip(self.starts, self.table.blocks, strict=True)
+        ]
+        return self.table.genotype(chosen)
