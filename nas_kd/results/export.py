@@ -70,7 +70,8 @@ def _write(network: nn.Module, folder: Path, args: dict[str, Any], card: Card) -
     saved: Any = copy.copy(network)  # shallow: shares the weights, so that nothing is set on the caller's network
     saved.__dict__ = dict(network.__dict__)
     saved._model_args = {}
-    size = card.input_size or tuple(config["input_size"])
+    channels, *sides = config["input_size"]
+    size = card.input_size or (args["base_args"].get("in_chans", channels), *sides)
     saved.pretrained_cfg = {**config, "architecture": ENTRY_POINT, "input_size": size}
     data = {key: value for key, value in (("mean", card.mean), ("std", card.std)) if value is not None}
     extra: dict[str, Any] = {"pretrained_cfg": {"architecture": ENTRY_POINT}, "nas_kd": dict(card.facts)}

@@ -15,7 +15,8 @@ from nas_kd.models.blocks import Block, analyse
 from nas_kd.models.costs import cost_table
 from nas_kd.models.inherit import inherit_student
 from nas_kd.search.options import Options, parse_options, restrict
-from nas_kd.search.starts import feasible_starts
+from nas_kd.search.solver import solve
+from nas_kd.search.starts import feasible_starts, mixed_starts
 
 Network = TypeVar("Network", bound=nn.Module)
 AnyTrial = optuna.trial.BaseTrial | optuna.trial.FrozenTrial
@@ -76,13 +77,21 @@ class Space(Generic[Network]):
         """Raises BudgetError when no genotype is within `budget`, and names the smallest reachable costs."""
         smallest = {kind: self.table.cost(self.table.cheapest(kind))[kind] for kind in budget}
         impossible = [kind for kind in budget if smallest[kind] > budget[kind]]
-        if impossible or not feasible_starts(self.table, budget, 1):
+        if impossible or not self._admits_any(budget):
             reachable = ", ".join(f"{kind}={short(cost)}" for kind, cost in smallest.items())
-            together = "" if impossible else " (each alone; together they exclude each other)"
+            together = "" if impossible else " (each alone; no student meets all bounds together)"
             raise BudgetError(
                 f"no student of {self.analysis.name} is within {budget}: the smallest reachable is {reachable}"
                 f"{together}; raise the budget or open more choices (--space)"
             )
+
+    def _admits_any(self, budget: Budget) -> bool:
+        if feasible_starts(self.table, budget, 1):
+            return True
+        try:
+            return solve(self.table, budget) is not None
+        except TimeoutError:  # neither found nor ruled out: the search may find one
+            return True
 
     def suggest_genotype(self, trial: AnyTrial) -> Genotype:
         """The genotype of a trial, all parameters suggested; nothing is checked or built."""
@@ -149,7 +158,7 @@ class Space(Generic[Network]):
 
     def starts(self, count: int = 8) -> list[Genotype]:
         """Up to `count` genotypes within the budget, from cheap to dear, to begin a search with."""
-        return feasible_starts(self.table, self.budget, count)
+        return mixed_starts(self.table, self.budget, count)
 
     def enqueue(self, study: optuna.Study, count: int = 8) -> int:
         """Queues `starts` in a study and returns how many; those that it has already are skipped."""
