@@ -19,7 +19,7 @@ from torch import nn
 
 from nas_kd.errors import ModelError
 from nas_kd.genotype import Choice, group_count
-from nas_kd.models.convs import ConvSpec
+from nas_kd.models.convs import ConvSpec, Pair
 from nas_kd.models.labels import FROZEN, Call, Labels, Split
 from nas_kd.models.structure import Analysis as Analysis
 from nas_kd.models.structure import Block as Block
@@ -95,7 +95,8 @@ def _is_convolutional(blocks: Sequence[Block], traced: Trace) -> bool:
 def block_of(network: nn.Module, path: str) -> str:
     """The name of the block that a convolution or linear layer at `path` belongs to.
 
-    Wrappers around a single layer (timm's ConvNormAct) do not count as blocks, though their names may hold a digit.
+    Wrappers around a single layer (timm's ConvNormAct) and cheap convolutions do not count as blocks, though their
+    names may hold a digit.
     """
     parts = path.split(".")[:-1]
     wrapper = path
@@ -108,10 +109,11 @@ def block_of(network: nn.Module, path: str) -> str:
 
 
 def _is_wrapper(network: nn.Module, parts: Sequence[str]) -> bool:
-    parent = network.get_submodule(".".join(parts[:-1]))
+    module, parent = network.get_submodule(".".join(parts)), network.get_submodule(".".join(parts[:-1]))
+    if isinstance(module, Pair):
+        return True
     if parts[-1].isdigit() and not isinstance(parent, nn.ModuleList):
         return False  # an entry of a Sequential: a block that happens to hold one layer
-    module = network.get_submodule(".".join(parts))
     return sum(isinstance(part, nn.Conv2d | nn.Linear) for part in module.modules()) == 1
 
 

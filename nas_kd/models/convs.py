@@ -58,14 +58,14 @@ def build_conv(spec: ConvSpec) -> nn.Module:
     groups = group_count(spec.kind)
     inner, outer = spec.in_channels, spec.out_channels
     if spec.kind == "blueprint":
-        return _Pair(pointwise=nn.Conv2d(inner, outer, 1, bias=False), spatial=_spatial(spec, outer, outer, spec.bias))
+        return Pair(pointwise=nn.Conv2d(inner, outer, 1, bias=False), spatial=_spatial(spec, outer, outer, spec.bias))
     pointwise = nn.Conv2d(inner, outer, 1, bias=spec.bias)
     if spec.kind == "shift":
-        return _Pair(spatial=Shift2d(spec), pointwise=pointwise)
-    return _Pair(spatial=_spatial(spec, inner, groups or inner, False), pointwise=pointwise)
+        return Pair(spatial=Shift2d(spec), pointwise=pointwise)
+    return Pair(spatial=_spatial(spec, inner, groups or inner, False), pointwise=pointwise)
 
 
-class _Pair(nn.Sequential):
+class Pair(nn.Sequential):
     """A spatial and a pointwise convolution, in the order given."""
 
     def __init__(self, **parts: nn.Module) -> None:

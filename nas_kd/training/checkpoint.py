@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,10 +20,23 @@ from nas_kd.errors import CheckpointError
 def load_checkpoint(network: nn.Module, path: Path) -> None:
     """Loads `path` into `network`: safetensors, or a torch file that holds tensors only (`weights_only=True`).
 
-    As in timm, weights may be wrapped in 'state_dict' or 'model', and carry the prefix 'module.'. Raises
-    CheckpointError, in one line, for a file that is missing, unreadable, holds pickled objects, or does not fit.
+    As in timm, weights may be wrapped in 'state_dict' or 'model', carry the prefix 'module.', or have the keys of the
+    model's original implementation. Raises CheckpointError, in one line, for a file that is missing, unreadable, holds
+    pickled objects, or does not fit.
     """
-    load_exactly(network, _read(path), path)
+    load_exactly(network, _translated(network, _read(path)), path)
+
+
+def _translated(network: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`state` with the network's own keys, by the `checkpoint_filter_fn` beside its class as timm's models have it."""
+    translate = getattr(sys.modules.get(type(network).__module__), "checkpoint_filter_fn", None)
+    if translate is None or not _mismatch(network.state_dict(), state):
+        return state
+    try:
+        translated: Mapping[str, Any] = translate(dict(state), network)
+    except (KeyError, IndexError, ValueError, RuntimeError, AttributeError, TypeError):
+        return state  # it knows other checkpoints than this one, which is compared with the network as it is
+    return translated
 
 
 def load_exactly(network: nn.Module, state: Mapping[str, Any], path: Path) -> None:
