@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nas_kd.results.export import export as export
     from nas_kd.results.export import load as load
     from nas_kd.search.options import parse_options as parse_options
+    from nas_kd.search.sampler import KnapsackSampler as KnapsackSampler
     from nas_kd.search.space import Space as Space
     from nas_kd.training.loop import recalibrate as recalibrate
     from nas_kd.training.losses import distillation_loss as distillation_loss
@@ -34,6 +35,7 @@ _HOMES = {
     "Choice": "nas_kd.genotype",
     "Cost": "nas_kd.budget",
     "Genotype": "nas_kd.genotype",
+    "KnapsackSampler": "nas_kd.search.sampler",
     "NasKdError": "nas_kd.errors",
     "Space": "nas_kd.search.space",
     "analyse": "nas_kd.models.blocks",

@@ -14,7 +14,7 @@ from nas_kd import __version__
 from nas_kd.budget import parse_budget
 from nas_kd.errors import NasKdError
 
-SAMPLERS = ("tpe", "nsgaii", "nsgaiii", "random")
+SAMPLERS = ("knapsack", "tpe", "nsgaii", "nsgaiii", "random")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +141,12 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     add("--budget", required=True, metavar="B", help="hard upper bounds: params=1M,macs=30M or macs=50%% of the base")
     add("--trials", type=_number(1), default=20, metavar="N", help="students to train; over-budget ones are free (20)")
     _add_choices(add)
-    add("--sampler", choices=SAMPLERS, default="tpe", help="who proposes genotypes after the warm starts (tpe)")
+    add(
+        "--sampler",
+        choices=SAMPLERS,
+        default="knapsack",
+        help="who proposes genotypes after the warm starts (knapsack, never over budget)",
+    )
     add("--front", type=_number(1), default=8, metavar="N", help="refine at most so many students of the front (8)")
 
 

@@ -37,6 +37,7 @@ from nas_kd.results.refine import Candidate, Refined, Refinement, refine
 from nas_kd.results.report import write_report
 from nas_kd.results.rows import ModelRow, Role, StudySummary, TrialRow
 from nas_kd.search.options import parse_options
+from nas_kd.search.sampler import make_sampler
 from nas_kd.search.space import Space
 from nas_kd.search.starts import random_genotype, uniform_width_student
 from nas_kd.search.storage import check_study, open_storage, open_study, retry_dead_trials, sqlite_url
@@ -50,7 +51,6 @@ from nas_kd.search.trials import (
     count_trained,
     importances,
     is_trained,
-    make_sampler,
     run_trials,
 )
 from nas_kd.training.augment import default_augmentation, derive_seed
@@ -64,7 +64,9 @@ from nas_kd.training.teacher import Teacher, TeacherCache, TeacherResult, adopt_
 from nas_kd.training.views import OnlineViews, Views, ViewSpec, build_views, views_bytes
 
 _DIGITS_SIZE = 16  # at the base's own stride: measured, docs/decisions.md
-_TEACHER, _REFINE = (120_000, 20), (60_000, 15)  # by default: images to be seen, in 3 epochs to so many
+# by default: images that a training sees on a CPU, and the most epochs; a GPU affords ten times as many
+_TEACHER, _REFINE = (60_000, 20), (60_000, 15)
+_GPU = 10
 _TEACHER_LR = 0.03
 _LEAST_FRONT = 5  # models that a study gives, from the layers behind the front if need be
 _CALIBRATION = 512
@@ -218,10 +220,10 @@ def gather(job: Job, stages: Stages) -> Materials:
     settings = job.settings
     with stages.stage("data"):
         splits = load_splits(job.data, job.cache)
-    epochs = _epochs(settings.teacher_epochs, _TEACHER, splits)
+    epochs = _epochs(settings.teacher_epochs, _TEACHER, splits, job.device)
     with stages.stage("teacher", 1 if job.trained_elsewhere else epochs) as advance:
         teacher = _teacher(job, splits, epochs, advance)
-    refine_epochs = _epochs(settings.refine_epochs, _REFINE, splits)
+    refine_epochs = _epochs(settings.refine_epochs, _REFINE, splits, job.device)
     with stages.stage("views", 2) as advance:
         subset = splits.train[: settings.proxy_images]
         proxy_views = _views(job, splits, teacher, min(settings.views, settings.proxy_epochs), subset)
@@ -231,9 +233,11 @@ def gather(job: Job, stages: Stages) -> Materials:
     return Materials(splits=splits, teacher=teacher, proxy_views=proxy_views, refine_views=whole)
 
 
-def _epochs(given: int | None, default: tuple[int, int], splits: Splits) -> int:
+def _epochs(given: int | None, default: tuple[int, int], splits: Splits, device: torch.device) -> int:
     images, most = default
-    return given or max(3, min(most, round(images / len(splits.train))))
+    if device.type != "cpu":
+        images, most = _GPU * images, _GPU * most
+    return given or max(1, min(most, round(images / len(splits.train))))
 
 
 def _teacher(job: Job, splits: Splits, epochs: int, advance: Advance) -> TeacherResult:
@@ -274,7 +278,7 @@ def search(job: Job, materials: Materials, stages: Stages) -> optuna.Study:
         settings.name,
         directions=DIRECTIONS,
         config=_config(job, materials),
-        sampler=make_sampler(settings.sampler, settings.seed),
+        sampler=make_sampler(settings.sampler, job.space, settings.seed),
     )
     study.set_metric_names(list(OBJECTIVES))
     retry_dead_trials(study)
@@ -331,7 +335,7 @@ def take_home(job: Job, study: optuna.Study, materials: Materials, stages: Stage
     chosen = choose_front(study, job.settings.front)
     plan: list[tuple[Role, Genotype]] = [("front", genotype) for genotype in chosen]
     plan += _baselines(job, chosen)
-    epochs = _epochs(job.settings.refine_epochs, _REFINE, materials.splits)
+    epochs = _epochs(job.settings.refine_epochs, _REFINE, materials.splits, job.device)
     models = [_teacher_model(job, materials)]
     with stages.stage("refine", len(plan) * epochs) as advance:
         for role, genotype in plan:
@@ -394,7 +398,9 @@ def _refine(job: Job, role: Role, genotype: Genotype, materials: Materials, epoc
         if role == "no teacher":  # the same student from scratch
             settings = dataclasses.replace(job.settings, pretrained=False)
             fresh = make_base(settings, materials.splits.num_classes, job.data.in_chans)
-            return build_student(fresh, job.space.analysis, genotype).to(job.device)
+            with torch.random.fork_rng():  # the cheap convolutions get weights of their own
+                torch.manual_seed(derive_seed(job.settings.seed, "fresh weights"))
+                return build_student(fresh, job.space.analysis, genotype).to(job.device)
         student = job.space.student(genotype).to(job.device)
         recalibrate(student, views.sample(_CALIBRATION))
         return student

@@ -6,7 +6,10 @@ The product of two blocks' widths is made linear with one variable per pair of c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,13 +50,14 @@ def solve(
     objective = np.zeros(problem.size)
     for start, block_damages in zip(problem.starts, damages or (), strict=False):
         objective[start : start + len(block_damages)] = block_damages
-    result = milp(
-        objective,
-        integrality=problem.integrality(),
-        bounds=Bounds(0, 1),
-        constraints=[problem.one_choice_each(), *problem.links(), problem.within(budget)],
-        options={"time_limit": seconds},
-    )
+    with _silent_highs():
+        result = milp(
+            objective,
+            integrality=problem.integrality(),
+            bounds=Bounds(0, 1),
+            constraints=[problem.one_choice_each(), *problem.links(), problem.within(budget)],
+            options={"time_limit": seconds},
+        )
     if result.x is None:
         if result.status == _INFEASIBLE:
             return None
@@ -61,6 +65,20 @@ def solve(
     genotype = problem.genotype(result.x)
     # HiGHS works to a tolerance; a hard bound is a hard bound
     return genotype if budget.admits(table.cost(genotype)) else solve(table, _tightened(budget), damages)
+
+
+@contextmanager
+def _silent_highs() -> Iterator[None]:
+    """HiGHS now and then writes a line of its own to the process's standard output, whatever it is told."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _tightened(budget: Budget) -> Budget:

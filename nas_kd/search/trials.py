@@ -155,17 +155,6 @@ def run_trials(
         _logger.warning("only %d of %d trials trained: the sampler found too few students within budget", done, trained)
 
 
-def make_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
-    """One of Optuna's samplers by its short name: tpe (multivariate), nsgaii, nsgaiii, random."""
-    samplers: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
-        "tpe": lambda: optuna.samplers.TPESampler(multivariate=True, seed=seed, n_startup_trials=8),
-        "nsgaii": lambda: optuna.samplers.NSGAIISampler(seed=seed, population_size=16),
-        "nsgaiii": lambda: optuna.samplers.NSGAIIISampler(seed=seed, population_size=16),
-        "random": lambda: optuna.samplers.RandomSampler(seed=seed),
-    }
-    return samplers[name]()
-
-
 def best_score(trial: FrozenTrial) -> float:
     """The score of a trial: its first value, or what it had at its last rung when it stopped; NaN without any."""
     if trial.values:

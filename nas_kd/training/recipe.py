@@ -22,7 +22,8 @@ class Recipe:
 
     `lr` is the peak; students that inherit weights need a small one (0.015 with SGD), at 0.05 and more what they
     inherited is destroyed. `warmup` is the share of the steps in which a one-cycle schedule rises. `distill_weight` 0
-    is plain training, 1 looks at the teacher only. `amp` is bfloat16 where there is any. `ema` is the decay of a moving
+    is plain training, 1 looks at the teacher only. `amp` is bfloat16 where there is any. `channels_last` None
+    leaves the memory layout to the network (`training.loop.suits_channels_last`). `ema` is the decay of a moving
     average of the weights, 0 for none. `eval_epochs` count from 1; the last epoch is always one of them.
     Raises TrainingError for a value outside its range.
     """
@@ -38,7 +39,7 @@ class Recipe:
     distill_weight: float = 0.9
     temperature: float = 4.0
     amp: bool = False
-    channels_last: bool = False
+    channels_last: bool | None = None
     ema: float = 0.0
     seed: int = 0
     eval_epochs: tuple[int, ...] = ()

@@ -1,0 +1,156 @@
+"""A sampler that never leaves the budget: a draw from what is known of each choice, and the knapsack solved on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import optuna
+from numpy.typing import NDArray
+from optuna.distributions import BaseDistribution
+from optuna.trial import FrozenTrial, TrialState
+
+from nas_kd.budget import KINDS, Budget
+from nas_kd.errors import GenotypeError
+from nas_kd.genotype import Genotype
+from nas_kd.search.additive import AdditiveModel, features_of, fit
+from nas_kd.search.solver import solve
+from nas_kd.search.space import Space
+from nas_kd.search.starts import prior_damages, tightness
+
+_MUTATIONS = 0.2  # share of proposals that vary the front, against interactions that an additive model cannot see
+_TRIES = 64  # to find a genotype that the study has not had
+
+
+def make_sampler(name: str, space: Space[Any], seed: int) -> optuna.samplers.BaseSampler:
+    """A sampler by its short name: knapsack (ours), or one of Optuna's."""
+    return KnapsackSampler(space, seed=seed) if name == "knapsack" else make_optuna_sampler(name, seed)
+
+
+def make_optuna_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
+    """One of Optuna's samplers by its short name: tpe (multivariate), nsgaii, nsgaiii, random."""
+    samplers: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
+        "tpe": lambda: optuna.samplers.TPESampler(multivariate=True, seed=seed, n_startup_trials=8),
+        "nsgaii": lambda: optuna.samplers.NSGAIISampler(seed=seed, population_size=16),
+        "nsgaiii": lambda: optuna.samplers.NSGAIIISampler(seed=seed, population_size=16),
+        "random": lambda: optuna.samplers.RandomSampler(seed=seed),
+    }
+    return samplers[name]()
+
+
+class KnapsackSampler(optuna.samplers.BaseSampler):
+    """Proposes genotypes of a `Space` within its budget, for any Optuna study whose first value is a score to maximise.
+
+    A Bayesian additive model of the score is refitted on the finished trials; one draw from its posterior, and the
+    knapsack solved on that draw at a random level up to the budget, is the next genotype. A share of the proposals
+    changes one or two blocks of a genotype on the front instead. `damages` (per block, over its choices) are the prior.
+    """
+
+    def __init__(
+        self,
+        space: Space[Any],
+        *,
+        damages: Sequence[NDArray[np.float64]] | None = None,
+        seed: int | None = None,
+    ) -> None:
+        self.space = space
+        self._damages = list(damages) if damages is not None else prior_damages(space.table)
+        self._features = features_of(space.blocks)
+        self._seed = _entropy() if seed is None else seed
+        self._generator = np.random.default_rng(self._seed)
+        self._fallback = optuna.samplers.RandomSampler(seed=seed)
+        base = space.table.base()
+        self._budget = space.budget or Budget(tuple((kind, float(base[kind])) for kind in KINDS))
+        self._least = self._smallest_level()
+
+    def _smallest_level(self) -> float:
+        table, base = self.space.table, self.space.table.base()
+        return min(1.0, *(tightness(table.cost(table.cheapest(kind)), self._budget, base) for kind in KINDS))
+
+    def reseed_rng(self) -> None:
+        """Fresh randomness, for workers that were forked."""
+        self._seed = _entropy()
+        self._fallback.reseed_rng()
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """All parameters of the space: they are proposed together."""
+        return dict(self.space.distributions)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: Mapping[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """The parameters of the next genotype: within the budget, and new to the study where one can be found."""
+        # a trial's own stream: a resumed study goes on as an uninterrupted one would have
+        self._generator = np.random.default_rng([self._seed, trial.number])
+        finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        known = {tuple(row) for row in self._rows(study.get_trials(deepcopy=False)).tolist()}
+        proposal = self._propose(finished)
+        for _ in range(_TRIES):
+            if tuple(proposal.tolist()) not in known:
+                break
+            proposal = self._mutate(proposal)
+        return self.space.point(self.space.table.genotype(proposal))
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """A parameter that is not of the space: at random."""
+        return self._fallback.sample_independent(study, trial, param_name, param_distribution)
+
+    def _rows(self, trials: Sequence[FrozenTrial]) -> NDArray[np.int64]:
+        rows = [self.space.table.indices(genotype) for trial in trials if (genotype := self._genotype(trial))]
+        return np.array(rows, dtype=np.int64).reshape(len(rows), len(self.space.blocks))
+
+    def _genotype(self, trial: FrozenTrial) -> Genotype | None:
+        if not set(trial.params) >= set(self.space.distributions):
+            return None
+        try:
+            return self.space.genotype({name: trial.params[name] for name in self.space.distributions})
+        except GenotypeError:
+            return None
+
+    def _propose(self, finished: Sequence[FrozenTrial]) -> NDArray[np.int64]:
+        usable = [trial for trial in finished if self._genotype(trial) is not None]
+        rows = self._rows(usable)
+        scores = np.array([trial.values[0] for trial in usable], dtype=np.float64)
+        if len(rows) and self._generator.random() < _MUTATIONS:
+            return self._mutate(self._on_front(rows, scores))
+        return self._solve(fit(self._features, rows, scores, self._damages))
+
+    def _solve(self, model: AdditiveModel) -> NDArray[np.int64]:
+        level = self._generator.uniform(self._least, 1.0)
+        worth = model.draw(self._generator, boldness=self._generator.random() ** 2)
+        for share in (level, 1.0):
+            within = Budget(tuple((kind, bound * share) for kind, bound in self._budget.bounds))
+            try:
+                genotype = solve(self.space.table, within, [-values for values in worth])
+            except TimeoutError:
+                genotype = None
+            if genotype is not None:
+                return self.space.table.indices(genotype)
+        return self.space.table.indices(self.space.starts(1)[0])
+
+    def _on_front(self, rows: NDArray[np.int64], scores: NDArray[np.float64]) -> NDArray[np.int64]:
+        """One of the genotypes that no other beats in the score at no more cost, at random."""
+        totals = self.space.table.many(rows)
+        costs = np.stack([totals[kind] for kind in self._budget], axis=1)
+        cheaper = (costs[None] <= costs[:, None]).all(axis=2)
+        beaten = (cheaper & (scores[None] > scores[:, None])).any(axis=1)
+        chosen: NDArray[np.int64] = rows[self._generator.choice(np.flatnonzero(~beaten))]
+        return chosen
+
+    def _mutate(self, row: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The genotype with one or two blocks changed, still within the budget; itself when no change fits."""
+        for _ in range(_TRIES):
+            changed = row.copy()
+            for column in self._generator.integers(len(row), size=self._generator.integers(1, 3)):
+                changed[column] = self._generator.integers(len(self.space.blocks[column].choices))
+            totals = self.space.table.many(changed[None])
+            if all(totals[kind][0] <= bound for kind, bound in self._budget.items()):
+                return changed
+        return row
+
+
+def _entropy() -> int:
+    return int(np.random.default_rng().integers(2**32))

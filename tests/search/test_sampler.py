@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import numpy as np
+import optuna
+import pytest
+import timm
+from numpy.typing import NDArray
+from torch import nn
+
+from nas_kd.genotype import Genotype
+from nas_kd.search.additive import features_of, fit
+from nas_kd.search.sampler import KnapsackSampler, make_sampler
+from nas_kd.search.space import Space
+from nas_kd.search.starts import prior_damages
+
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+
+
+@pytest.fixture(scope="module")
+def tight() -> Space[nn.Module]:
+    """ResNet-18 within 1 M parameters: a random genotype is within once in some hundred."""
+    return Space(timm.create_model("resnet18", num_classes=10), budget="params=1M,macs=20%", img_size=32)
+
+
+def additive_truth(space: Space[nn.Module], seed: int) -> list[NDArray[np.float64]]:
+    """Damages like the prior, but every block and every choice differs from it."""
+    generator = np.random.default_rng(seed)
+    priors = prior_damages(space.table)
+    return [p * np.exp(generator.normal(0, 0.8)) * np.exp(generator.normal(0, 0.5, len(p))) for p in priors]
+
+
+def score_of(space: Space[nn.Module], damages: list[NDArray[np.float64]], genotype: Genotype) -> float:
+    return 0.95 - 0.25 * sum(d[i] for d, i in zip(damages, space.table.indices(genotype), strict=True))
+
+
+def search(
+    space: Space[nn.Module], sampler: optuna.samplers.BaseSampler, damages: list[NDArray[np.float64]], trials: int
+) -> list[Genotype]:
+    """The genotypes of an ask-and-tell study; over-budget proposals are pruned and do not count."""
+    study = optuna.create_study(directions=["maximize", "minimize", "minimize"], sampler=sampler)
+    space.enqueue(study)
+    found: list[Genotype] = []
+    while len(found) < trials:
+        trial = study.ask()
+        genotype = space.suggest_genotype(trial)
+        try:
+            cost = space.admit(trial, genotype)
+        except optuna.TrialPruned:
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            continue
+        found.append(genotype)
+        study.tell(trial, (score_of(space, damages, genotype), cost.params, cost.macs))
+    return found
+
+
+def test_every_proposal_is_within_every_bound_and_new(tight: Space[nn.Module]) -> None:
+    assert tight.budget is not None
+    damages = additive_truth(tight, 0)
+    found = search(tight, KnapsackSampler(tight, seed=0), damages, 40)
+    assert all(tight.budget.admits(tight.cost(genotype)) for genotype in found)
+    assert len(set(found)) == len(found)
+
+
+def test_it_finds_better_students_than_those_it_starts_from(tight: Space[nn.Module]) -> None:
+    gains = []
+    for seed in range(3):
+        damages = additive_truth(tight, seed)
+        ours = search(tight, KnapsackSampler(tight, seed=seed), damages, 24)
+        best = [max(score_of(tight, damages, g) for g in genotypes) for genotypes in (ours[:8], ours)]
+        gains.append(best[1] - best[0])
+    assert np.mean(gains) > 0.01  # the starts alone are what a random sampler would be left with
+
+
+def test_the_same_seed_proposes_the_same_and_a_resumed_study_goes_on_alike(tight: Space[nn.Module]) -> None:
+    damages = additive_truth(tight, 1)
+    whole = search(tight, KnapsackSampler(tight, seed=3), damages, 14)
+    assert whole == search(tight, KnapsackSampler(tight, seed=3), damages, 14)
+
+    study = optuna.create_study(directions=["maximize", "minimize", "minimize"], sampler=KnapsackSampler(tight, seed=3))
+    tight.enqueue(study)
+    again = []
+    for number in range(14):
+        if number == 10:  # another process takes over
+            study.sampler = KnapsackSampler(tight, seed=3)
+        trial = study.ask()
+        again.append(tight.suggest_genotype(trial))
+        cost = tight.cost(again[-1])
+        study.tell(trial, (score_of(tight, damages, again[-1]), cost.params, cost.macs))
+    assert again == whole
+
+
+def test_it_serves_a_single_objective_study_beside_parameters_of_the_users_own(tight: Space[nn.Module]) -> None:
+    def objective(trial: optuna.Trial) -> float:
+        rate = trial.suggest_float("my learning rate", 0.01, 0.1)
+        student = tight.suggest(trial)
+        assert isinstance(student, nn.Module)
+        return rate
+
+    study = optuna.create_study(direction="maximize", sampler=KnapsackSampler(tight, seed=0))
+    study.optimize(objective, n_trials=3)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 3
+
+
+def test_without_a_budget_anything_up_to_the_base_may_come() -> None:
+    space = Space(timm.create_model("resnet10t", num_classes=10), img_size=32)
+    study = optuna.create_study(direction="maximize", sampler=KnapsackSampler(space, seed=0))
+    trial = study.ask()
+    base = space.table.base()
+    cost = space.cost(space.suggest_genotype(trial))
+    assert cost.params <= base.params
+    assert cost.macs <= base.macs
+
+
+@pytest.mark.parametrize("name", ["knapsack", "tpe", "nsgaii", "nsgaiii", "random"])
+def test_every_name_of_the_command_line_makes_a_sampler(tight: Space[nn.Module], name: str) -> None:
+    assert isinstance(make_sampler(name, tight, 0), optuna.samplers.BaseSampler)
+
+
+def test_the_model_learns_an_additive_truth(tight: Space[nn.Module]) -> None:
+    damages = additive_truth(tight, 5)
+    generator = np.random.default_rng(0)
+    rows = np.stack([generator.integers(len(block.choices), size=300) for block in tight.blocks], axis=1)
+    scores = -0.25 * np.sum([d[column] for d, column in zip(damages, rows.T, strict=True)], axis=0)
+    model = fit(features_of(tight.blocks), rows[:250], scores[:250], prior_damages(tight.table))
+    draws = [model.draw(np.random.default_rng(seed)) for seed in range(20)]
+    worth = [np.mean([draw[index] for draw in draws], axis=0) for index in range(len(tight.blocks))]
+    predicted = np.sum([w[column] for w, column in zip(worth, rows[250:].T, strict=True)], axis=0)
+    expected = -np.sum([d[column] for d, column in zip(prior_damages(tight.table), rows[250:].T, strict=True)], axis=0)
+    learnt, believed = (np.corrcoef(guess, scores[250:])[0, 1] for guess in (predicted, expected))
+    assert learnt > believed + 0.05
+
+
+def test_before_any_trial_a_draw_spreads_around_the_prior(tight: Space[nn.Module]) -> None:
+    priors = prior_damages(tight.table)
+    model = fit(features_of(tight.blocks), np.zeros((0, len(priors)), dtype=np.int64), np.zeros(0), priors)
+    draws = np.array([model.draw(np.random.default_rng(seed))[0] for seed in range(200)])
+    assert np.allclose(draws.mean(axis=0), -0.05 * priors[0], atol=5 * draws.std(axis=0).max() / 200**0.5)
+    assert draws.std(axis=0).min() > 0
