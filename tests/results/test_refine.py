@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from nas_kd.results.refine import Candidate, Refinement, refine
+from nas_kd.training.augment import Augmentation
+from nas_kd.training.data import DataSpec, Splits, load_splits
+from nas_kd.training.images import AugmentedImages
+from nas_kd.training.loop import evaluate
+from nas_kd.training.recipe import Recipe
+
+
+def build() -> nn.Module:
+    torch.manual_seed(0)
+    network: nn.Module = timm.create_model("test_resnet", in_chans=1, num_classes=10)
+    return network
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory: pytest.TempPathFactory) -> Splits:
+    return load_splits(DataSpec(img_size=16, in_chans=1, train_images=120), tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture
+def refinement(splits: Splits, tmp_path: Path) -> Refinement:
+    data = AugmentedImages(splits.train, Augmentation(flip=False), 0)
+    recipe = Recipe(epochs=2, batch_size=32, lr=0.03, distill_weight=0.0, eval_epochs=(1, 2))
+    return Refinement(data=data, splits=splits, recipe=recipe, folder=tmp_path, key="digits")
+
+
+@pytest.fixture
+def candidate() -> Candidate:
+    return Candidate(role="front", digest="0123456789ab", build=build)
+
+
+@pytest.fixture
+def reports() -> list[tuple[int, float]]:
+    return []
+
+
+@pytest.fixture
+def report(reports: list[tuple[int, float]]) -> Callable[[int, float], None]:
+    return lambda epoch, accuracy: reports.append((epoch, accuracy))
+
+
+Report = Callable[[int, float], None]
+
+
+def test_it_trains_and_measures(
+    candidate: Candidate, refinement: Refinement, report: Report, reports: list[tuple[int, float]]
+) -> None:
+    refined = refine(candidate, refinement, report=report)
+    assert not refined.network.training
+    assert refined.val_accuracy == evaluate(refined.network, refinement.splits.val)
+    assert refined.test_accuracy == evaluate(refined.network, refinement.splits.test)
+    assert [epoch for epoch, _ in reports] == [1, 2]
+    assert [path.suffix for path in refinement.folder.iterdir()] == [".safetensors"]
+
+
+def test_what_was_trained_is_not_trained_again(
+    candidate: Candidate, refinement: Refinement, report: Report, reports: list[tuple[int, float]]
+) -> None:
+    first = refine(candidate, refinement)
+    again = refine(candidate, refinement, report=report)
+    assert reports == []
+    assert (again.val_accuracy, again.test_accuracy) == (first.val_accuracy, first.test_accuracy)
+    assert not again.network.training
+    for one, two in zip(first.network.state_dict().values(), again.network.state_dict().values(), strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("what", ["role", "digest", "recipe", "key"])
+def test_anything_else_is_trained_anew(
+    candidate: Candidate, refinement: Refinement, report: Report, reports: list[tuple[int, float]], what: str
+) -> None:
+    refine(candidate, refinement)
+    if what in ("role", "digest"):
+        candidate = replace(candidate, **{what: "uniform"})  # type: ignore[arg-type]
+    else:
+        other = {"recipe": replace(refinement.recipe, seed=1), "key": "other"}[what]
+        refinement = replace(refinement, **{what: other})  # type: ignore[arg-type]
+    refine(candidate, refinement, report=report)
+    assert len(reports) == 2
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_a_damaged_file_is_trained_again_with_a_warning(
+    candidate: Candidate, refinement: Refinement, caplog: pytest.LogCaptureFixture, share: float
+) -> None:
+    first = refine(candidate, refinement)
+    (path,) = refinement.folder.iterdir()
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    with caplog.at_level(logging.WARNING):
+        again = refine(candidate, refinement)
+    assert "is damaged" in caplog.text
+    assert again.test_accuracy == first.test_accuracy
+    assert path.read_bytes() == data
+
+
+def test_a_killed_training_goes_on(
+    candidate: Candidate, refinement: Refinement, report: Report, reports: list[tuple[int, float]]
+) -> None:
+    def die(epoch: int, accuracy: float) -> None:
+        raise KeyboardInterrupt
+
+    whole = refine(candidate, replace(refinement, folder=refinement.folder / "whole"))
+    with pytest.raises(KeyboardInterrupt):
+        refine(candidate, refinement, report=die)
+    resumed = refine(candidate, refinement, report=report)
+    assert [epoch for epoch, _ in reports] in ([1, 2], [2])
+    assert resumed.test_accuracy == whole.test_accuracy
