@@ -1,7 +1,7 @@
 """Draws the front of a finished study, as in the README: accuracy over parameters, from its `front.csv`.
 
-    python -m nas_kd.study --budget params=1M
-    python studies/front_picture.py results/resnet18-digits-params1M docs/front.svg
+python -m nas_kd.study --budget params=1M
+python studies/front_picture.py results/resnet18-digits-params1M docs/front.svg
 """
 
 from __future__ import annotations

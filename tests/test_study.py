@@ -352,7 +352,6 @@ def test_cuda_without_a_gpu_is_one_line(tmp_path: Path, capsys: pytest.CaptureFi
     assert "there is no device 'cuda' on this machine" in only_line(capsys.readouterr().err)
 
 
-@pytest.mark.xfail(strict=True, reason="training/checkpoint.py lets struct.error of torch's legacy reader through")
 def test_a_checkpoint_of_four_bytes_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "junk.pth").write_bytes(b"junk")
     assert main(command(tmp_path / "out", "--initial-checkpoint", str(tmp_path / "junk.pth"))) == 2

@@ -33,6 +33,8 @@ _LOADING = (
     "feature_cls",
 )
 
+_SHARED = ("num_classes", "in_chans", "global_pool")  # timm has defaults of its own for these
+
 default_cfgs: dict[str, Any] = {ENTRY_POINT: {}}  # every export brings its own
 
 
@@ -53,15 +55,21 @@ def nas_kd_student(
         raise ModelError(
             f"the exported config names an unknown timm model {base!r}: it is damaged, or needs a newer timm"
         )
-    build = functools.partial(_build, base=base, base_args=dict(base_args or {}), plan=Plan.from_json(plan))
-    wrap = functools.partial(_wrap_features, base=base, base_args=dict(base_args or {}))
+    given = dict(base_args or {})
+    build = functools.partial(_build, base=base, base_args=given, plan=Plan.from_json(plan))
+    wrap = functools.partial(_wrap_features, base=base, base_args=given)
+    kwargs = {name: given[name] for name in _SHARED if name in given} | kwargs
     model: nn.Module = build_model_with_cfg(build, ENTRY_POINT, pretrained, feature_cfg={"feature_cls": wrap}, **kwargs)
     return model
 
 
 def _build(*, base: str, base_args: Mapping[str, Any], plan: Plan, **kwargs: Any) -> nn.Module:
-    model: Any = timm.create_model(base, pretrained=False, **{**base_args, **kwargs})
+    headless = kwargs.get("num_classes") == 0  # the plan may resize the classifier, so that goes last
+    args = {**base_args, **kwargs, **({"num_classes": 1} if headless else {})}
+    model: Any = timm.create_model(base, pretrained=False, **args)
     apply_plan(model, plan)
+    if headless:
+        model.reset_classifier(0)
     model.nas_kd_plan = plan
     return model  # type: ignore[no-any-return]
 

@@ -37,6 +37,14 @@ class Edit:
     conv: ConvSpec | None = None
     drop: bool = False
 
+    def then(self, later: Edit) -> Edit:
+        """This edit and then a later one that resizes what this one made."""
+        shapes = {
+            name: tuple({**dict(self.shapes.get(name, ())), **dict(later.shapes.get(name, ()))}.items())
+            for name in {**self.shapes, **later.shapes}
+        }
+        return replace(self, shapes=shapes, sizes={**self.sizes, **later.sizes})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -49,9 +57,9 @@ class Plan:
         """This plan and then `later`, as one plan."""
         edits = dict(self.edits)
         for path, edit in later.edits.items():
-            earlier = edits.get(path, Edit())
-            shapes, sizes = {**earlier.shapes, **edit.shapes}, {**earlier.sizes, **edit.sizes}
-            edits[path] = replace(edit, shapes=shapes, sizes=sizes)
+            if edit.conv is not None or edit.drop:  # whatever was here, or below, is gone
+                edits = {old: e for old, e in edits.items() if old != path and not old.startswith(f"{path}.")}
+            edits[path] = edits[path].then(edit) if path in edits else edit
         return Plan(edits=edits, features=later.features or self.features)
 
     def to_json(self) -> dict[str, Any]:
@@ -139,8 +147,8 @@ def _apply_edit(network: nn.Module, path: str, edit: Edit) -> None:
     if edit.conv is not None or edit.drop:
         first = next(module.parameters(), torch.empty(0))
         replacement = build_conv(edit.conv) if edit.conv is not None else nn.Identity()
-        network.set_submodule(path, replacement.to(first.device, first.dtype).train(module.training))
-        return
+        module = replacement.to(first.device, first.dtype).train(module.training)
+        network.set_submodule(path, module)
     for name, value in edit.sizes.items():
         if not hasattr(module, name):
             raise AttributeError(f"{type(module).__name__} has no {name}")

@@ -139,12 +139,13 @@ def _conv_sizes(
     if call is None or call.inputs is None or call.outputs is None:
         return
     inputs, outputs = _kept(call.inputs, mask), _kept(call.outputs, mask)
-    if (inputs, outputs) == (conv.in_channels, conv.out_channels):
-        return
-    yield "in_channels", inputs
-    yield "out_channels", outputs
-    if conv.groups > 1:  # whole groups went, or each of them lost channels
-        yield "groups", inputs // weight.get(1, conv.in_channels // conv.groups)
+    if inputs != conv.in_channels:  # else it may be the image's, which timm's in_chans changes
+        yield "in_channels", inputs
+    if outputs != conv.out_channels:
+        yield "out_channels", outputs
+    groups = inputs // weight.get(1, conv.in_channels // conv.groups)
+    if groups != conv.groups:  # whole groups went; else each of them lost channels
+        yield "groups", groups
 
 
 def _split_sizes(module: nn.Module, path: str, analysis: Analysis, mask: Mask) -> Iterator[tuple[str, Number]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from safetensors import SafetensorError
-from timm.models import load_state_dict, save_for_hf
+from timm.models import save_for_hf
 from torch import nn
 
 from nas_kd.errors import NasKdError, OutputError, PlanError
@@ -125,15 +123,3 @@ def load(folder: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
         text = str(error).strip().splitlines() or [type(error).__name__]
         raise PlanError(f"{path} is damaged: {text[0][:200]}; export the model again") from error
     return model
-
-
-def remove_export(folder: Path) -> None:
-    """Removes an exported folder, if it is one."""
-    if (folder / "config.json").is_file():
-        shutil.rmtree(folder)
-
-
-def weights_equal(folder: Path, network: nn.Module) -> bool:
-    """Whether the weights of an exported folder are bit-equal to those of `network`."""
-    saved, own = load_state_dict(str(folder / "model.safetensors")), network.state_dict()
-    return saved.keys() == own.keys() and all(torch.equal(saved[name], own[name].cpu()) for name in own)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import struct
 import sys
 import warnings
 from collections.abc import Mapping
@@ -57,7 +58,7 @@ def _read(path: Path) -> Mapping[str, Any]:
             warnings.simplefilter("ignore")
             state = load_state_dict(str(path), weights_only=True)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError,
-            pickle.UnpicklingError, SafetensorError) as error:  # fmt: skip
+            pickle.UnpicklingError, struct.error, SafetensorError) as error:  # fmt: skip
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"cannot read the checkpoint {path}: it must be safetensors or a torch file of tensors only ({reason})"
