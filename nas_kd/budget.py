@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nas_kd.errors import BudgetError, nearest
 
-KINDS = ("params", "macs")  # what a budget can bound, in the order of every table
+KINDS = ("params", "macs")  # what students are compared by, in the order of every table
+BOUNDABLE = (*KINDS, "size", "peak_memory")  # what a budget can bound
 _SUFFIX = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 _AMOUNT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(?:(%)|([KMG]?))", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """What a network costs: `params`, learnable scalars; `macs`, multiply-accumulates of convolutions and linear
-    layers for one image."""
+    """What a network costs.
+
+    `params`, learnable scalars; `macs`, multiply-accumulates of convolutions and linear layers for one image; `size`,
+    bytes of the exported weights; `peak_memory`, bytes of the activations that are alive at once for one image (both
+    at float32, see `nas_kd.models.memory`; 0 where they were not counted). Costs are equal when params and macs are.
+    """
 
     params: int
     macs: int
+    size: int = field(default=0, compare=False)
+    peak_memory: int = field(default=0, compare=False)
 
     def __getitem__(self, kind: str) -> int:
-        if kind not in KINDS:
+        if kind not in BOUNDABLE:
             raise KeyError(kind)
         value: int = getattr(self, kind)
         return value
@@ -40,8 +47,7 @@ class Budget(Mapping[str, float]):
 
     def __post_init__(self) -> None:
         for kind, bound in self.bounds:
-            if kind not in KINDS:
-                raise BudgetError(f"a budget cannot bound {kind!r}: use {' or '.join(KINDS)}{nearest(kind, KINDS)}")
+            _check_kind(kind)
             if not bound > 0:
                 raise BudgetError(f"the bound on {kind} must be positive, got {bound!r}")
         if len({kind for kind, _ in self.bounds}) != len(self.bounds):
@@ -77,8 +83,20 @@ class Budget(Mapping[str, float]):
         return "over budget: " + "; ".join(broken) if broken else ""
 
 
+def kinds_of(budget: Budget | None) -> tuple[str, ...]:
+    """What students are compared by: params and macs, and whatever else the budget bounds."""
+    return (*KINDS, *(kind for kind in budget or () if kind not in KINDS))
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in BOUNDABLE:
+        hint = nearest(kind, BOUNDABLE)
+        raise BudgetError(f"a budget cannot bound {kind!r}: use params or macs{hint} (or size, peak_memory: in bytes)")
+
+
 def parse_budget(text: str, base: Cost | None = None) -> Budget:
-    """Reads `params=1M,macs=30%`: amounts with K, M or G, or a percentage of the `base` cost.
+    """Reads `params=1M,macs=30%`: amounts with K, M or G (thousands, also of bytes), or a percentage of the `base`
+    cost.
 
     Without `base`, percentages are checked but resolve as if the base cost 100 of each: enough to refuse bad input
     before a model is built. Raises BudgetError and says how to write it.
@@ -89,14 +107,13 @@ def parse_budget(text: str, base: Cost | None = None) -> Budget:
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts:
         raise BudgetError("the budget is empty: write it like params=1M or params=1M,macs=30%")
-    return Budget(tuple(_bound(part, base or Cost(params=100, macs=100)) for part in parts))
+    return Budget(tuple(_bound(part, base or Cost(params=100, macs=100, size=100, peak_memory=100)) for part in parts))
 
 
 def _bound(part: str, base: Cost) -> tuple[str, float]:
     kind, equals, amount = (piece.strip() for piece in part.partition("="))
     match = _AMOUNT.fullmatch(amount)
-    if kind not in KINDS:
-        raise BudgetError(f"a budget cannot bound {kind!r}: use {' or '.join(KINDS)}{nearest(kind, KINDS)}")
+    _check_kind(kind)
     if not equals or match is None:
         raise BudgetError(f"cannot read the budget {part!r}: write it like {kind}=1M, {kind}=250K or {kind}=30%")
     number, percent, suffix = match.groups()

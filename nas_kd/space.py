@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from nas_kd.arguments import SpaceSettings, guarded, parse_space
-from nas_kd.budget import KINDS, Budget, parse_budget, short
+from nas_kd.budget import BOUNDABLE, KINDS, Budget, parse_budget, short
 from nas_kd.errors import BudgetError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def describe(space: Space[Any], prices: Sequence[BlockPrices], budget: Budget | 
         "genotypes": math.prod(len(block.choices) for block in space.blocks),
         "left_alone": [{"module": module, "reason": reason} for module, reason in space.analysis.left_alone],
     }
-    for kind in KINDS:
+    for kind in BOUNDABLE:
         facts[kind] = base[kind]
         facts[f"min_{kind}"] = space.table.cost(space.table.cheapest(kind))[kind]
     if budget is not None:
@@ -87,6 +87,10 @@ def _print(space: Space[Any], facts: dict[str, Any]) -> None:
     size = "×".join(map(str, space.input_size))
     lines = [f"{facts['model']} at {size}: {short(facts['params'])} params, {short(facts['macs'])} MACs"]
     lines.append("smallest reachable: " + ", ".join(f"{short(facts[f'min_{kind}'])} {kind}" for kind in KINDS))
+    lines.append(
+        f"{short(facts['size'])} bytes of weights, {short(facts['peak_memory'])} bytes of activations at once; "
+        f"smallest reachable: {short(facts['min_size'])} and {short(facts['min_peak_memory'])}"
+    )
     lines.append(f"genotypes: {facts['genotypes']:.3g}")
     lines += [f"left alone: {item['module']}, {item['reason']}" for item in facts["left_alone"]]
     if "budget" in facts:

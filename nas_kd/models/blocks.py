@@ -21,6 +21,7 @@ from nas_kd.errors import ModelError
 from nas_kd.genotype import Choice, group_count
 from nas_kd.models.convs import ConvSpec, Pair
 from nas_kd.models.labels import FROZEN, Call, Labels, Split
+from nas_kd.models.memory import passage
 from nas_kd.models.structure import Analysis as Analysis
 from nas_kd.models.structure import Block as Block
 from nas_kd.models.structure import Channels as Channels
@@ -124,6 +125,8 @@ def _is_droppable(block: str, network: nn.Module, traced: Trace, owners: Mapping
     """
     flow = traced.flows.get(block)
     if block not in traced.residual or flow is None or flow.in_shape != flow.out_shape:
+        return False
+    if passage(traced, block) is None:
         return False
     calls = [call.module for call in traced.calls if call.module.startswith(f"{block}.")]
     if len(set(calls)) < len(calls) or any(owners[module] != block for module in calls):

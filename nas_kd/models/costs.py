@@ -8,20 +8,24 @@ per pair where the width of one is an input width of another give the cost of an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from nas_kd.budget import KINDS, Cost
+from nas_kd.budget import BOUNDABLE, Cost
 from nas_kd.genotype import Choice, Genotype
 from nas_kd.models.convs import ConvCost, conv_cost
 from nas_kd.models.labels import Labels
+from nas_kd.models.memory import MemoryTable, memory_table
+from nas_kd.models.schedule import FLOAT_BYTES, bytes_of
 from nas_kd.models.structure import Analysis, Block, Site, Widths, is_replaced
 
 Vector = NDArray[np.float64]
+SUMS = ("params", "macs", "size")  # the costs that are sums; `peak_memory` is a maximum
+_ORDER_BYTES = 8  # a shift saves for each channel which one it is
 
 
 @dataclass(slots=True)
@@ -67,7 +71,8 @@ def _outer(one: int, vector: Vector, two: int, other: Vector) -> _Sum:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CostTable:
-    """Costs of every genotype of a base: per kind a constant, a vector per block, and a matrix per pair of blocks.
+    """Costs of every genotype of a base: per kind of sum a constant, a vector per block, and a matrix per pair of
+    blocks; and `memory`, the moments whose largest is the peak.
 
     Vectors and matrices are indexed by the position of a choice in `block.choices`.
     """
@@ -76,6 +81,7 @@ class CostTable:
     constants: Mapping[str, int]
     single: Mapping[str, tuple[NDArray[np.int64], ...]]
     pairs: Mapping[str, Mapping[tuple[int, int], NDArray[np.int64]]]
+    memory: MemoryTable
 
     def indices(self, genotype: Mapping[str, Choice]) -> NDArray[np.int64]:
         """The position of each block's choice: one row for `many`."""
@@ -89,13 +95,15 @@ class CostTable:
     def cost(self, genotype: Mapping[str, Choice]) -> Cost:
         """The cost of one genotype, equal to the unit to what the built student counts."""
         totals = self.many(self.indices(genotype)[None])
-        return Cost(**{kind: int(totals[kind][0]) for kind in KINDS})
+        return Cost(**{kind: int(totals[kind][0]) for kind in BOUNDABLE})
 
-    def many(self, indices: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+    def many(self, indices: NDArray[np.int64], kinds: Iterable[str] = BOUNDABLE) -> dict[str, NDArray[np.int64]]:
         """The costs of N genotypes, given as N × blocks positions: per kind an array of N."""
-        return {kind: self._total(kind, indices) for kind in KINDS}
+        return {kind: self._total(kind, indices) for kind in kinds}
 
     def _total(self, kind: str, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        if kind not in SUMS:
+            return self.memory.many(indices)
         total = np.full(len(indices), self.constants[kind], dtype=np.int64)
         for column, vector in enumerate(self.single[kind]):
             total += vector[indices[:, column]]
@@ -111,26 +119,37 @@ class CostTable:
         """The genotype of the smallest reachable cost of this kind.
 
         Every cost grows with every width, and at given widths each block's kernel and kind count for themselves, so
-        the narrowest choice of each block that is cheapest beside the narrowest others is the cheapest of all.
+        the narrowest choice of each block that is cheapest beside the narrowest others is the cheapest of all. Of a
+        peak the moments in which a block's own kinds run count alone: others may hide them.
         """
         narrowest = [min(range(len(b.choices)), key=lambda i, b=b: b.choices[i].width) for b in self.blocks]  # type: ignore[misc]
         chosen = list(narrowest)
         for column, block in enumerate(self.blocks):
             rows = np.tile(np.array(narrowest), (len(block.choices), 1))
             rows[:, column] = np.arange(len(block.choices))
-            chosen[column] = int(self._total(kind, rows).argmin())
+            totals = self._total(kind, rows) if kind in SUMS else self._own_peak(column, rows)
+            chosen[column] = int(totals.argmin())
         return self.genotype(chosen)
+
+    def _own_peak(self, column: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The peak of a block's own moments for each of its choices; wider ones than the narrowest are out."""
+        choices = self.blocks[column].choices
+        least = min(choice.width for choice in choices)
+        totals = self.memory.many(rows, owner=column)
+        wide = np.array([choice.width > least and choice.keep for choice in choices])
+        return np.where(wide, np.iinfo(np.int64).max, totals)
 
 
 def cost_table(analysis: Analysis, network: nn.Module) -> CostTable:
     """The cost tables of an analysed base. Takes a fraction of a second; building no student."""
     builder = _Builder(analysis)
-    totals = {kind: _Sum() for kind in KINDS}
+    totals = {kind: _Sum() for kind in SUMS}
     sites = {site.module: (index, site) for index, block in enumerate(analysis.blocks) for site in block.sites}
     for index, site in sites.values():
         params, macs = builder.site(index, site)
         totals["params"].add(builder.kept(site.module, params))
         totals["macs"].add(builder.kept(site.module, macs))
+        totals["size"].add(builder.kept(site.module, builder.orders(index, site)))
     for name, parameter in network.named_parameters():
         module, _, tensor = name.rpartition(".")
         axes = analysis.trace.axes.get(name, (None,) * parameter.ndim)
@@ -144,7 +163,14 @@ def cost_table(analysis: Analysis, network: nn.Module) -> CostTable:
         if call.module not in sites:
             macs = builder.product((*call.axes, None), (*map(len, call.axes), call.factor))
             totals["macs"].add(builder.kept(call.module, macs))
-    return builder.table(totals)
+    totals["size"].add(totals["params"].times(_Sum(constant=FLOAT_BYTES)))
+    saved = network.state_dict().keys()
+    for name, buffer in network.named_buffers():
+        if name in saved:
+            axes = analysis.trace.axes.get(name, (None,) * buffer.ndim)
+            amount = builder.product(axes, buffer.shape).times(_Sum(constant=bytes_of(buffer)))
+            totals["size"].add(builder.kept(name, amount))
+    return builder.table(totals, memory_table(analysis, builder.whole_count))
 
 
 class _Builder:
@@ -186,6 +212,17 @@ class _Builder:
             result.single[index] = np.array([by_width[choice.width] for choice in block.choices], dtype=np.float64)
         return result
 
+    def whole_count(self, labels: Labels) -> tuple[int, dict[int, NDArray[np.int64]]]:
+        """`count` in whole numbers: the constant, and a vector per block."""
+        result = self.count(labels)
+        return round(result.constant), {index: np.rint(v).astype(np.int64) for index, v in result.single.items()}
+
+    def orders(self, index: int, site: Site) -> _Sum:
+        """The bytes in which shifts at `site` save the order of their channels."""
+        choices = self.blocks[index].choices
+        bytes_each = [_ORDER_BYTES if is_replaced(site, c) and _kind(site, c) == "shift" else 0 for c in choices]
+        return self._weigh(index, site, [ConvCost(inputs=number) for number in bytes_each])
+
     def product(self, axes: Sequence[Labels | None], lengths: Sequence[int]) -> _Sum:
         """The number of entries of a tensor with these dimensions."""
         result = _Sum(constant=math.prod(n for axis, n in zip(axes, lengths, strict=True) if axis is None))
@@ -218,7 +255,7 @@ class _Builder:
                 total.add(counts().times(_Sum(single={index: factors})))
         return total
 
-    def table(self, totals: Mapping[str, _Sum]) -> CostTable:
+    def table(self, totals: Mapping[str, _Sum], memory: MemoryTable) -> CostTable:
         def whole(vector: Vector) -> NDArray[np.int64]:
             return np.rint(vector).astype(np.int64)
 
@@ -232,6 +269,7 @@ class _Builder:
             constants={kind: round(total.constant) for kind, total in totals.items()},
             single=single,
             pairs={kind: {pair: whole(m) for pair, m in total.pairs.items()} for kind, total in totals.items()},
+            memory=memory,
         )
 
 

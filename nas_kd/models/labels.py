@@ -20,6 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nas_kd.models.schedule import Activations
+
 FROZEN = 0
 
 Labels = NDArray[np.int64]
@@ -51,6 +53,14 @@ class Flow:
     out_shape: tuple[int, ...]
     in_axes: Axes
     out_axes: Axes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """An activation in memory: `factor` bytes times the product of the lengths of its labelled dimensions."""
+
+    factor: int
+    axes: tuple[Labels, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +99,7 @@ class Labelling:
         self.splits: list[Split] = []
         self.unknown: dict[tuple[str, str], None] = {}
         self.flows: dict[str, Flow] = {}
+        self.activations = Activations()
         self.norms: dict[str, str] = {}
         self._made: dict[int, str] = {}  # by the id of a tensor, the module whose convolution made it
         self.residual: dict[str, None] = {}
@@ -154,9 +165,14 @@ class Labelling:
 
     # the modules that run
 
+    @property
+    def running(self) -> str:
+        """The innermost module that runs."""
+        return self._running[-1][0]
+
     def enter(self, module: str, inputs: Any) -> None:
-        """`module` starts on `inputs`."""
-        first = next(tensors(inputs), None)
+        """`module` starts on `inputs`, its positional arguments."""
+        first = next(tensors(inputs), None) if len(inputs) == 1 else None
         self._running.append((module, id(first)))
 
     def leave(self, module: str, inputs: Any, output: Any) -> None:
@@ -190,7 +206,7 @@ class Labelling:
         self.splits.append(Split(module=self._running[-1][0], parts=tuple(parts)))
 
     def added(self, inputs: Sequence[Tensor]) -> None:
-        """Tensors are added: a module whose own input is among them has an identity shortcut."""
+        """Tensors are added: a module whose own and only input is among them has an identity shortcut."""
         ids = {id(tensor) for tensor in inputs}
         self.residual.update((name, None) for name, entered in self._running if entered in ids)
 

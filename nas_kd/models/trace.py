@@ -7,6 +7,7 @@ calls, custom layers and re-standardised weights need no rule of their own. `lab
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nas_kd.errors import ModelError
-from nas_kd.models.labels import FROZEN, Axes, Call, Labelling, Labels, Split, tensors
+from nas_kd.models.labels import FROZEN, Axes, Call, Labelling, Labels, Split, Stored, tensors
 from nas_kd.models.labels import Flow as Flow
 from nas_kd.models.operators import RULES, pointwise
+from nas_kd.models.schedule import Moment, bytes_of
 
 SECONDS_LIMIT = 20.0  # no covered model takes 3 s; a network that loops over pixels in Python would never end
 
@@ -38,6 +40,9 @@ class Trace:
     flows: dict[str, Flow]  # by module path; also "forward_features" and "pre_logits" of the whole network
     norms: dict[str, str]  # by the module of a convolution, the batch norm right behind it
     residual: tuple[str, ...]  # modules that add something to their own input
+    moments: tuple[Moment, ...]  # the operators on activations, in order
+    stored: tuple[Stored, ...]  # the activations by number
+    outputs: tuple[int, ...]  # the numbers of those that the network returns
     labels: int  # one more than the largest label
 
 
@@ -73,6 +78,7 @@ def trace(network: nn.Module, input_size: Sequence[int], *, clock: Callable[[], 
     hooks = list(_follow_modules(meta, labelling))
     image = meta_image(meta, input_size)
     labelling.set(image, (None, np.full(input_size[0], FROZEN), None, None))
+    labelling.activations.begin(image)
     mode = _Mode(labelling, type(network).__name__, clock)
     try:
         with torch.no_grad(), mode:
@@ -90,8 +96,9 @@ def trace(network: nn.Module, input_size: Sequence[int], *, clock: Callable[[], 
             hook.remove()
     for tensor in tensors(output):
         labelling.freeze(labelling.get(tensor))
+    moments, outputs = tuple(labelling.activations.moments), labelling.activations.numbers(tensors(output))
     _trace_heads(meta, image, mode)
-    return _result(labelling)
+    return replace(_result(labelling), moments=moments, outputs=outputs)
 
 
 def _trace_heads(network: Any, image: Tensor, mode: _Mode) -> None:
@@ -140,7 +147,10 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         output = func(*args, **(kwargs or {}))
         if self._clock() > self._deadline:
             raise ModelError(f"{self._name} takes longer than {SECONDS_LIMIT:.0f} s to analyse: it is not supported")
-        _propagate(self.labelling, func, _arguments(func, args, kwargs or {}), output)
+        arguments = _arguments(func, args, kwargs or {})
+        _propagate(self.labelling, func, arguments, output)
+        inputs = tensors(list(arguments.values()))
+        self.labelling.activations.record(self.labelling.running, inputs, tensors(output))
         return output
 
 
@@ -173,6 +183,12 @@ def _result(labelling: Labelling) -> Trace:
     def settled(flow: Flow) -> Flow:
         return replace(flow, in_axes=tuple(map(roots, flow.in_axes)), out_axes=tuple(map(roots, flow.out_axes)))
 
+    def stored(tensor: Tensor) -> Stored:
+        axes = labelling.get(tensor)
+        plain = [length for length, labels in zip(tensor.shape, axes, strict=True) if labels is None]
+        labelled = tuple(labelling.find(labels) for labels in axes if labels is not None)
+        return Stored(factor=math.prod(plain) * bytes_of(tensor), axes=labelled)
+
     return Trace(
         axes={name: tuple(map(roots, axes)) for name, axes in labelling.named_axes().items()},
         calls=tuple(map(final, labelling.calls)),
@@ -181,5 +197,8 @@ def _result(labelling: Labelling) -> Trace:
         flows={name: settled(flow) for name, flow in labelling.flows.items()},
         norms=dict(labelling.norms),
         residual=tuple(labelling.residual),
+        moments=(),
+        stored=tuple(map(stored, labelling.activations.made)),
+        outputs=(),
         labels=labelling.count,
     )

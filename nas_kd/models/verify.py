@@ -18,11 +18,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from nas_kd.budget import Cost
+from nas_kd.budget import BOUNDABLE, Cost
 from nas_kd.errors import ModelError
 from nas_kd.genotype import Choice, Genotype
 from nas_kd.models.costs import CostTable, cost_table
 from nas_kd.models.labels import tensors
+from nas_kd.models.schedule import Activations, bytes_of_weights
 from nas_kd.models.structure import Analysis, Block
 from nas_kd.models.student import build_student
 from nas_kd.models.trace import meta_image, without_storage
@@ -34,27 +35,42 @@ _logger = logging.getLogger(__name__)
 def measure(network: nn.Module, input_size: Sequence[int]) -> Cost:
     """The cost of a built network, counted by running it on the meta device: the truth that tables must equal.
 
-    MACs are half of what torch's own formulas (`torch.utils.flop_counter`) give. `input_size` is (C, H, W).
+    MACs are half of what torch's own formulas (`torch.utils.flop_counter`) give; `schedule` says what memory is alive
+    when, and what counts as size. `input_size` is (C, H, W).
     """
-    meta = without_storage(network).eval()
-    counter = _Counter()
+    return _measured(without_storage(network).eval(), input_size)[0]
+
+
+def _measured(meta: nn.Module, input_size: Sequence[int]) -> tuple[Cost, list[torch.Size]]:
+    """The cost of a network that is on the meta device, and the shapes of its outputs."""
+    counter, image = _Counter(), meta_image(meta, input_size)
+    counter.activations.begin(image)
     with torch.no_grad(), counter:
-        meta(meta_image(meta, input_size))
-    return Cost(params=sum(parameter.numel() for parameter in network.parameters()), macs=counter.flops // 2)
+        outputs = list(tensors(meta(image)))
+    cost = Cost(
+        params=sum(parameter.numel() for parameter in meta.parameters()),
+        macs=counter.flops // 2,
+        size=bytes_of_weights(meta),
+        peak_memory=counter.activations.peak(outputs),
+    )
+    return cost, [output.shape for output in outputs]
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up torch's flop formulas; `FlopCounterMode` does the same and also keeps a tree of modules."""
+    """Adds up torch's flop formulas (`FlopCounterMode` does the same and also keeps a tree of modules) and follows
+    the activations."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0
+        self.activations = Activations()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=output)
+        self.activations.record("", tensors([*args, kwargs or {}]), tensors(output))
         return output
 
 
@@ -93,28 +109,20 @@ class _Check:
 
     def __init__(self, meta: nn.Module, analysis: Analysis, table: CostTable) -> None:
         self.meta, self.analysis, self.table = meta, analysis, table
-        self._output = self._run(meta)
-
-    def _run(self, network: nn.Module) -> list[torch.Size]:
-        image = meta_image(network, self.analysis.input_size)
-        with torch.no_grad():
-            return [tensor.shape for tensor in tensors(network(image))]
+        self._output = _measured(meta, analysis.input_size)[1]
 
     def fault(self, genotype: Genotype) -> str:
         """What is wrong with the student of `genotype`, in a few words; empty when nothing is."""
         expected = self.table.cost(genotype)
         try:
-            student = build_student(self.meta, self.analysis, genotype)
-            counter = _Counter()
-            with counter:
-                shapes = self._run(student)
+            cost, shapes = _measured(build_student(self.meta, self.analysis, genotype), self.analysis.input_size)
         except Exception as error:  # whatever a model's own code raises at a width that it does not expect
             lines = str(error).strip().splitlines() or [type(error).__name__]
             return f"a student fails: {lines[0][:100]}"
-        cost = Cost(params=sum(parameter.numel() for parameter in student.parameters()), macs=counter.flops // 2)
         if shapes != self._output:
             return "a student's output has another shape"
-        return "" if cost == expected else "a student costs something else than counted"
+        wrong = [kind for kind in BOUNDABLE if cost[kind] != expected[kind]]
+        return f"a student has other {', '.join(wrong)} than counted" if wrong else ""
 
     def alone(self, genotype: Genotype, blocks: Sequence[str]) -> Genotype:
         """The base with the choices of `genotype` in these blocks only."""

@@ -68,7 +68,7 @@ def _prices(table: CostTable, column: int, own: Cost) -> dict[str, tuple[int, in
     choices = table.blocks[column].choices
     rows = np.tile(table.indices({block.name: block.default for block in table.blocks}), (len(choices), 1))
     rows[:, column] = np.arange(len(choices))
-    totals = table.many(rows)
+    totals = table.many(rows, KINDS)
     return {kind: _range(totals[kind], own[kind]) for kind in KINDS}
 
 
@@ -81,5 +81,5 @@ def share_within(table: CostTable, budget: Budget, draws: int, seed: int = 0) ->
     """The share of random genotypes within a budget, estimated from `draws` of them."""
     generator = np.random.default_rng(seed)
     rows = np.stack([generator.integers(len(block.choices), size=draws) for block in table.blocks], axis=1)
-    totals = table.many(rows)
+    totals = table.many(rows, budget)
     return float(np.mean(np.all([totals[kind] <= bound for kind, bound in budget.items()], axis=0)))

@@ -6,7 +6,7 @@ the front, one comparison per rung, tested without a study.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from nas_kd.budget import KINDS, Cost
@@ -32,14 +32,16 @@ def rung_epochs(epochs: int) -> tuple[int, ...]:
     return (*powers, epochs)
 
 
-def deficit(own: RungScore, peers: Iterable[RungScore], patience: int = PATIENCE) -> float:
-    """How far a trial is behind at a rung: > 0 when at least `patience` peers that cost no more in any kind scored
-    more, by how much the worst of the best `patience` of them did; else ≤ 0."""
-    rivals = sorted((peer.score for peer in peers if _no_dearer(peer.cost, own.cost)), reverse=True)
+def deficit(
+    own: RungScore, peers: Iterable[RungScore], patience: int = PATIENCE, kinds: Sequence[str] = KINDS
+) -> float:
+    """How far a trial is behind at a rung: > 0 when at least `patience` peers that cost no more in any of `kinds`
+    scored more, by how much the worst of the best `patience` of them did; else ≤ 0."""
+    rivals = sorted((peer.score for peer in peers if _no_dearer(peer.cost, own.cost, kinds)), reverse=True)
     if len(rivals) < patience:
         return 0.0
     return rivals[patience - 1] - own.score
 
 
-def _no_dearer(cost: Cost, other: Cost) -> bool:
-    return all(cost[kind] <= other[kind] for kind in KINDS)
+def _no_dearer(cost: Cost, other: Cost, kinds: Sequence[str]) -> bool:
+    return all(cost[kind] <= other[kind] for kind in kinds)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from nas_kd.budget import KINDS, Budget
+from nas_kd.budget import KINDS, Budget, kinds_of
 from nas_kd.errors import GenotypeError
 from nas_kd.genotype import Genotype
 from nas_kd.search.additive import AdditiveModel, features_of, fit
@@ -66,7 +66,8 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
 
     def _smallest_level(self) -> float:
         table, base = self.space.table, self.space.table.base()
-        return min(1.0, *(tightness(table.cost(table.cheapest(kind)), self._budget, base) for kind in KINDS))
+        cheapest = (table.cost(table.cheapest(kind)) for kind in kinds_of(self._budget))
+        return min(1.0, *(tightness(cost, self._budget, base) for cost in cheapest))
 
     def reseed_rng(self) -> None:
         """Fresh randomness, for workers that were forked."""
@@ -133,7 +134,7 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
 
     def _on_front(self, rows: NDArray[np.int64], scores: NDArray[np.float64]) -> NDArray[np.int64]:
         """One of the genotypes that no other beats in the score at no more cost, at random."""
-        totals = self.space.table.many(rows)
+        totals = self.space.table.many(rows, self._budget)
         costs = np.stack([totals[kind] for kind in self._budget], axis=1)
         cheaper = (costs[None] <= costs[:, None]).all(axis=2)
         beaten = (cheaper & (scores[None] > scores[:, None])).any(axis=1)
@@ -146,7 +147,7 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
             changed = row.copy()
             for column in self._generator.integers(len(row), size=self._generator.integers(1, 3)):
                 changed[column] = self._generator.integers(len(self.space.blocks[column].choices))
-            totals = self.space.table.many(changed[None])
+            totals = self.space.table.many(changed[None], self._budget)
             if all(totals[kind][0] <= bound for kind, bound in self._budget.items()):
                 return changed
         return row

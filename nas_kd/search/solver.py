@@ -19,9 +19,11 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from nas_kd.budget import Budget
 from nas_kd.genotype import Genotype
-from nas_kd.models.costs import CostTable
+from nas_kd.models.costs import SUMS, CostTable
+from nas_kd.models.memory import Part
 
 _INFEASIBLE = 2  # scipy's status
+Row = tuple[NDArray[np.float64], float]  # coefficients, and what their sum may be at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -46,7 +48,8 @@ def solve(
     Without `damages` any genotype within the budget will do. None is a proof that there is none; a search that takes
     longer than `seconds` gives the best found so far, and raises TimeoutError when there is none yet.
     """
-    problem = _Problem(table, tuple(budget))
+    sums = Budget(tuple((kind, bound) for kind, bound in budget.bounds if kind in SUMS))
+    problem = _Problem(table, tuple(sums))
     objective = np.zeros(problem.size)
     for start, block_damages in zip(problem.starts, damages or (), strict=False):
         objective[start : start + len(block_damages)] = block_damages
@@ -55,7 +58,12 @@ def solve(
             objective,
             integrality=problem.integrality(),
             bounds=Bounds(0, 1),
-            constraints=[problem.one_choice_each(), *problem.links(), problem.within(budget)],
+            constraints=[
+                problem.one_choice_each(),
+                *problem.links(),
+                *([problem.within(sums)] if sums else []),
+                *([problem.within_memory(budget["peak_memory"])] if "peak_memory" in budget else []),
+            ],
             options={"time_limit": seconds},
         )
     if result.x is None:
@@ -166,3 +174,35 @@ class _Problem:
             for start, block in zip(self.starts, self.table.blocks, strict=True)
         ]
         return self.table.genotype(chosen)
+
+    def within_memory(self, bound: float) -> LinearConstraint:
+        """No moment may hold more than `bound`: what choices of a few blocks exceed it together are not taken at once,
+        and the sums of many blocks are rows of their own."""
+        rows: list[Row] = [row for part in self.table.memory.parts for row in self._exclusions(part, bound)]
+        for _, amount in self.table.memory.sums:
+            row = np.zeros(self.size)
+            for factors in amount.factors():
+                # the product with what else may be dropped is at most the number itself: a dropped block is on the
+                # safe side
+                block, vector = next(iter(factors.items()))
+                rest = np.prod([float(other.max()) for other in list(factors.values())[1:]])
+                row[self.starts[block] : self.starts[block] + len(vector)] += vector * rest
+            rows.append((row / bound, 1 - amount.constant / bound))
+        rows.append((np.zeros(self.size), 0.0))
+        matrix, limits = zip(*rows, strict=True)
+        return LinearConstraint(scipy.sparse.csr_array(np.array(matrix)), -np.inf, np.array(limits))
+
+    def _exclusions(self, part: Part, bound: float) -> Iterator[Row]:
+        """For each combination of choices of all its blocks but the last, those of the last that exceed the bound."""
+        if not part.blocks:
+            if part.table.max() > bound:
+                yield np.zeros(self.size), -1.0
+            return
+        *first, last = part.blocks
+        over = part.table > bound
+        for chosen in np.ndindex(*over.shape[:-1]):
+            if over[chosen].any():
+                row = np.zeros(self.size)
+                row[self.starts[last] : self.starts[last] + over.shape[-1]] = over[chosen]
+                row[[self.starts[block] + choice for block, choice in zip(first, chosen, strict=True)]] = 1
+                yield row, float(len(first))

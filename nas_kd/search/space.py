@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 import optuna
 from torch import nn
 
-from nas_kd.budget import Budget, Cost, parse_budget, short
+from nas_kd.budget import Budget, Cost, kinds_of, parse_budget, short
 from nas_kd.errors import BudgetError, GenotypeError
 from nas_kd.genotype import Choice, Genotype
 from nas_kd.models.blocks import Block, analyse
@@ -112,8 +112,8 @@ class Space(Generic[Network]):
         """Notes what a genotype costs on its trial and returns it. Raises optuna.TrialPruned when over budget."""
         cost = self.cost(genotype)
         trial.set_user_attr("digest", genotype.digest)
-        trial.set_user_attr("params", cost.params)
-        trial.set_user_attr("macs", cost.macs)
+        for kind in kinds_of(self.budget):
+            trial.set_user_attr(kind, cost[kind])
         if self.budget is not None:
             for kind, excess in self.budget.excess(cost).items():
                 trial.set_constraint(kind, excess)

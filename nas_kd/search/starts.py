@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from nas_kd.budget import KINDS, Budget, Cost
+from nas_kd.budget import KINDS, Budget, Cost, kinds_of
 from nas_kd.genotype import CONV_KINDS, Choice, Genotype, group_count
 from nas_kd.models.blocks import WIDTHS, Block
 from nas_kd.models.costs import CostTable
@@ -28,11 +28,11 @@ def _uniform_choice(block: Block, width: float, conv: str) -> Choice:
     return next((choice for choice in own if choice.conv == conv), own[0])
 
 
-def uniform_ladder(table: CostTable) -> dict[Genotype, Cost]:
-    """Uniform genotypes of every width and kind, and the cheapest ones, with their costs."""
+def uniform_ladder(table: CostTable, kinds_of_cost: Iterable[str] = KINDS) -> dict[Genotype, Cost]:
+    """Uniform genotypes of every width and kind, and the cheapest of each kind of cost, with their costs."""
     kinds = dict.fromkeys((*CONV_KINDS, *(conv for block in table.blocks for conv in block.convs)))
     rungs = [uniform_genotype(table.blocks, *pair) for pair in itertools.product(WIDTHS, kinds)]
-    rungs += [table.cheapest(kind) for kind in KINDS]
+    rungs += [table.cheapest(kind) for kind in kinds_of_cost]
     return {genotype: table.cost(genotype) for genotype in dict.fromkeys(rungs)}
 
 
@@ -44,7 +44,7 @@ def tightness(cost: Cost, budget: Budget | None, base: Cost) -> float:
 
 def feasible_starts(table: CostTable, budget: Budget | None, count: int) -> list[Genotype]:
     """Up to `count` uniform genotypes within the budget, evenly from the cheapest to the dearest."""
-    ladder = {g: tightness(cost, budget, table.base()) for g, cost in uniform_ladder(table).items()}
+    ladder = {g: tightness(cost, budget, table.base()) for g, cost in uniform_ladder(table, kinds_of(budget)).items()}
     within = sorted((g for g, share in ladder.items() if share <= 1), key=lambda g: ladder[g])
     if len(within) <= count:
         return within
@@ -72,7 +72,7 @@ def _prior_damage(choice: Choice, default: Choice) -> float:
 def knapsack_starts(table: CostTable, budget: Budget, count: int) -> list[Genotype]:
     """The genotypes of least expected damage at `count` levels, from near the smallest reachable cost to the budget."""
     damages, base = prior_damages(table), table.base()
-    least = min(tightness(table.cost(table.cheapest(kind)), budget, base) for kind in KINDS)
+    least = min(tightness(table.cost(table.cheapest(kind)), budget, base) for kind in kinds_of(budget))
     starts = []
     for share in np.linspace(least, 1, count + 1)[1:] if least < 1 else [1.0]:
         level = Budget(tuple((kind, bound * share) for kind, bound in budget.bounds))
@@ -115,6 +115,6 @@ def random_genotype(table: CostTable, budget: Budget, seed: int, draws: int = 20
     """A genotype drawn evenly from the part of the space within the budget; None when no draw was within it."""
     generator = np.random.default_rng(seed)
     rows = np.stack([generator.integers(len(block.choices), size=draws) for block in table.blocks], axis=1)
-    costs = table.many(rows)
+    costs = table.many(rows, budget)
     within = np.all([costs[kind] <= bound for kind, bound in budget.items()], axis=0)
     return table.genotype(rows[np.flatnonzero(within)[0]]) if within.any() else None

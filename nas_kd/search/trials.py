@@ -15,7 +15,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 
-from nas_kd.budget import KINDS, Cost
+from nas_kd.budget import BOUNDABLE, KINDS, Budget, Cost, kinds_of
 from nas_kd.errors import TrainingError
 from nas_kd.genotype import Genotype
 from nas_kd.search.rungs import RungScore, deficit, rung_epochs
@@ -35,6 +35,11 @@ _logger = logging.getLogger(__name__)
 OBJECTIVES = (SCORE, *KINDS)  # the score is maximised, every cost minimised
 _COST_DIRECTION: Direction = "minimize"
 DIRECTIONS: tuple[Direction, ...] = ("maximize", *(_COST_DIRECTION for _ in KINDS))
+
+
+def objectives(budget: Budget | None) -> dict[str, Direction]:
+    """The objectives of a study within `budget`, in order: `OBJECTIVES`, and what else the budget bounds."""
+    return {SCORE: "maximize", **{kind: _COST_DIRECTION for kind in kinds_of(budget)}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -74,7 +79,7 @@ class Objective:
         started = self.clock()
         score = self._train(trial, genotype, cost)
         trial.set_user_attr("seconds", round(self.clock() - started, 3))
-        return (score, *(float(cost[kind]) for kind in KINDS))
+        return (score, *(float(cost[kind]) for kind in kinds_of(self.space.budget)))
 
     def _known(self, trial: optuna.Trial, genotype: Genotype) -> FrozenTrial | None:
         finished = trial.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -98,7 +103,7 @@ class Objective:
         return result.accuracy
 
     def _stop_if_behind(self, trial: optuna.Trial, epoch: int, own: RungScore) -> None:
-        behind = deficit(own, _rung_scores(trial, epoch))
+        behind = deficit(own, _rung_scores(trial, epoch), kinds=kinds_of(self.space.budget))
         if behind > 0:
             reason = f"stopped after epoch {epoch}: cheaper students were {100 * behind:.1f} points better there"
             trial.set_user_attr("reason", reason)
@@ -117,7 +122,7 @@ def _rung_scores(trial: optuna.Trial, epoch: int) -> list[RungScore]:
 
 def cost_of(trial: FrozenTrial) -> Cost:
     """The cost that was noted on a trial."""
-    return Cost(**{kind: int(trial.user_attrs[kind]) for kind in KINDS})
+    return Cost(**{kind: int(trial.user_attrs[kind]) for kind in BOUNDABLE if kind in trial.user_attrs})
 
 
 def is_trained(trial: FrozenTrial) -> bool:

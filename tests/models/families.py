@@ -10,6 +10,8 @@ import timm
 import torch
 from torch import nn
 
+import nas_kd.models  # noqa: F401  registers the CIFAR models
+from nas_kd.budget import BOUNDABLE, Cost
 from nas_kd.genotype import Choice, Genotype
 from nas_kd.models.blocks import ASPECTS, Analysis, analyse
 from nas_kd.models.costs import CostTable, cost_table
@@ -22,6 +24,9 @@ COVERED = (
     "dla34 hrnet_w18_small ese_vovnet19b_dw selecsls42 inception_v3 inception_v4 xception41 rexnet_100 hardcorenas_a "
     "nfnet_l0 dm_nfnet_f0 convnext_atto convnextv2_atto fastvit_t8 starnet_s1 edgenext_xx_small"
 ).split()
+
+# ours, for 32×32 images
+CIFAR = ("cifar_resnet20", "cifar_resnet56", "cifar_resnet56_cheap", "cifar_vgg16_bn")
 
 # one of each family, with the pixels of a side that it needs at least; the default suite runs over these
 FAMILIES = {
@@ -105,6 +110,11 @@ def real(name: str, seed: int = 0) -> nn.Module:
             elif buffer_name.endswith("running_mean"):
                 buffer.normal_(0, 0.1)
     return network.eval()
+
+
+def kinds(cost: Cost) -> dict[str, int]:
+    """Every kind of a cost: costs are equal when params and macs are."""
+    return {kind: cost[kind] for kind in BOUNDABLE}
 
 
 def narrowest(block_choices: tuple[Choice, ...]) -> Choice:
