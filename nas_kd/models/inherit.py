@@ -180,7 +180,8 @@ def _norm_gains(base: nn.Module, analysis: Analysis) -> NDArray[np.float64]:
 
 def approximate(conv: nn.Module, spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> None:
     """Gives a cheap convolution the weights that come closest to the dense `weight` (O×I×k×k) it stands for."""
-    weight = resize_kernel(weight, spec.kernel_size)
+    if spec.kind == "shift" or spec.kernel_size < weight.shape[-1]:
+        weight = resize_kernel(weight, spec.kernel_size)  # else only the spatial factor needs the zeros around it
     if spec.channelwise:
         assert isinstance(conv, Shift2d)
         conv.order.copy_(assign_taps(weight.flatten(1).square(), conv.shares))
@@ -197,11 +198,11 @@ def approximate(conv: nn.Module, spec: ConvSpec, weight: Tensor, bias: Tensor | 
         assert isinstance(spatial, nn.Conv2d)
         first, second = split_blueprint(weight)
         pointwise.weight.copy_(first)
-        spatial.weight.copy_(second)
+        spatial.weight.copy_(resize_kernel(second, spec.kernel_size))
     else:
         assert isinstance(spatial, nn.Conv2d)
         first, second = split_grouped(weight, group_count(spec.kind) or spec.in_channels)
-        spatial.weight.copy_(first)
+        spatial.weight.copy_(resize_kernel(first, spec.kernel_size))
         pointwise.weight.copy_(second)
     last = spatial if spec.kind == "blueprint" else pointwise
     if bias is not None:
@@ -223,7 +224,7 @@ def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     work = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     peak = work.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(work.dtype).tiny)
     work = work / peak
-    values, vectors = torch.linalg.eigh(work @ work.mT)
+    values, vectors = _eigh(work @ work.mT)
     best = min(rank, rows)
     floor = torch.finfo(work.dtype).eps ** 2  # of the largest eigenvalue, which is at least 1 now
     scale = values[..., -best:].clamp_min(floor).pow(0.25)  # √σ: the square root of each singular value
@@ -232,6 +233,15 @@ def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     right = (basis / scale[..., None, :]).mT @ work * peak.sqrt()
     padding = rank - best
     return F.pad(left, (0, padding)).to(matrix.dtype), F.pad(right, (0, 0, 0, padding)).to(matrix.dtype)
+
+
+def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and -vectors; LAPACK's single precision now and then gives up on a rank-deficient matrix."""
+    try:
+        values, vectors = torch.linalg.eigh(gram)
+    except RuntimeError:  # torch.linalg.LinAlgError
+        values, vectors = (part.to(gram.dtype) for part in torch.linalg.eigh(gram.double()))
+    return values, vectors
 
 
 def split_grouped(weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:

@@ -223,3 +223,34 @@ def test_a_shift_takes_its_factor_to_the_batch_norm() -> None:
     image = torch.randn(1, *subject.input_size)
     expected = network(image)
     torch.testing.assert_close(student(image), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+def test_a_larger_kernel_computes_what_the_smaller_one_would() -> None:
+    """The zeros around a grown kernel make a rank-deficient matrix on which single-precision LAPACK gives up."""
+    torch.manual_seed(0)
+    weight, image = torch.randn(32, 64, 3, 3), torch.randn(2, 64, 9, 9)
+    for kind in ("depthwise", "blueprint", "group4"):
+        outputs = []
+        for size in (3, 5):
+            spec = ConvSpec(kind=kind, in_channels=64, out_channels=32, kernel_size=size, padding=size // 2)
+            conv = build_conv(spec)
+            with torch.no_grad():
+                approximate(conv, spec, weight, None)
+                outputs.append(conv(image))
+        assert torch.allclose(*outputs, atol=1e-4)
+
+
+def test_a_matrix_on_which_single_precision_gives_up_is_factored_in_double(monkeypatch: pytest.MonkeyPatch) -> None:
+    eigh, asked = torch.linalg.eigh, []
+
+    def fails_in_single(gram: torch.Tensor) -> object:
+        asked.append(gram.dtype)
+        if gram.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("the algorithm failed to converge")
+        return eigh(gram)
+
+    matrix = torch.randn(3, 6, 8)
+    expected = torch.matmul(*low_rank(matrix, 2))
+    monkeypatch.setattr(torch.linalg, "eigh", fails_in_single)
+    assert torch.allclose(torch.matmul(*low_rank(matrix, 2)), expected, atol=1e-4)
+    assert asked == [torch.float32, torch.float64]

@@ -1,0 +1,28 @@
+"""The stages of a study, in the order in which the data goes: job → materials → search → models → summary.
+
+Each stage is a function from values to values, made of the package's public pieces.
+"""
+
+from __future__ import annotations
+
+from nas_kd.pipeline.job import Job as Job
+from nas_kd.pipeline.job import prepare as prepare
+from nas_kd.pipeline.materials import gather
+from nas_kd.pipeline.models import take_home
+from nas_kd.pipeline.search import search
+from nas_kd.pipeline.summary import summarise
+from nas_kd.progress import Stages
+from nas_kd.results.front import write_front_csv
+from nas_kd.results.report import write_report
+from nas_kd.results.rows import StudySummary
+
+
+def run(job: Job, stages: Stages) -> StudySummary:
+    """Runs every stage, or what is left of them, and writes the results into the output folder."""
+    materials = gather(job, stages)
+    study = search(job, materials, stages)
+    models = take_home(job, study, materials, stages)
+    summary = summarise(job, study, models, materials, stages)
+    write_front_csv(job.out / "front.csv", summary.models)
+    write_report(job.out / "report.html", summary)
+    return summary

@@ -1,0 +1,174 @@
+"""A study that is ready to run: everything that can be checked before an image is decoded or a network trained."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from optuna.storages import BaseStorage
+from torch import nn
+
+from nas_kd import __version__
+from nas_kd.arguments import Settings
+from nas_kd.budget import Budget
+from nas_kd.errors import DeviceError, OutputError
+from nas_kd.models.hub import create_base
+from nas_kd.models.reduction import reduce_stride
+from nas_kd.search.options import parse_options
+from nas_kd.search.space import Space
+from nas_kd.search.storage import check_study, open_storage, sqlite_url
+from nas_kd.training.augment import derive_seed
+from nas_kd.training.checkpoint import load_checkpoint
+from nas_kd.training.data import DIGITS, DataSpec, Splits
+from nas_kd.training.recipe import Recipe
+from nas_kd.training.sources import open_source
+
+_DIGITS_SIZE = 16  # at the base's own stride: measured, docs/decisions.md
+# by default: images that a training sees on a CPU, and the most epochs; a GPU affords ten times as many
+TEACHER, REFINE = (60_000, 20), (60_000, 15)
+_GPU = 10
+TEACHER_LR = 0.03
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Job:
+    """A study that is ready to run: checked settings, the base and its space. Nothing is trained yet."""
+
+    settings: Settings
+    device: torch.device
+    out: Path
+    space: Space[nn.Module]
+    budget: Budget
+    data: DataSpec
+    trained_elsewhere: bool
+    storage: BaseStorage
+
+    @property
+    def cache(self) -> Path:
+        """Where content-addressed files are kept."""
+        return self.out / "cache"
+
+
+def prepare(settings: Settings) -> Job:
+    """Checks everything that can be checked before an image is decoded or a network trained.
+
+    Raises a NasKdError for each mistake that a user can make.
+    """
+    device = choose_device(settings.device)
+    out = open_folder(Path(settings.out or Path("results") / settings.name))
+    digits = settings.dataset == DIGITS
+    in_chans = settings.in_chans or (1 if digits else 3)
+    source = open_source(settings.dataset, settings.data_dir)
+    base = make_base(settings, settings.num_classes or len(source.class_names), in_chans)
+    if settings.initial_checkpoint:
+        load_checkpoint(base, Path(settings.initial_checkpoint))
+    space = Space(
+        base,
+        budget=settings.budget,
+        img_size=settings.img_size or (_DIGITS_SIZE if digits else None),
+        options=parse_options(settings.space, settings.pin),
+        name=settings.model,
+    )
+    assert space.budget is not None
+    storage = open_storage(settings.storage or sqlite_url(out / "study.db"))
+    check_study(storage, settings.name, choices_made(settings, space.budget))
+    return Job(
+        settings=settings,
+        device=device,
+        out=out,
+        space=space,
+        budget=space.budget,
+        data=_data_spec(settings, space, base),
+        trained_elsewhere=_is_trained(settings, base),
+        storage=storage,
+    )
+
+
+def _is_trained(settings: Settings, base: nn.Module) -> bool:
+    """Whether the base can teach as it is: timm drops a pretrained classifier that has other classes."""
+    config: Any = getattr(base, "pretrained_cfg", None) or {}
+    whole = config.get("num_classes") == getattr(base, "num_classes", None)
+    return bool(settings.initial_checkpoint) or (settings.pretrained and whole)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of this name, by default a GPU where there is one. Raises DeviceError when it is not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # the meta device makes tensors, but holds no numbers
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        text = str(error).splitlines()[0][:120]
+        raise DeviceError(f"there is no device {name!r} on this machine ({text}): use --device cpu") from error
+    return device
+
+
+def open_folder(folder: Path) -> Path:
+    """Creates the output folder. Raises OutputError when it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        reason = error.strerror or error
+        raise OutputError(f"cannot write the output folder {folder}: {reason}; choose another --out") from error
+    return folder
+
+
+def make_base(settings: Settings, classes: int, in_chans: int) -> nn.Module:
+    """The base from timm, its strides reduced where asked for; the same initial weights for the same seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(settings.seed, "weights"))
+        base = create_base(settings.model, pretrained=settings.pretrained, num_classes=classes, in_chans=in_chans)
+    return base if settings.reduction is None else reduce_stride(base, settings.reduction, in_chans)
+
+
+def _data_spec(settings: Settings, space: Space[nn.Module], base: nn.Module) -> DataSpec:
+    """Weights from elsewhere bring their normalisation; else it is taken from the training images."""
+    weights_given = settings.pretrained or settings.initial_checkpoint
+    config: Any = (getattr(base, "pretrained_cfg", None) or {}) if weights_given else {}
+    channels, side, _ = space.input_size
+    known = len(config.get("mean", ())) == channels
+    return DataSpec(
+        dataset=settings.dataset,
+        data_dir=settings.data_dir,
+        img_size=side,
+        in_chans=channels,
+        num_classes=settings.num_classes,
+        mean=tuple(config["mean"]) if known else None,
+        std=tuple(config["std"]) if known else None,
+        val_fraction=settings.val_fraction,
+        train_images=settings.train_images,
+        seed=settings.seed,
+        workers=settings.workers,
+    )
+
+
+def choices_made(settings: Settings, budget: Budget) -> dict[str, Any]:
+    """The part of the configuration that is known before anything is trained."""
+    return {
+        "model": settings.model,
+        "budget": str(budget),
+        "space": settings.space,
+        "pin": list(settings.pin),
+        "proxy": repr(recipe_of(settings, settings.proxy_epochs)),
+        "version": __version__,
+    }
+
+
+def recipe_of(settings: Settings, epochs: int) -> Recipe:
+    """How students are trained for so many epochs."""
+    return Recipe(epochs=epochs, batch_size=settings.batch_size, lr=settings.lr, amp=settings.amp, seed=settings.seed)
+
+
+def epochs_of(given: int | None, default: tuple[int, int], splits: Splits, device: torch.device) -> int:
+    """The epochs of a training: as given, or by the size of the data and the device."""
+    images, most = default
+    if device.type != "cpu":
+        images, most = _GPU * images, _GPU * most
+    return given or max(1, min(most, round(images / len(splits.train))))

@@ -1,0 +1,68 @@
+"""What is paid for once: the images, the teacher, and its logits on augmented views."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from nas_kd.pipeline.job import REFINE, TEACHER, TEACHER_LR, Job, epochs_of, recipe_of
+from nas_kd.progress import Advance, Stages
+from nas_kd.training.augment import default_augmentation
+from nas_kd.training.data import Splits, load_splits
+from nas_kd.training.images import AugmentedImages, Images
+from nas_kd.training.teacher import Teacher, TeacherCache, TeacherResult, adopt_teacher, prepare_teacher
+from nas_kd.training.views import OnlineViews, Views, ViewSpec, build_views, views_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Materials:
+    """What trials and refinement train on: the splits, the teacher, and views with its logits."""
+
+    splits: Splits
+    teacher: TeacherResult
+    proxy_views: Views | OnlineViews
+    refine_views: Views | OnlineViews
+
+
+def gather(job: Job, stages: Stages) -> Materials:
+    """Images, the teacher, and its logits on augmented views: everything that is paid for once."""
+    settings = job.settings
+    with stages.stage("data"):
+        splits = load_splits(job.data, job.cache)
+    epochs = epochs_of(settings.teacher_epochs, TEACHER, splits, job.device)
+    with stages.stage("teacher", 1 if job.trained_elsewhere else epochs) as advance:
+        teacher = _teacher(job, splits, epochs, advance)
+    refine_epochs = epochs_of(settings.refine_epochs, REFINE, splits, job.device)
+    with stages.stage("views", 2) as advance:
+        subset = splits.train[: settings.proxy_images]
+        proxy_views = _views(job, splits, teacher, min(settings.views, settings.proxy_epochs), subset)
+        advance("for trials")
+        whole = _views(job, splits, teacher, min(settings.views, refine_epochs), splits.train)
+        advance("for refinement")
+    return Materials(splits=splits, teacher=teacher, proxy_views=proxy_views, refine_views=whole)
+
+
+def _teacher(job: Job, splits: Splits, epochs: int, advance: Advance) -> TeacherResult:
+    base = job.space.base.to(job.device)
+    if job.trained_elsewhere:
+        return adopt_teacher(base, splits)
+    settings = job.settings
+    recipe = dataclasses.replace(recipe_of(settings, epochs), distill_weight=0.0)
+    if not settings.pretrained:  # pretrained weights are tuned gently, like inherited ones
+        recipe = dataclasses.replace(recipe, lr=TEACHER_LR)
+    cache = TeacherCache(folder=job.cache, key=f"{settings.model} {settings.pretrained} {settings.seed}")
+    augmentation = default_augmentation(settings.dataset)
+
+    def report(epoch: int, accuracy: float) -> None:
+        advance(f"val accuracy {100 * accuracy:.1f} %")
+
+    return prepare_teacher(base, splits, recipe=recipe, augmentation=augmentation, cache=cache, report=report)
+
+
+def _views(job: Job, splits: Splits, teacher: TeacherResult, count: int, images: Images) -> Views | OnlineViews:
+    """Cached views, or the teacher beside the student in every step where they would be too large to keep."""
+    augmentation = default_augmentation(job.settings.dataset)
+    spec = ViewSpec(count=count, augmentation=augmentation, seed=job.settings.seed, key=splits.digest)
+    if views_bytes(images, spec, splits.num_classes) > spec.max_bytes:
+        return OnlineViews(AugmentedImages(images, augmentation, job.settings.seed), Teacher(teacher.network))
+    return build_views(images, teacher.network, spec, job.cache)

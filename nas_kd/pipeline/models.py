@@ -1,0 +1,189 @@
+"""The models of the results: chosen, refined beside their baselines, tested once, timed and exported."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import optuna
+import torch
+from optuna.trial import FrozenTrial, TrialState
+from torch import nn
+
+from nas_kd.budget import Cost
+from nas_kd.errors import TrainingError
+from nas_kd.genotype import Genotype
+from nas_kd.models.student import build_student
+from nas_kd.pipeline.job import REFINE, TEACHER_LR, Job, epochs_of, make_base, recipe_of
+from nas_kd.pipeline.materials import Materials
+from nas_kd.progress import Advance, Stages
+from nas_kd.results.export import Card, export
+from nas_kd.results.front import front
+from nas_kd.results.latency import measure_together
+from nas_kd.results.refine import Candidate, Refined, Refinement, refine
+from nas_kd.results.rows import ModelRow, Role
+from nas_kd.search.starts import random_genotype, uniform_width_student
+from nas_kd.training.augment import derive_seed
+from nas_kd.training.loop import evaluate, recalibrate
+
+_LEAST_FRONT = 5  # models that a study gives, from the layers behind the front if need be
+_CALIBRATION = 512  # images through which batch norms are recalibrated
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Model:
+    """One model of the results: what it is, what it costs and how well it does. `refined` holds the network."""
+
+    role: Role
+    genotype: Genotype | None
+    cost: Cost
+    refined: Refined
+
+
+def take_home(job: Job, study: optuna.Study, materials: Materials, stages: Stages) -> list[ModelRow]:
+    """Refines the front and the baselines, tests each once, measures latency, and exports."""
+    chosen = choose_front(study, job.settings.front)
+    plan: list[tuple[Role, Genotype]] = [("front", genotype) for genotype in chosen]
+    plan += _baselines(job, chosen)
+    epochs = epochs_of(job.settings.refine_epochs, REFINE, materials.splits, job.device)
+    models = [_teacher_model(job, materials)]
+    with stages.stage("refine", len(plan) * epochs) as advance:
+        for role, genotype in plan:
+            refined = _refine(job, role, genotype, materials, epochs, advance)
+            models.append(Model(role=role, genotype=genotype, cost=job.space.cost(genotype), refined=refined))
+    with stages.stage("latency"):
+        named = {str(index): model.refined.network for index, model in enumerate(models)}
+        latencies = measure_together(named, job.space.input_size, device=str(job.device))
+    with stages.stage("export", len(models)) as advance:
+        rows = []
+        for index, model in enumerate(models):
+            rows.append(_export(job, model, latencies[str(index)], materials))
+            advance(rows[-1].name)
+    return rows
+
+
+def choose_front(study: optuna.Study, count: int) -> list[Genotype]:
+    """The genotypes of the study's front: the best score among them, the others evenly over their parameters.
+
+    Where the front has fewer than five, it is filled up from the fronts of what is left. Raises TrainingError when no
+    trial came to its end.
+    """
+    left = [trial for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
+    left = list({trial.user_attrs["digest"]: trial for trial in reversed(left)}.values())[::-1]
+    if not left:
+        raise TrainingError(
+            f"none of the trials of {study.study_name!r} came to its end: lower --lr, or train more of them"
+        )
+    chosen: list[FrozenTrial] = []
+    while left and len(chosen) < min(count, _LEAST_FRONT):
+        layer = front(left, [tuple(trial.values) for trial in left])
+        left = [trial for trial in left if trial not in layer]
+        chosen += layer
+    best, *others = sorted(chosen, key=lambda trial: (-trial.values[0], trial.values[1]))
+    others.sort(key=lambda trial: trial.values[1])
+    step = max(1.0, len(others) / max(1, count - 1))
+    spread = [others[int(index * step)] for index in range(min(len(others), count - 1))]
+    return [Genotype.from_json(trial.user_attrs["genotype"]) for trial in (best, *spread)]
+
+
+def _baselines(job: Job, chosen: list[Genotype]) -> list[tuple[Role, Genotype]]:
+    """What the front must beat: one width everywhere, a random genotype, its own best one without a teacher."""
+    baselines: list[tuple[Role, Genotype]] = [("no teacher", chosen[0])]
+    uniform = uniform_width_student(job.space.table, job.budget)
+    if uniform is not None:
+        baselines.append(("uniform", uniform))
+    drawn = random_genotype(job.space.table, job.budget, derive_seed(job.settings.seed, "random genotype"))
+    if drawn is not None:
+        baselines.append(("random", drawn))
+    return baselines
+
+
+def _refine(job: Job, role: Role, genotype: Genotype, materials: Materials, epochs: int, advance: Advance) -> Refined:
+    recipe = dataclasses.replace(recipe_of(job.settings, epochs), eval_epochs=tuple(range(1, epochs + 1)))
+    if role == "no teacher":
+        recipe = dataclasses.replace(recipe, lr=TEACHER_LR, distill_weight=0.0)
+    views = materials.refine_views
+
+    def build() -> nn.Module:
+        if role == "no teacher":  # the same student from scratch
+            settings = dataclasses.replace(job.settings, pretrained=False)
+            fresh = make_base(settings, materials.splits.num_classes, job.data.in_chans)
+            with torch.random.fork_rng():  # the cheap convolutions get weights of their own
+                torch.manual_seed(derive_seed(job.settings.seed, "fresh weights"))
+                return build_student(fresh, job.space.analysis, genotype).to(job.device)
+        student = job.space.student(genotype).to(job.device)
+        recalibrate(student, views.sample(_CALIBRATION))
+        return student
+
+    refinement = Refinement(
+        data=views,
+        splits=materials.splits,
+        recipe=recipe,
+        folder=job.cache,
+        key=f"{materials.splits.digest} {materials.teacher.digest} {job.settings.views} {job.settings.seed}",
+    )
+
+    def report(epoch: int, accuracy: float) -> None:
+        advance(f"{role}: val accuracy {100 * accuracy:.1f} %")
+
+    return refine(Candidate(role=role, digest=genotype.digest, build=build), refinement, report=report)
+
+
+def _teacher_model(job: Job, materials: Materials) -> Model:
+    test = evaluate(materials.teacher.network, materials.splits.test)
+    refined = Refined(
+        network=materials.teacher.network, val_accuracy=materials.teacher.val_accuracy, test_accuracy=test
+    )
+    return Model(role="teacher", genotype=None, cost=job.space.table.base(), refined=refined)
+
+
+def _export(job: Job, model: Model, latency_ms: float, materials: Materials) -> ModelRow:
+    settings, refined = job.settings, model.refined
+    genotype = model.genotype or job.space.analysis.identity
+    name = f"{_stem(settings.model)}-{model.cost.params / 1e6:.2f}M-{100 * refined.test_accuracy:.1f}"
+    if model.role not in ("front", "teacher"):
+        name += f"-{model.role.replace(' ', '-')}"
+    name += f"-{genotype.digest[:4]}" if _taken(job.out / name, genotype) else ""
+    # a teacher from elsewhere may have seen the validation images: its accuracy there, and its students', mean nothing
+    val = None if job.trained_elsewhere else refined.val_accuracy
+    facts = {
+        "role": model.role,
+        "digest": genotype.digest,
+        "genotype": genotype.to_json(),
+        "params": model.cost.params,
+        "macs": model.cost.macs,
+        "test accuracy": round(refined.test_accuracy, 4),
+        "command": settings.command,
+        "seed": settings.seed,
+    }
+    card = Card(
+        input_size=job.space.input_size,
+        mean=materials.splits.mean,
+        std=materials.splits.std,
+        label_names=materials.splits.class_names,
+        facts=facts,
+        title=name,
+    )
+    export(refined.network, job.out / name, card)
+    return ModelRow(
+        name=name,
+        role=model.role,
+        digest=genotype.digest,
+        cost=model.cost,
+        val_accuracy=val,
+        test_accuracy=refined.test_accuracy,
+        latency_ms=latency_ms,
+        path=name,
+        genotype=genotype,
+    )
+
+
+def _stem(model: str) -> str:
+    return Path(model.partition(":")[2]).name if ":" in model else model
+
+
+def _taken(folder: Path, genotype: Genotype) -> bool:
+    """Whether another genotype has been exported under this name."""
+    config = folder / "config.json"
+    return config.is_file() and f'"{genotype.digest}"' not in config.read_text(encoding="utf-8")

@@ -1,0 +1,96 @@
+"""The whole study as plain rows, for report and table."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import optuna
+import timm
+import torch
+from optuna.trial import FrozenTrial, TrialState
+
+from nas_kd import __version__
+from nas_kd.budget import KINDS
+from nas_kd.pipeline.job import Job
+from nas_kd.pipeline.materials import Materials
+from nas_kd.progress import Stages
+from nas_kd.results.rows import ModelRow, StudySummary, TrialRow
+from nas_kd.search.trials import (
+    best_score,
+    cost_of,
+    importances,
+    is_trained,
+)
+
+
+def summarise(
+    job: Job, study: optuna.Study, models: Iterable[ModelRow], materials: Materials, stages: Stages
+) -> StudySummary:
+    """The whole study as plain rows for report and table."""
+    settings = job.settings
+    return StudySummary(
+        study_name=settings.name,
+        command=settings.command,
+        seed=settings.seed,
+        base=settings.model,
+        dataset=settings.dataset or "folder",
+        budget=job.budget,
+        models=tuple(models),
+        trials=tuple(map(_trial_row, study.get_trials(deepcopy=False))),
+        importances=importances(study),
+        stages=tuple(stages.seconds.items()),
+        notes=tuple(_notes(job, materials)),
+        environment=_environment(job),
+    )
+
+
+def _trial_row(trial: FrozenTrial) -> TrialRow:
+    attributes = trial.user_attrs
+    rungs = {int(key.split("/")[1]): value for key, value in attributes.items() if key.startswith("rung/")}
+    state: Any = "failed"
+    if trial.state == TrialState.COMPLETE:
+        state = "trained"
+    elif trial.state == TrialState.PRUNED:
+        state = "stopped" if is_trained(trial) else "over budget"
+    score = best_score(trial)
+    return TrialRow(
+        number=trial.number,
+        state=state,
+        digest=attributes.get("digest", ""),
+        cost=cost_of(trial) if all(kind in attributes for kind in KINDS) else None,
+        score=None if math.isnan(score) else score,
+        rungs=tuple(sorted(rungs.items())),
+        seconds=float(attributes.get("seconds", 0.0)),
+        source=attributes.get("source", "sampler"),
+        note=attributes.get("reason", ""),
+    )
+
+
+def _notes(job: Job, materials: Materials) -> Iterable[str]:
+    splits = materials.splits
+    yield (
+        f"{len(splits.train):,} images to train on, {len(splits.val):,} cut from them to select on, "
+        f"{len(splits.test):,} to test on, once."
+    )
+    if job.trained_elsewhere:
+        yield (
+            "The teacher was trained elsewhere and may have seen the validation images: they rank the students, but "
+            "accuracies on them are not quoted."
+        )
+
+
+def _environment(job: Job) -> tuple[tuple[str, str], ...]:
+    names: list[tuple[str, Callable[[], str]]] = [
+        ("nas_kd", lambda: __version__),
+        ("torch", lambda: torch.__version__),
+        ("timm", lambda: timm.__version__),
+        ("optuna", lambda: optuna.__version__),
+        ("python", platform.python_version),
+        ("machine", lambda: f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"),
+        ("device", lambda: torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "cpu"),
+    ]
+    return tuple((name, read()) for name, read in names)
