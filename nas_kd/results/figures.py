@@ -25,7 +25,12 @@ from nas_kd.results.axes import (
 )
 from nas_kd.results.rows import ModelRow, Role, State, StudySummary, TrialRow, sort_models
 
-COST_NAMES = {"params": "params", "macs": "MACs"}
+COST_NAMES = {
+    "params": "params",
+    "macs": "MACs",
+    "size": "bytes of weights",
+    "peak_memory": "bytes of activations at once",
+}
 # After Okabe and Ito's colours, moved so that each shows on white and on near-black; the shape tells the roles apart
 # as well, for readers who do not see the difference.
 _ROLE_MARKS: dict[Role, tuple[str, str, str]] = {
