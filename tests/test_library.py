@@ -108,3 +108,16 @@ def test_students_inherit_from_their_teacher(digits: tuple[Tensor, Tensor], teac
 def test_an_error_of_the_users_is_one_family(teacher: nn.Module) -> None:
     with pytest.raises(nas_kd.NasKdError, match="smallest reachable"):
         nas_kd.Space(teacher, budget="params=1", img_size=32)
+
+
+def test_the_readme_s_snippet_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    snippet = readme.split("## As a library")[1].split("```python\n")[1].split("```")[0]
+    data = load_digits()
+    images = torch.tensor(data.images[:240], dtype=torch.float32)[:, None] / 16
+    small = (nn.functional.interpolate(images, size=(16, 16)), torch.tensor(data.target[:240]))
+    names = {"my_own_training": lambda network, epochs: my_own_training(network, small, epochs=epochs)}
+    monkeypatch.chdir(tmp_path)
+    exec(compile(snippet, "README.md", "exec"), names)  # the README is ours
+    loaded = timm.create_model("local-dir:small", pretrained=True)
+    assert sum(parameter.numel() for parameter in loaded.parameters()) <= 1_000_000

@@ -186,18 +186,18 @@ class _Stepper:
         return parts
 
 
-def evaluate(model: nn.Module, images: Images, *, batch_size: int = 256) -> float:
+def evaluate(model: nn.Module, images: Images, *, batch_size: int = 64) -> float:
     """The accuracy (fraction 0–1) of `model` on `images`, on the model's device, in eval mode; the mode is restored."""
     logits = predict_logits(model, images, batch_size=batch_size)
     return (logits.argmax(1) == images.labels.cpu()).double().mean().item()
 
 
-def predict_logits(model: nn.Module, images: Images, *, batch_size: int = 256) -> Tensor:
+def predict_logits(model: nn.Module, images: Images, *, batch_size: int = 64) -> Tensor:
     """The logits N×K (float32, CPU) of `model`, in inference and eval mode; the model's mode is restored."""
-    device = device_of(model)
+    device, last = device_of(model), suits_channels_last(model)
     with eval_mode(model), torch.inference_mode():
         pieces = [
-            model(normalise(pixels, images.mean, images.std, device)).float().cpu()
+            model(memory_layout(normalise(pixels, images.mean, images.std, device), last)).float().cpu()
             for pixels in torch.split(images.pixels, batch_size)
         ]
     return torch.cat(pieces).clone()
