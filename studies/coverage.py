@@ -43,10 +43,11 @@ NOTES = """`choices` is their number over all blocks; `min` the smallest reachab
 itself. `activations` is `peak_memory` in bytes. Widths, kernels and kinds are open, as by default; a block of one
 choice is not counted. `python -m nas_kd.space MODEL` shows the blocks of a model and what is left alone.
 
-Not every part of a model changes. The residual stream keeps its channels unless stages are opened. Of hybrid networks
-the attention stays as it is (edgenext: the convolutional blocks change). Networks made of nothing but shifts
+Not every part of a model changes. The residual stream keeps its channels unless `--search-stages` is given. Of hybrid
+networks the attention stays as it is (edgenext: the convolutional blocks change). Networks made of nothing but shifts
 (`cifar_resnet56_cheap` with `conv="shift"`) are refused, since a shift's order of channels is fixed; so are
-transformers and MLPs. Re-parameterised networks (RepVGG, MobileOne, FastViT) are searched in their training form."""
+transformers and MLPs. Re-parameterised networks (RepVGG, MobileOne, FastViT) are searched in their training form;
+`nas_kd.models.fuse.fused(student)` gives the inference form, in which blocks with a replaced convolution stay."""
 
 
 def row(name: str, published: dict[str, dict[str, str]]) -> str:
