@@ -35,6 +35,7 @@ class Settings:
     budget: str
     trials: int
     space: str
+    search_stages: bool
     pin: tuple[str, ...]
     sampler: str
     proxy_epochs: int
@@ -151,7 +152,13 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_choices(add: Callable[..., object]) -> None:
-    add("--space", default="width,kernel,conv", metavar="S", help="what may change, e.g. width,conv=standard/depthwise")
+    add(
+        "--space",
+        default="width,kernel,conv",
+        metavar="S",
+        help="what may change, e.g. width,conv=standard/depthwise; keep: blocks may go",
+    )
+    add("--search-stages", action="store_true", help="each stage's residual stream gets a width as well")
     add("--pin", action="append", default=[], metavar="P", help="limit blocks: 'layer1.*:conv=standard' (repeatable)")
 
 
@@ -208,6 +215,7 @@ class SpaceSettings:
     in_chans: int
     num_classes: int | None
     space: str
+    search_stages: bool
     pin: tuple[str, ...]
     budget: str | None
     as_json: bool

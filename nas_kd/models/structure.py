@@ -69,6 +69,11 @@ class Block:
         return self.choices[0]
 
     @property
+    def is_stream(self) -> bool:
+        """Whether this is a residual stream: channels that several blocks share, with a width and nothing else."""
+        return self.name.rpartition(".")[2].startswith("stream") and not self.sites
+
+    @property
     def widths(self) -> tuple[float, ...]:
         return tuple(dict.fromkeys(choice.width for choice in self.choices))
 

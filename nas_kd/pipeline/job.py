@@ -69,7 +69,7 @@ def prepare(settings: Settings) -> Job:
         base,
         budget=settings.budget,
         img_size=settings.img_size or (_DIGITS_SIZE if digits else None),
-        options=parse_options(settings.space, settings.pin),
+        options=parse_options(settings.space, settings.pin, search_stages=settings.search_stages),
         name=settings.model,
     )
     assert space.budget is not None
@@ -156,6 +156,7 @@ def choices_made(settings: Settings, budget: Budget) -> dict[str, Any]:
         "budget": str(budget),
         "space": settings.space,
         "pin": list(settings.pin),
+        **({"search stages": True} if settings.search_stages else {}),
         "proxy": repr(recipe_of(settings, settings.proxy_epochs)),
         "version": __version__,
     }

@@ -22,9 +22,10 @@ Array = NDArray[np.float64]
 _SCALES = (0.003, 0.01, 0.03, 0.1, 0.3)  # standard deviations of one block's term, in units of the score (0–1)
 _NOISES = (0.001, 0.003, 0.01, 0.03)
 _FACTORS: Sequence[Callable[[Choice], object]] = (
-    lambda choice: ("width", choice.width),
-    lambda choice: ("kernel", choice.kernel_size),
-    lambda choice: ("conv", choice.conv),
+    # a dropped block has the width, kernel and kind of the base in name only
+    lambda choice: ("width", choice.width, choice.keep),
+    lambda choice: ("kernel", choice.kernel_size, choice.keep),
+    lambda choice: ("conv", choice.conv, choice.keep),
     lambda choice: choice,
 )
 _SHARES = (0.35, 0.1, 0.35, 0.2)  # of a term's variance, in the order of _FACTORS

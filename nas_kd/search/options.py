@@ -1,4 +1,5 @@
-"""Which choices a user leaves open: `--space width,kernel,conv` and `--pin layer1.*:conv=standard`."""
+"""Which choices a user leaves open: `--space width,kernel,conv,keep`, `--pin layer1.*:conv=standard` and
+`--search-stages`."""
 
 from __future__ import annotations
 
@@ -10,11 +11,14 @@ from nas_kd.errors import GenotypeError, nearest
 from nas_kd.genotype import Choice, is_conv_kind
 from nas_kd.models.blocks import Analysis, Block
 
-DIMENSIONS = ("width", "kernel", "conv")
+DEFAULT = ("width", "kernel", "conv")  # what is open when nothing is said
+DIMENSIONS = (*DEFAULT, "keep")
+_YES_NO = {"yes": True, "no": False}
 _FIELDS: Mapping[str, Callable[[Choice], object]] = {
     "width": lambda choice: choice.width,
     "kernel": lambda choice: choice.kernel_size,
     "conv": lambda choice: choice.conv,
+    "keep": lambda choice: choice.keep,
 }
 
 
@@ -30,14 +34,25 @@ class Pin:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The open dimensions, each with the values it is limited to (none: all), and pins that limit single blocks."""
+    """The open dimensions, each with the values it is limited to (none: all), and pins that limit single blocks; and
+    whether each residual stream gets a width too."""
 
-    open: Mapping[str, tuple[object, ...]] = field(default_factory=lambda: {name: () for name in DIMENSIONS})
+    open: Mapping[str, tuple[object, ...]] = field(default_factory=lambda: {name: () for name in DEFAULT})
     pins: tuple[Pin, ...] = ()
+    search_stages: bool = False
+
+    @property
+    def aspects(self) -> frozenset[str]:
+        """What `analyse` has to open for these options."""
+        pinned = {pin.dimension for pin in self.pins}
+        keep = {"keep"} & (self.open.keys() | pinned)
+        return frozenset({*DEFAULT, *keep, *(["stages"] if self.search_stages else [])})
 
 
-def parse_options(space: str = ",".join(DIMENSIONS), pins: Sequence[str] = ()) -> Options:
+def parse_options(space: str = ",".join(DEFAULT), pins: Sequence[str] = (), *, search_stages: bool = False) -> Options:
     """Reads `width,conv=standard/depthwise` and pins such as `layer1.*:conv=standard` or `conv1:width=0.5/1`.
+
+    `keep` lets blocks around an identity shortcut be dropped; `search_stages` gives each residual stream a width.
 
     Raises GenotypeError and says how to write it.
     """
@@ -48,7 +63,7 @@ def parse_options(space: str = ",".join(DIMENSIONS), pins: Sequence[str] = ()) -
     for part in parts:
         name, _, values = part.partition("=")
         opened[_dimension(name)] = _values(name, values) if values else ()
-    return Options(opened, tuple(_pin(pin) for pin in pins))
+    return Options(opened, tuple(_pin(pin) for pin in pins), search_stages)
 
 
 def _dimension(name: str) -> str:
@@ -67,6 +82,10 @@ def _value(dimension: str, word: str) -> object:
             return float(word)
         if dimension == "kernel":
             return int(word)
+        if dimension == "keep":
+            return _YES_NO[word]
+    except KeyError as error:
+        raise GenotypeError(f"cannot read keep={word}: write yes or no") from error
     except ValueError as error:
         raise GenotypeError(f"cannot read the {dimension} {word!r}: write a number, as in {dimension}=…/…") from error
     if not is_conv_kind(word):
@@ -97,11 +116,15 @@ def restrict(analysis: Analysis, options: Options) -> Analysis:
 
 
 def _restrict_block(block: Block, options: Options) -> Block:
-    choices = block.choices
+    choices, dropped = block.choices, tuple(choice for choice in block.choices if not choice.keep)
     for name, value_of in _FIELDS.items():
         pins = [pin for pin in options.pins if pin.dimension == name and fnmatch.fnmatchcase(block.name, pin.pattern)]
+        if name == "keep":  # a dropped block has no width, kernel or kind: what limits those does not touch it
+            choices = tuple(dict.fromkeys((*choices, *dropped)))
         if pins:
             choices = _pinned(block, choices, name, pins)
+        elif options.search_stages and block.is_stream:
+            continue
         elif name not in options.open:
             choices = tuple(choice for choice in choices if value_of(choice) == value_of(block.default))
         elif allowed := options.open[name]:

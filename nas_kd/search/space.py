@@ -20,7 +20,7 @@ from nas_kd.search.starts import feasible_starts, mixed_starts
 
 Network = TypeVar("Network", bound=nn.Module)
 AnyTrial = optuna.trial.BaseTrial | optuna.trial.FrozenTrial
-_FIELDS = {"width": "width", "kernel": "kernel_size", "conv": "conv"}  # parameter → field of a choice
+_FIELDS = {"width": "width", "kernel": "kernel_size", "conv": "conv", "keep": "keep"}  # parameter → field of a choice
 
 
 class Space(Generic[Network]):
@@ -53,7 +53,8 @@ class Space(Generic[Network]):
         """
         self.base = base
         self.input_size = input_size_of(base, img_size)
-        self.analysis = restrict(analyse(base, self.input_size, name=name), options or parse_options())
+        options = options or parse_options()
+        self.analysis = restrict(analyse(base, self.input_size, name=name, open=options.aspects), options)
         self.table = cost_table(self.analysis, base)
         self.budget = parse_budget(budget, self.table.base()) if isinstance(budget, str) else budget
         if self.budget is not None:
@@ -66,7 +67,8 @@ class Space(Generic[Network]):
 
     @property
     def distributions(self) -> dict[str, optuna.distributions.CategoricalDistribution]:
-        """The flat, constant set of Optuna parameters: `BLOCK.width`, `BLOCK.kernel`, `BLOCK.conv` where open."""
+        """The flat, constant set of Optuna parameters: `BLOCK.width`, `BLOCK.kernel`, `BLOCK.conv`,
+        `BLOCK.keep` where open."""
         return {
             f"{block.name}.{parameter}": optuna.distributions.CategoricalDistribution(values)
             for block in self.blocks
@@ -134,9 +136,10 @@ class Space(Generic[Network]):
         return genotype
 
     def point(self, genotype: Mapping[str, Choice]) -> dict[str, Any]:
-        """The trial's parameters of a genotype; the inverse of `genotype`."""
+        """The trial's parameters of a genotype; the inverse of `genotype`. Those of a dropped block that mean nothing
+        are as in the base."""
         return {
-            f"{block.name}.{parameter}": getattr(genotype[block.name], _FIELDS[parameter])
+            f"{block.name}.{parameter}": _shown(block, genotype[block.name], parameter)
             for block in self.blocks
             for parameter in _open_values(block)
         }
@@ -179,9 +182,12 @@ def input_size_of(network: nn.Module, img_size: int | None) -> tuple[int, int, i
 
 
 def _open_values(block: Block) -> dict[str, Sequence[Any]]:
-    """The parameters of a block that have more than one value."""
+    """The parameters of a block that have more than one value; a dropped block has none but `keep`."""
+    kept = [choice for choice in block.choices if choice.keep]
     values = {
-        parameter: tuple(dict.fromkeys(getattr(choice, name) for choice in block.choices))
+        parameter: tuple(
+            dict.fromkeys(getattr(choice, name) for choice in (block.choices if parameter == "keep" else kept))
+        )
         for parameter, name in _FIELDS.items()
     }
     return {parameter: options for parameter, options in values.items() if len(options) > 1}
@@ -191,4 +197,11 @@ def _choice(block: Block, point: Mapping[str, Any]) -> Choice:
     def value(parameter: str) -> Any:
         return point.get(f"{block.name}.{parameter}", getattr(block.default, _FIELDS[parameter]))
 
+    if not value("keep"):
+        return next(choice for choice in block.choices if not choice.keep)
     return Choice(width=value("width"), kernel_size=value("kernel"), conv=value("conv"))
+
+
+def _shown(block: Block, choice: Choice, parameter: str) -> Any:
+    source = choice if choice.keep or parameter == "keep" else block.default
+    return getattr(source, _FIELDS[parameter])

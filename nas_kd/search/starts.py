@@ -21,17 +21,25 @@ def uniform_genotype(blocks: Iterable[Block], width: float, conv: str) -> Genoty
 
 
 def _uniform_choice(block: Block, width: float, conv: str) -> Choice:
-    narrower = [offered for offered in block.widths if offered <= width]
-    chosen = max(narrower) if narrower else min(block.widths)
-    fitting = [choice for choice in block.choices if choice.width == chosen]
+    kept = [choice for choice in block.choices if choice.keep] or block.choices
+    widths = {choice.width for choice in kept}
+    chosen = max((offered for offered in widths if offered <= width), default=min(widths))
+    fitting = [choice for choice in kept if choice.width == chosen]
     own = [choice for choice in fitting if choice.kernel_size == block.default.kernel_size] or fitting
     return next((choice for choice in own if choice.conv == conv), own[0])
 
 
+def _dropped(blocks: Iterable[Block], genotype: Genotype) -> Genotype:
+    """The genotype without the blocks that may be dropped."""
+    return Genotype.of({b.name: next((c for c in b.choices if not c.keep), genotype[b.name]) for b in blocks})
+
+
 def uniform_ladder(table: CostTable, kinds_of_cost: Iterable[str] = KINDS) -> dict[Genotype, Cost]:
-    """Uniform genotypes of every width and kind, and the cheapest of each kind of cost, with their costs."""
+    """Uniform genotypes of every width and kind, with and without the blocks that may be dropped, and the cheapest of
+    each kind of cost, with their costs."""
     kinds = dict.fromkeys((*CONV_KINDS, *(conv for block in table.blocks for conv in block.convs)))
     rungs = [uniform_genotype(table.blocks, *pair) for pair in itertools.product(WIDTHS, kinds)]
+    rungs += [_dropped(table.blocks, genotype) for genotype in rungs]
     rungs += [table.cheapest(kind) for kind in kinds_of_cost]
     return {genotype: table.cost(genotype) for genotype in dict.fromkeys(rungs)}
 
