@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 
 from nas_kd.budget import Cost
-from nas_kd.errors import TrainingError
+from nas_kd.errors import ModelError, TrainingError
 from nas_kd.genotype import Genotype
 from nas_kd.models.student import build_student
 from nas_kd.pipeline.job import REFINE, TEACHER_LR, Job, epochs_of, make_base, recipe_of
@@ -23,12 +24,24 @@ from nas_kd.results.front import front
 from nas_kd.results.latency import measure_together
 from nas_kd.results.refine import Candidate, Refined, Refinement, refine
 from nas_kd.results.rows import ModelRow, Role
+from nas_kd.search.options import parse_options
+from nas_kd.search.space import Space
 from nas_kd.search.starts import random_genotype, uniform_width_student
 from nas_kd.training.augment import derive_seed
 from nas_kd.training.loop import evaluate, recalibrate
 
+_logger = logging.getLogger(__name__)
 _LEAST_FRONT = 5  # models that a study gives, from the layers behind the front if need be
 _CALIBRATION = 512  # images through which batch norms are recalibrated
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Wanted:
+    """A model to be made: what for, which genotype, and the space that the genotype is of."""
+
+    role: Role
+    genotype: Genotype
+    space: Space[nn.Module]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -44,14 +57,15 @@ class Model:
 def take_home(job: Job, study: optuna.Study, materials: Materials, stages: Stages) -> list[ModelRow]:
     """Refines the front and the baselines, tests each once, measures latency, and exports."""
     chosen = choose_front(study, job.settings.front)
-    plan: list[tuple[Role, Genotype]] = [("front", genotype) for genotype in chosen]
-    plan += _baselines(job, chosen)
+    plan = [_Wanted(role="front", genotype=genotype, space=job.space) for genotype in chosen]
+    plan += _baselines(job, chosen[0])
     epochs = epochs_of(job.settings.refine_epochs, REFINE, materials.splits, job.device)
     models = [_teacher_model(job, materials)]
     with stages.stage("refine", len(plan) * epochs) as advance:
-        for role, genotype in plan:
-            refined = _refine(job, role, genotype, materials, epochs, advance)
-            models.append(Model(role=role, genotype=genotype, cost=job.space.cost(genotype), refined=refined))
+        for wanted in plan:
+            refined = _refine(job, wanted, materials, epochs, advance)
+            cost = wanted.space.cost(wanted.genotype)
+            models.append(Model(role=wanted.role, genotype=wanted.genotype, cost=cost, refined=refined))
     with stages.stage("latency"):
         named = {str(index): model.refined.network for index, model in enumerate(models)}
         latencies = measure_together(named, job.space.input_size, device=str(job.device))
@@ -87,19 +101,31 @@ def choose_front(study: optuna.Study, count: int) -> list[Genotype]:
     return [Genotype.from_json(trial.user_attrs["genotype"]) for trial in (best, *spread)]
 
 
-def _baselines(job: Job, chosen: list[Genotype]) -> list[tuple[Role, Genotype]]:
+def _baselines(job: Job, best: Genotype) -> list[_Wanted]:
     """What the front must beat: one width everywhere, a random genotype, its own best one without a teacher."""
-    baselines: list[tuple[Role, Genotype]] = [("no teacher", chosen[0])]
-    uniform = uniform_width_student(job.space.table, job.budget)
-    if uniform is not None:
-        baselines.append(("uniform", uniform))
+    baselines = [_Wanted(role="no teacher", genotype=best, space=job.space)]
+    whole = _whole_space(job)
+    uniform = None if whole is None else uniform_width_student(whole.table, job.budget)
+    if whole is not None and uniform is not None:
+        baselines.append(_Wanted(role="uniform", genotype=uniform, space=whole))
     drawn = random_genotype(job.space.table, job.budget, derive_seed(job.settings.seed, "random genotype"))
     if drawn is not None:
-        baselines.append(("random", drawn))
+        baselines.append(_Wanted(role="random", genotype=drawn, space=job.space))
     return baselines
 
 
-def _refine(job: Job, role: Role, genotype: Genotype, materials: Materials, epochs: int, advance: Advance) -> Refined:
+def _whole_space(job: Job) -> Space[nn.Module] | None:
+    """The base with every width open, residual streams too: what a person narrows without a search."""
+    options = parse_options("width", search_stages=True)
+    try:
+        return Space(job.space.base, img_size=job.space.input_size[1], options=options, name=job.settings.model)
+    except ModelError as error:
+        _logger.warning("no uniform student to compare with: %s", error)
+        return None
+
+
+def _refine(job: Job, wanted: _Wanted, materials: Materials, epochs: int, advance: Advance) -> Refined:
+    role, genotype, space = wanted.role, wanted.genotype, wanted.space
     recipe = dataclasses.replace(recipe_of(job.settings, epochs), eval_epochs=tuple(range(1, epochs + 1)))
     if role == "no teacher":
         recipe = dataclasses.replace(recipe, lr=TEACHER_LR, distill_weight=0.0)
@@ -111,8 +137,8 @@ def _refine(job: Job, role: Role, genotype: Genotype, materials: Materials, epoc
             fresh = make_base(settings, materials.splits.num_classes, job.data.in_chans)
             with torch.random.fork_rng():  # the cheap convolutions get weights of their own
                 torch.manual_seed(derive_seed(job.settings.seed, "fresh weights"))
-                return build_student(fresh, job.space.analysis, genotype).to(job.device)
-        student = job.space.student(genotype).to(job.device)
+                return build_student(fresh, space.analysis, genotype).to(job.device)
+        student = space.student(genotype).to(job.device)
         recalibrate(student, views.sample(_CALIBRATION))
         return student
 
