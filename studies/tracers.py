@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import multiprocessing
+import os
 import platform
 import sys
 import time
@@ -29,7 +30,7 @@ def ours(network: object, size: tuple[int, ...]) -> str:
     return f"{len(trace(network, size).calls)} calls"
 
 
-def torch_pruning(network: object, size: tuple[int, ...]) -> str:
+def theirs(network: object, size: tuple[int, ...]) -> str:
     import torch
     import torch_pruning
 
@@ -69,13 +70,16 @@ def main() -> None:
 
     print("# Dependency analysis: time per model\n")
     print(
-        f"`python studies/tracers.py`, {datetime.date.today()}, {platform.machine()}, one thread, "
+        f"`python studies/tracers.py > docs/results/tracers.md`, {datetime.date.today()}, {platform.machine()}, one thread, "
         f"torch {torch.__version__}, timm {timm.__version__}, torch-pruning {torch_pruning.__version__}.\n"
     )
     print("| model | nas_kd | | torch-pruning | |\n|---|---|---|---|---|")
     for name in MODELS:
-        print(f"| {name} | {limited(name, ours)} | {limited(name, torch_pruning)} |")
+        print(f"| {name} | {limited(name, ours)} | {limited(name, theirs)} |")
         sys.stdout.flush()
+    print(
+        f"\nWall-clock times, on a machine whose load was {os.getloadavg()[2]:.1f} on {os.cpu_count()} cores meanwhile."
+    )
 
 
 if __name__ == "__main__":
