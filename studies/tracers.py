@@ -3,7 +3,8 @@
     python studies/tracers.py > docs/results/tracers.md
 
 Each analysis runs in a process of its own with a limit of 30 s, both in turn for each model, one thread. "groups" are
-the sets of coupled channels that torch-pruning finds (`DependencyGraph.get_all_groups`); "blocks" are ours.
+the sets of coupled channels that torch-pruning finds (`DependencyGraph.get_all_groups`); "calls"
+are the convolutions and matrix products whose channels ours labels.
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ def main() -> None:
 
     print("# Dependency analysis: time per model\n")
     print(
-        f"`python studies/tracers.py > docs/results/tracers.md`, {datetime.date.today()}, {platform.machine()}, one thread, "
-        f"torch {torch.__version__}, timm {timm.__version__}, torch-pruning {torch_pruning.__version__}.\n"
+        f"`python studies/tracers.py > docs/results/tracers.md`, {datetime.date.today()}, {platform.machine()}, "
+        f"one thread, torch {torch.__version__}, timm {timm.__version__}, torch-pruning {torch_pruning.__version__}.\n"
     )
     print("| model | nas_kd | | torch-pruning | |\n|---|---|---|---|---|")
     for name in MODELS:
