@@ -32,8 +32,8 @@ def main(folder: str, target: str) -> None:
     for role, (marker, colour, label) in STYLE.items():
         rows = sorted((m for m in models if m.role == role), key=lambda m: m.cost.params)
         sizes, accuracies = [m.cost.params / 1e6 for m in rows], [100 * (m.test_accuracy or 0) for m in rows]
-        if rows:
-            axes.plot(sizes, accuracies, "", linestyle="", marker=marker, color=colour, label=label, markersize=9)
+        if rows:  # a line would suggest more than 359 test images can tell
+            axes.plot(sizes, accuracies, linestyle="", marker=marker, color=colour, label=label, markersize=9)
     low, high = axes.get_ylim()
     axes.set_ylim(low - max(1.0, high - low), min(100.0, high + 0.3))
     axes.axvline(1, color="#57606a", linestyle=":", linewidth=1.2)
