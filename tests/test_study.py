@@ -289,11 +289,11 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "unknown model": ("--model resnet81", r"timm knows no model 'resnet81'; did you mean 'resnet"),
     "no convolutions": (
         "--model vit_tiny_patch16_224 --img-size 224",
-        "vit_tiny_patch16_224 offers no convolutional block",
+        "vit_tiny_patch16_224 has no spatial convolutions: only convolutional networks can be searched",
     ),
     "no convolutions, small images": (
         "--model vit_tiny_patch16_224",
-        "VisionTransformer cannot run on 1×32×32|no convolutional block",
+        "vit_tiny_patch16_224 has no spatial convolutions",
     ),
     "malformed budget": ("--budget params=1X", r"cannot read the budget 'params=1X': write it like"),
     "unknown cost": ("--budget parms=1M", r"cannot bound 'parms'.*did you mean 'params'"),

@@ -49,7 +49,7 @@ def analyse(
     name = name or type(network).__name__
     if unknown := set(open) - {*ASPECTS, "stages", "keep"}:
         raise ModelError(f"cannot open {', '.join(sorted(unknown))}: use {', '.join((*ASPECTS, 'stages', 'keep'))}")
-    if not any(isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1 for module in network.modules()):
+    if not any(isinstance(module, nn.Conv2d) and _looks_around(module) for module in network.modules()):
         raise ModelError(f"{name} has no spatial convolutions: only convolutional networks can be searched")
     traced = trace(network, input_size)
     blocks, left_alone = _find_blocks(network, traced, frozenset(open))
@@ -80,6 +80,11 @@ def _find_blocks(network: nn.Module, traced: Trace, open: frozenset[str]) -> tup
         if len(choices) > 1:
             blocks.append(Block(name=block, choices=tuple(choices), channels=tuple(found[block]), sites=own_sites))
     return blocks, left_alone
+
+
+def _looks_around(conv: nn.Conv2d) -> bool:
+    """Whether neighbouring outputs see common pixels: not so in a 1×1 convolution, nor in a patch embedding."""
+    return any(kernel > stride for kernel, stride in zip(conv.kernel_size, conv.stride, strict=True))
 
 
 def _is_convolutional(blocks: Sequence[Block], traced: Trace) -> bool:
