@@ -73,6 +73,10 @@ class Budget(Mapping[str, float]):
         """Whether `cost` is within every bound."""
         return all(cost[kind] <= bound for kind, bound in self.bounds)
 
+    def scaled(self, share: float) -> Budget:
+        """The same kinds, every bound at this share of what it is."""
+        return Budget(tuple((kind, bound * share) for kind, bound in self.bounds))
+
     def explain(self, cost: Cost) -> str:
         """In plain words, which bounds `cost` breaks and by how much; empty when it is within."""
         broken = [

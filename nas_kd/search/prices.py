@@ -13,6 +13,7 @@ from torch import nn
 from nas_kd.budget import KINDS, Budget, Cost
 from nas_kd.models.costs import CostTable
 from nas_kd.models.structure import Analysis, Block
+from nas_kd.search.starts import draw
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +80,4 @@ def _range(totals: np.ndarray[Any, np.dtype[np.int64]], now: int) -> tuple[int, 
 
 def share_within(table: CostTable, budget: Budget, draws: int, seed: int = 0) -> float:
     """The share of random genotypes within a budget, estimated from `draws` of them."""
-    generator = np.random.default_rng(seed)
-    rows = np.stack([generator.integers(len(block.choices), size=draws) for block in table.blocks], axis=1)
-    totals = table.many(rows, budget)
-    return float(np.mean(np.all([totals[kind] <= bound for kind, bound in budget.items()], axis=0)))
+    return float(draw(table, budget, seed, draws)[1].mean())

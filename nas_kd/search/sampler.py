@@ -11,13 +11,11 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from nas_kd.budget import KINDS, Budget, kinds_of
+from nas_kd.budget import KINDS, Budget
 from nas_kd.errors import GenotypeError
-from nas_kd.genotype import Genotype
 from nas_kd.search.additive import AdditiveModel, features_of, fit
-from nas_kd.search.solver import solve
 from nas_kd.search.space import Space
-from nas_kd.search.starts import prior_damages, tightness
+from nas_kd.search.starts import prior_damages, smallest_level, solve_in_time
 
 _MUTATIONS = 0.2  # share of proposals that vary the front, against interactions that an additive model cannot see
 _TRIES = 64  # to find a genotype that the study has not had
@@ -62,12 +60,7 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
         self._fallback = optuna.samplers.RandomSampler(seed=seed)
         base = space.table.base()
         self._budget = space.budget or Budget(tuple((kind, float(base[kind])) for kind in KINDS))
-        self._least = self._smallest_level()
-
-    def _smallest_level(self) -> float:
-        table, base = self.space.table, self.space.table.base()
-        cheapest = (table.cost(table.cheapest(kind)) for kind in kinds_of(self._budget))
-        return min(1.0, *(tightness(cost, self._budget, base) for cost in cheapest))
+        self._least = min(1.0, smallest_level(space.table, self._budget))
 
     def reseed_rng(self) -> None:
         """Fresh randomness, for workers that were forked."""
@@ -84,9 +77,9 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
         """The parameters of the next genotype: within the budget, and new to the study where one can be found."""
         # a trial's own stream: a resumed study goes on as an uninterrupted one would have
         self._generator = np.random.default_rng([self._seed, trial.number])
-        finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        known = {tuple(row) for row in self._rows(study.get_trials(deepcopy=False)).tolist()}
-        proposal = self._propose(finished)
+        had = [(other, row) for other in study.get_trials(deepcopy=False) if (row := self._row(other)) is not None]
+        known = {tuple(row.tolist()) for _, row in had}
+        proposal = self._propose([(other, row) for other, row in had if other.state == TrialState.COMPLETE])
         for _ in range(_TRIES):
             if tuple(proposal.tolist()) not in known:
                 break
@@ -99,22 +92,19 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
         """A parameter that is not of the space: at random."""
         return self._fallback.sample_independent(study, trial, param_name, param_distribution)
 
-    def _rows(self, trials: Sequence[FrozenTrial]) -> NDArray[np.int64]:
-        rows = [self.space.table.indices(genotype) for trial in trials if (genotype := self._genotype(trial))]
-        return np.array(rows, dtype=np.int64).reshape(len(rows), len(self.space.blocks))
-
-    def _genotype(self, trial: FrozenTrial) -> Genotype | None:
-        if not set(trial.params) >= set(self.space.distributions):
+    def _row(self, trial: FrozenTrial) -> NDArray[np.int64] | None:
+        """The positions of a trial's choices; None for one that is not, or not yet, of this space."""
+        if not trial.params.keys() >= self.space.distributions.keys():
             return None
         try:
-            return self.space.genotype({name: trial.params[name] for name in self.space.distributions})
+            genotype = self.space.genotype({name: trial.params[name] for name in self.space.distributions})
         except GenotypeError:
             return None
+        return self.space.table.indices(genotype)
 
-    def _propose(self, finished: Sequence[FrozenTrial]) -> NDArray[np.int64]:
-        usable = [trial for trial in finished if self._genotype(trial) is not None]
-        rows = self._rows(usable)
-        scores = np.array([trial.values[0] for trial in usable], dtype=np.float64)
+    def _propose(self, finished: Sequence[tuple[FrozenTrial, NDArray[np.int64]]]) -> NDArray[np.int64]:
+        rows = np.array([row for _, row in finished], dtype=np.int64).reshape(len(finished), len(self.space.blocks))
+        scores = np.array([trial.values[0] for trial, _ in finished], dtype=np.float64)
         if len(rows) and self._generator.random() < _MUTATIONS:
             return self._mutate(self._on_front(rows, scores))
         return self._solve(fit(self._features, rows, scores, self._damages))
@@ -123,11 +113,7 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
         level = self._generator.uniform(self._least, 1.0)
         worth = model.draw(self._generator, boldness=self._generator.random() ** 2)
         for share in (level, 1.0):
-            within = Budget(tuple((kind, bound * share) for kind, bound in self._budget.bounds))
-            try:
-                genotype = solve(self.space.table, within, [-values for values in worth])
-            except TimeoutError:
-                genotype = None
+            genotype = solve_in_time(self.space.table, self._budget.scaled(share), [-values for values in worth])
             if genotype is not None:
                 return self.space.table.indices(genotype)
         return self.space.table.indices(self.space.starts(1)[0])

@@ -72,7 +72,7 @@ def solve(
         raise TimeoutError(f"no genotype within {budget} was found in {seconds:.0f} s: {result.message}")
     genotype = problem.genotype(result.x)
     # HiGHS works to a tolerance; a hard bound is a hard bound
-    return genotype if budget.admits(table.cost(genotype)) else solve(table, _tightened(budget), damages)
+    return genotype if budget.admits(table.cost(genotype)) else solve(table, budget.scaled(1 - 1e-6), damages)
 
 
 @contextmanager
@@ -87,10 +87,6 @@ def _silent_highs() -> Iterator[None]:
     finally:
         os.dup2(kept, 1)
         os.close(kept)
-
-
-def _tightened(budget: Budget) -> Budget:
-    return Budget(tuple((kind, bound * (1 - 1e-6)) for kind, bound in budget.bounds))
 
 
 class _Problem:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -65,7 +66,7 @@ class Space(Generic[Network]):
         """The blocks of the base with the choices open to each."""
         return self.analysis.blocks
 
-    @property
+    @functools.cached_property
     def distributions(self) -> dict[str, optuna.distributions.CategoricalDistribution]:
         """The flat, constant set of Optuna parameters: `BLOCK.width`, `BLOCK.kernel`, `BLOCK.conv`,
         `BLOCK.keep` where open."""

@@ -79,18 +79,24 @@ def _prior_damage(choice: Choice, default: Choice) -> float:
 
 def knapsack_starts(table: CostTable, budget: Budget, count: int) -> list[Genotype]:
     """The genotypes of least expected damage at `count` levels, from near the smallest reachable cost to the budget."""
-    damages, base = prior_damages(table), table.base()
-    least = min(tightness(table.cost(table.cheapest(kind)), budget, base) for kind in kinds_of(budget))
+    damages = prior_damages(table)
+    least = smallest_level(table, budget)
     starts = []
     for share in np.linspace(least, 1, count + 1)[1:] if least < 1 else [1.0]:
-        level = Budget(tuple((kind, bound * share) for kind, bound in budget.bounds))
-        genotype = _solve_in_time(table, level, damages)
+        genotype = solve_in_time(table, budget.scaled(share), damages)
         if genotype is not None:
             starts.append(genotype)
     return list(dict.fromkeys(starts))
 
 
-def _solve_in_time(table: CostTable, level: Budget, damages: list[NDArray[np.float64]]) -> Genotype | None:
+def smallest_level(table: CostTable, budget: Budget) -> float:
+    """The share of the budget that its cheapest genotype needs; above 1 when it cannot be met."""
+    cheapest = (table.cost(table.cheapest(kind)) for kind in kinds_of(budget))
+    return min(tightness(cost, budget, table.base()) for cost in cheapest)
+
+
+def solve_in_time(table: CostTable, level: Budget, damages: list[NDArray[np.float64]]) -> Genotype | None:
+    """What `solve` finds, or None where there is nothing or its time ran out first."""
     try:
         return solve(table, level, damages)
     except TimeoutError:
@@ -119,10 +125,15 @@ def uniform_width_student(table: CostTable, budget: Budget) -> Genotype | None:
     return None
 
 
-def random_genotype(table: CostTable, budget: Budget, seed: int, draws: int = 200_000) -> Genotype | None:
-    """A genotype drawn evenly from the part of the space within the budget; None when no draw was within it."""
+def draw(table: CostTable, budget: Budget, seed: int, draws: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Random genotypes, `draws` × blocks positions of choices, and whether each is within the budget."""
     generator = np.random.default_rng(seed)
     rows = np.stack([generator.integers(len(block.choices), size=draws) for block in table.blocks], axis=1)
     costs = table.many(rows, budget)
-    within = np.all([costs[kind] <= bound for kind, bound in budget.items()], axis=0)
+    return rows, np.all([costs[kind] <= bound for kind, bound in budget.items()], axis=0)
+
+
+def random_genotype(table: CostTable, budget: Budget, seed: int, draws: int = 200_000) -> Genotype | None:
+    """A genotype drawn evenly from the part of the space within the budget; None when no draw was within it."""
+    rows, within = draw(table, budget, seed, draws)
     return table.genotype(rows[np.flatnonzero(within)[0]]) if within.any() else None

@@ -224,5 +224,5 @@ class TestInput:
         assert input_size_of(network, 32) == (1, 32, 32)
 
     def test_a_model_without_convolutions_is_refused(self) -> None:
-        with pytest.raises(ModelError, match="no convolutional block"):
+        with pytest.raises(ModelError, match="has no spatial convolutions: only convolutional networks can be searched"):
             Space(timm.create_model("test_vit"))
