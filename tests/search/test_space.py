@@ -224,5 +224,7 @@ class TestInput:
         assert input_size_of(network, 32) == (1, 32, 32)
 
     def test_a_model_without_convolutions_is_refused(self) -> None:
-        with pytest.raises(ModelError, match="has no spatial convolutions: only convolutional networks can be searched"):
+        with pytest.raises(
+            ModelError, match="has no spatial convolutions: only convolutional networks can be searched"
+        ):
             Space(timm.create_model("test_vit"))
