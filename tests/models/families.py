@@ -25,6 +25,9 @@ COVERED = (
     "nfnet_l0 dm_nfnet_f0 convnext_atto convnextv2_atto fastvit_t8 starnet_s1 edgenext_xx_small"
 ).split()
 
+# the pixels of a side at which each offers the choices that it offers at its own size
+SIDES = {name: 75 if name.startswith("inception") else 32 for name in COVERED}
+
 # ours, for 32×32 images
 CIFAR = ("cifar_resnet20", "cifar_resnet56", "cifar_resnet56_cheap", "cifar_vgg16_bn")
 
@@ -95,7 +98,7 @@ def family(name: str) -> Base:
 
 
 def real(name: str, seed: int = 0) -> nn.Module:
-    """One of `FAMILIES` with weights in which no channel is idle: none zero, batch norms that do something."""
+    """A timm model with weights in which no channel is idle: none zero, batch norms that do something."""
     torch.manual_seed(seed)
     network: nn.Module = timm.create_model(name, num_classes=10)
     with torch.no_grad():
