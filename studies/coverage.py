@@ -2,7 +2,7 @@
 
     python studies/coverage.py > docs/models.md
 
-Seconds are processor time of `analyse` in this process, one thread. timm's counts (`timm_counts.csv`) are those of the
+timm's counts (`timm_counts.csv`) are those of the
 benchmark tables in `results/` of huggingface/pytorch-image-models at aa4b585.
 """
 
@@ -12,7 +12,6 @@ import csv
 import datetime
 import math
 import platform
-import sys
 import time
 from pathlib import Path
 
@@ -37,6 +36,7 @@ nfnet_l0 dm_nfnet_f0 convnext_atto convnextv2_atto fastvit_t8 starnet_s1 edgenex
 cifar_resnet20 cifar_resnet32 cifar_resnet44 cifar_resnet56 cifar_resnet110 cifar_resnet56_cheap cifar_vgg16_bn
 """.split()
 NORMS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
+SECONDS_LIMIT = 3.0  # that an analysis may take
 TOLERANCE = 0.0051  # of numbers with two decimals
 HEAD = "model|input|blocks|choices|genotypes|params|min|MACs|min|activations|min|seconds|timm: params|MACs"
 NOTES = """`choices` is their number over all blocks; `min` the smallest reachable of the cost before it, each for
@@ -45,12 +45,14 @@ choice is not counted. `python -m nas_kd.space MODEL` shows the blocks of a mode
 
 Not every part of a model changes. The residual stream keeps its channels unless `--search-stages` is given. Of hybrid
 networks the attention stays as it is (edgenext: the convolutional blocks change). Networks made of nothing but shifts
-(`cifar_resnet56_cheap` with `conv="shift"`) are refused, since a shift's order of channels is fixed; so are
-transformers and MLPs. Re-parameterised networks (RepVGG, MobileOne, FastViT) are searched in their training form;
+(`cifar_resnet56_cheap` with `conv="shift"`) are refused, since a shift's order of channels is fixed: the same network
+is a genotype of `conv="depthwise"`, every convolution a shift. Transformers and MLPs are refused too.
+Re-parameterised networks (RepVGG, MobileOne, FastViT) are searched in their training form;
 `nas_kd.models.fuse.fused(student)` gives the inference form, in which blocks with a replaced convolution stay."""
 
 
-def row(name: str, published: dict[str, dict[str, str]]) -> str:
+def row(name: str, published: dict[str, dict[str, str]]) -> tuple[str, float]:
+    """A line of the table, and the seconds that the analysis took."""
     with torch.device("meta"):
         network = timm.create_model(name).eval()
     size = network.pretrained_cfg["input_size"]
@@ -58,7 +60,7 @@ def row(name: str, published: dict[str, dict[str, str]]) -> str:
     try:
         analysis = analyse(network, size, name=name)
     except ModelError as error:
-        return f"| {name} | {size[-1]} | refused because {error} |"
+        return f"| {name} | {size[-1]} | refused because {error} |", time.process_time() - started
     seconds = time.process_time() - started
     table = cost_table(analysis, network)
     counts = [len(block.choices) for block in table.blocks]
@@ -68,7 +70,18 @@ def row(name: str, published: dict[str, dict[str, str]]) -> str:
     theirs = published.get(name)
     facts = [name, size[-1], len(counts), sum(counts), f"{math.prod(counts):.2g}", *costs, f"{seconds:.2f}"]
     facts += [f"{theirs['params_m']}M", f"{theirs['gmacs']}G"] if theirs else ["", ""]
-    return f"| {' | '.join(map(str, facts))} |"
+    return f"| {' | '.join(map(str, facts))} |", seconds
+
+
+def timing(seconds: dict[str, float]) -> str:
+    """What an analysis takes, and which take longer than they may."""
+    slowest = max(seconds, key=seconds.__getitem__)
+    text = (
+        "`seconds` is processor time of the analysis, of which a part goes into building and running students that "
+        f"check it, on one thread: {slowest} takes longest, {seconds[slowest]:.1f} s"
+    )
+    late = [name for name, taken in seconds.items() if taken >= SECONDS_LIMIT]
+    return f"{text}; {', '.join(late) or 'none'} of them {SECONDS_LIMIT:.0f} s or more."
 
 
 def norm_elements(name: str) -> int:
@@ -114,11 +127,10 @@ def main() -> None:
         f"`python studies/coverage.py > docs/models.md`, {datetime.date.today()}, {platform.machine()}, Python "
         f"{platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}.\n"
     )
-    print(f"{NOTES}\n\n{comparison(published)}\n")
+    rows = {name: row(name, published) for name in MODELS}
+    print(f"{NOTES}\n\n{timing({name: seconds for name, (_, seconds) in rows.items()})}\n\n{comparison(published)}\n")
     print(f"| {' | '.join(HEAD.split('|'))} |\n|{'---|' * len(HEAD.split('|'))}")
-    for name in MODELS:
-        print(row(name, published))
-        sys.stdout.flush()
+    print("\n".join(line for line, _ in rows.values()))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch import nn
 
 from nas_kd.errors import ModelError
 from nas_kd.genotype import Choice, group_count
-from nas_kd.models.convs import ConvSpec, Pair
+from nas_kd.models.convs import ConvSpec, Pair, Shift2d
 from nas_kd.models.labels import FROZEN, Call, Labels, Split
 from nas_kd.models.memory import passage
 from nas_kd.models.structure import Analysis as Analysis
@@ -53,6 +53,11 @@ def analyse(
         raise ModelError(f"{name} has no spatial convolutions: only convolutional networks can be searched")
     traced = trace(network, input_size)
     blocks, left_alone = _find_blocks(network, traced, frozenset(open))
+    if not blocks and any(isinstance(module, Shift2d) for module in network.modules()):
+        raise ModelError(
+            f"{name} offers nothing to search, its shifts keep their channels: search a base with depthwise "
+            "convolutions, each of which may become a shift"
+        )
     if not _is_convolutional(blocks, traced):
         raise ModelError(
             f"{name} offers no convolutional block to search: it is a transformer or MLP, or not supported"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 from types import ModuleType
@@ -81,9 +82,22 @@ def test_choices_of_the_standard_form_count_as_the_paper_does(conv: str) -> None
     assert cost.macs == CHEAP[conv][1] if conv == "standard" else cost.macs < CHEAP[conv][1]
 
 
+def test_the_papers_shifts_are_a_genotype_of_its_depthwise_form() -> None:
+    """Both stride in the second 1×1, so that the shifts run where the paper has them."""
+    network = _meta("cifar_resnet56_cheap", "depthwise")
+    analysis = analyse(network, (3, 32, 32))
+    table = cost_table(analysis, network)
+    default = {block.name: block.default for block in table.blocks}
+    shifts = Genotype.of({name: dataclasses.replace(choice, conv="shift") for name, choice in default.items()})
+    expected = Cost(params=CHEAP["shift"][0], macs=CHEAP["shift"][1])
+    assert len(shifts) == 27
+    assert table.cost(shifts) == expected
+    assert measure(build_student(network, analysis, shifts), (3, 32, 32)) == expected
+
+
 def test_a_base_of_shifts_alone_is_refused() -> None:
     network = _meta("cifar_resnet56_cheap", "shift")
-    with pytest.raises(ModelError, match="offers no convolutional block to search"):
+    with pytest.raises(ModelError, match="its shifts keep their channels: search a base with depthwise convolutions"):
         analyse(network, (3, 32, 32))
 
 
