@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nas_kd.arguments import Settings, guarded, parse_study
+from nas_kd.budget import kinds_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,7 +52,7 @@ def _conclude(summary: StudySummary, out: Path, settings: Settings, console: Con
     from nas_kd.results.report import headline
     from nas_kd.results.table import render_table
 
-    console.print(render_table(summary.models, folder=out), crop=False)
+    console.print(render_table(summary.models, folder=out, kinds=kinds_of(summary.budget)), crop=False)
     storage = settings.storage or f"sqlite:///{out / 'study.db'}"
     lines = (
         headline(summary),

@@ -12,7 +12,7 @@ import torch
 from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 
-from nas_kd.budget import Cost
+from nas_kd.budget import BOUNDABLE, Cost
 from nas_kd.errors import ModelError, TrainingError
 from nas_kd.genotype import Genotype
 from nas_kd.models.student import build_student
@@ -177,8 +177,7 @@ def _export(job: Job, model: Model, latency_ms: float, materials: Materials) -> 
         "role": model.role,
         "digest": genotype.digest,
         "genotype": genotype.to_json(),
-        "params": model.cost.params,
-        "macs": model.cost.macs,
+        **{kind: model.cost[kind] for kind in BOUNDABLE},
         "test accuracy": round(refined.test_accuracy, 4),
         "command": settings.command,
         "seed": settings.seed,

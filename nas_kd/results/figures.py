@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import plotly.graph_objects as go
 
-from nas_kd.budget import KINDS, short
+from nas_kd.budget import kinds_of, short
 from nas_kd.genotype import Choice, group_count
 from nas_kd.results.axes import (
     BLUE,
@@ -85,7 +85,7 @@ def front_panel(summary: StudySummary) -> Panel:
     hidden = sum(score < low for _, score in cloud)
     figures = tuple(
         (f"Accuracy over {COST_NAMES[kind]}", _front_figure(summary, kind, (shown, split), cloud, (low, high)))
-        for kind in KINDS
+        for kind in kinds_of(summary.budget)
     )
     lead = f"Up and to the left is better. Models are shown with their {split} accuracy"
     lead += ", trials with the validation accuracy of their short training." if cloud else "."

@@ -13,12 +13,12 @@ from typing import TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 
-from nas_kd.budget import Cost
+from nas_kd.budget import BOUNDABLE, KINDS, Cost
 from nas_kd.errors import OutputError
 from nas_kd.results.rows import ModelRow, Role, sort_models
 
 T = TypeVar("T")
-COLUMNS = ("model", "digest", "role", "val_accuracy", "test_accuracy", "params", "macs", "latency_ms", "path")
+COLUMNS = ("model", "digest", "role", "val_accuracy", "test_accuracy", *BOUNDABLE, "latency_ms", "path")
 _FILE_ORDER: tuple[Role, ...] = ("front", "teacher", "uniform", "no teacher", "random")
 
 
@@ -53,7 +53,8 @@ def write_front_csv(path: Path, models: Sequence[ModelRow]) -> None:
     """Writes every model to `path`, atomically: the front first, then the teacher, then the baselines.
 
     Within a role the model with the most MACs comes first. Accuracies are fractions with four decimals, `latency_ms`
-    has three, params and macs are exact, a missing value is an empty cell; `path` is relative to the file's folder.
+    has three, costs are exact (`size` and `peak_memory` in bytes), a missing value is an empty cell; `path` is relative
+    to the file's folder.
     Raises OutputError when the file cannot be written.
     """
     text = io.StringIO(newline="")
@@ -105,8 +106,7 @@ def _cells(model: ModelRow) -> tuple[str | int, ...]:
         model.role,
         _decimals(model.val_accuracy, 4),
         _decimals(model.test_accuracy, 4),
-        model.cost.params,
-        model.cost.macs,
+        *(model.cost[kind] if kind in KINDS else model.cost[kind] or "" for kind in BOUNDABLE),
         _decimals(model.latency_ms, 3),
         model.path or "",
     )
@@ -117,12 +117,18 @@ def _row(cells: dict[str, str]) -> ModelRow:
         name=cells["model"],
         role=cast(Role, cells["role"]),  # checked by ModelRow
         digest=cells["digest"],
-        cost=Cost(params=int(cells["params"]), macs=int(cells["macs"])),
+        cost=_cost(cells),
         val_accuracy=_number(cells["val_accuracy"]),
         test_accuracy=_number(cells["test_accuracy"]),
         latency_ms=_number(cells["latency_ms"]),
         path=cells["path"] or None,
     )
+
+
+def _cost(cells: dict[str, str]) -> Cost:
+    """Bytes may be missing: an older file has no such columns, and no cost need count them."""
+    others = {kind: int(cells[kind]) for kind in BOUNDABLE if kind not in KINDS and cells.get(kind)}
+    return Cost(params=int(cells["params"]), macs=int(cells["macs"]), **others)
 
 
 def _decimals(value: float | None, digits: int) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from nas_kd.budget import Budget, short
+from nas_kd.budget import KINDS, Budget, short
 from nas_kd.results.figures import COST_NAMES, Panel, panels
 from nas_kd.results.front import write_atomically
 from nas_kd.results.rows import ModelRow, StudySummary, sort_models
@@ -186,8 +187,19 @@ _COLUMNS: tuple[_Cell, ...] = (
 )
 
 
+def _columns(budget: Budget) -> tuple[_Cell, ...]:
+    """The columns between role and path; bytes only where the budget bounds them."""
+    others = [kind for kind in budget if kind not in KINDS]
+    return (*_COLUMNS[:-1], *((kind, partial(_bytes, kind)) for kind in others), _COLUMNS[-1])
+
+
+def _bytes(kind: str, model: ModelRow, _: ModelRow | None) -> str:
+    return short(model.cost[kind]) if model.cost[kind] else _MISSING
+
+
 def _models(summary: StudySummary) -> str:
-    titles = "".join(f'<th scope="col">{title}</th>' for title, _ in _COLUMNS)
+    columns = _columns(summary.budget)
+    titles = "".join(f'<th scope="col">{title}</th>' for title, _ in columns)
     head = f'<th scope="col" class="text">model</th><th scope="col" class="text">role</th>{titles}'
     head += '<th scope="col" class="text">path</th>'
     models = sort_models(summary.models)
@@ -196,11 +208,10 @@ def _models(summary: StudySummary) -> str:
         "front": [model for model in models if model.role == "front"],
         "baselines": [model for model in models if model.role not in ("teacher", "front")],
     }
-    bodies = [
-        f'<tbody class="group {name}">{"".join(_model_line(model, summary.teacher) for model in members)}</tbody>'
-        for name, members in groups.items()
-        if members
-    ]
+    bodies = []
+    for name, members in groups.items():
+        lines = "".join(_model_line(model, summary.teacher, columns) for model in members)
+        bodies += [f'<tbody class="group {name}">{lines}</tbody>'] if members else []
     table = f'<table class="models"><thead><tr>{head}</tr></thead>{"".join(bodies)}</table>'
     return (
         f'<h2>Models</h2>\n<div class="scroll" tabindex="0">{table}</div>\n{_missing_models(models)}{_loading(summary)}'
@@ -226,8 +237,8 @@ def _loading(summary: StudySummary) -> str:
     return f'<p class="lead">To load the best model, from the folder of this report:</p>\n<pre>{_text(code)}</pre>'
 
 
-def _model_line(model: ModelRow, teacher: ModelRow | None) -> str:
-    cells = "".join(f"<td>{_text(render(model, teacher))}</td>" for _, render in _COLUMNS)
+def _model_line(model: ModelRow, teacher: ModelRow | None, columns: Sequence[_Cell]) -> str:
+    cells = "".join(f"<td>{_text(render(model, teacher))}</td>" for _, render in columns)
     name = f'<th scope="row" class="text">{_text(model.name)}</th><td class="text">{_text(model.role)}</td>'
     return f'<tr>{name}{cells}<td class="text">{_text(model.path or _MISSING)}</td></tr>'
 

@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nas_kd.budget import short
+from nas_kd.budget import KINDS, short
 from nas_kd.results.rows import ModelRow, sort_models
 
 # Plain ASCII: a terminal or a file of another encoding must not lose the end of a long study to a dash.
-_COLUMNS = ("model", "val %", "test %", "params", "MACs", "x smaller", "latency ms", "path")
+_BEFORE, _AFTER = ("model", "val %", "test %", "params", "MACs", "x smaller"), ("latency ms", "path")
 _LEFT = ("model", "path")
 # A line under the head and between the groups and nothing else. Its eight rows are rich's own order: top, head, line
 # under the head, body, line between sections, line over the foot, foot, bottom.
@@ -24,18 +24,20 @@ _MISSING = "-"
 _GROUPS = {"teacher": 0, "front": 1}  # all other roles are baselines
 
 
-def render_table(models: Sequence[ModelRow], *, folder: Path | None = None) -> Table:
+def render_table(models: Sequence[ModelRow], *, folder: Path | None = None, kinds: Sequence[str] = KINDS) -> Table:
     """One line per model: the teacher, then the front, then the baselines, with a line between the groups.
 
-    "x smaller" compares parameters with the teacher's. `folder` goes before each model's path, so that the path can be
+    "x smaller" compares parameters with the teacher's. Of `kinds` of cost those besides params and MACs get a column
+    of their own: what a budget bounds. `folder` goes before each model's path, so that the path can be
     given to `timm.create_model("local-dir:…")` as it stands. No cell is ever cut, wrapped or read as markup: print the
     table with `console.print(table, crop=False)`, since a console cuts what is wider than itself, also in a file.
     """
     ordered = sort_models(list(models))
     teacher = next((model for model in ordered if model.role == "teacher"), None)
-    rows = [_cells(model, teacher, folder) for model in ordered]
+    others = [kind for kind in kinds if kind not in KINDS]
+    rows = [_cells(model, teacher, folder, others) for model in ordered]
     table = Table(box=_LINES, show_edge=False, pad_edge=False)
-    for title in _COLUMNS:
+    for title in (*_BEFORE, *others, *_AFTER):
         table.add_column(title, justify="left" if title in _LEFT else "right", no_wrap=True)
     for index, (model, row) in enumerate(zip(ordered, rows, strict=True)):
         ends_group = index + 1 < len(ordered) and _group(ordered[index + 1]) != _group(model)
@@ -51,7 +53,7 @@ def _group(model: ModelRow) -> int:
     return _GROUPS.get(model.role, 2)
 
 
-def _cells(model: ModelRow, teacher: ModelRow | None, folder: Path | None) -> tuple[str, ...]:
+def _cells(model: ModelRow, teacher: ModelRow | None, folder: Path | None, others: Sequence[str]) -> tuple[str, ...]:
     smaller = teacher.cost.params / model.cost.params if teacher and model.cost.params else None
     return (
         model.name if model.role in _GROUPS else f"{model.name} ({model.role})",
@@ -60,6 +62,7 @@ def _cells(model: ModelRow, teacher: ModelRow | None, folder: Path | None) -> tu
         short(model.cost.params),
         short(model.cost.macs),
         _number(smaller, 1, 1),
+        *(short(model.cost[kind]) if model.cost[kind] else _MISSING for kind in others),
         _number(model.latency_ms, 1, 2),
         _path(model, folder),
     )

@@ -11,7 +11,9 @@ from nas_kd.budget import Cost, parse_budget
 from nas_kd.genotype import Choice, Genotype
 from nas_kd.results.rows import ModelRow, Role, StudySummary, TrialRow
 
-TEACHER = Cost(params=11_175_370, macs=148_820_992)  # resnet18 for one channel and ten classes
+TEACHER = Cost(
+    params=11_175_370, macs=148_820_992, size=44_740_162, peak_memory=163_840
+)  # resnet18 for one channel and ten classes
 BLOCKS = ("conv1", *(f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1)))
 CONVS = ("standard", "depthwise", "blueprint", "group4", "shift")
 
@@ -36,7 +38,9 @@ def model(
         name=name,
         role=role,
         digest=genotype(seed).digest,
-        cost=TEACHER if role == "teacher" else Cost(params=params, macs=37 * params),
+        cost=TEACHER
+        if role == "teacher"
+        else Cost(params=params, macs=37 * params, size=4 * params, peak_memory=65_536),
         val_accuracy=accuracy,
         test_accuracy=None if accuracy is None else accuracy - 0.003,
         latency_ms=latency_ms,

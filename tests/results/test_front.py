@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nas_kd.budget import BOUNDABLE
 from nas_kd.errors import OutputError
 from nas_kd.results.front import COLUMNS, front, read_front_csv, write_atomically, write_front_csv
 from nas_kd.results.rows import ModelRow, StudySummary
@@ -80,6 +81,8 @@ def test_csv_round_trip(tmp_path: Path, summary: StudySummary) -> None:
     write_front_csv(path, summary.models)
     rows = read_front_csv(path)
     assert {row.digest: row.cost for row in rows} == {model.digest: model.cost for model in summary.models}
+    for kind in BOUNDABLE:  # costs compare by params and macs alone
+        assert [row.cost[kind] for row in rows if row.role == "teacher"] == [summary.models[0].cost[kind]]
     for row in rows:
         model = next(m for m in summary.models if (m.digest, m.role) == (row.digest, row.role))
         assert (row.name, row.path, row.genotype) == (model.name, model.path, None)
@@ -105,6 +108,18 @@ def test_csv_keeps_awkward_names_and_missing_values(tmp_path: Path, summary: Stu
     row = ModelRow(name='a "b",\nö', role="random", digest="0" * 12, cost=teacher.cost)
     write_front_csv(tmp_path / "front.csv", [row])
     assert read_front_csv(tmp_path / "front.csv") == (row,)
+
+
+def test_a_csv_without_bytes_is_read(tmp_path: Path, summary: StudySummary) -> None:
+    cost = summary.models[0].cost
+    (tmp_path / "front.csv").write_text(
+        "model,digest,role,val_accuracy,test_accuracy,params,macs,latency_ms,path\n"
+        f"m,{'0' * 12},front,0.9000,0.8900,{cost.params},{cost.macs},1.000,m\n",
+        encoding="utf-8",
+    )
+    (row,) = read_front_csv(tmp_path / "front.csv")
+    assert row.cost == cost
+    assert (row.cost.size, row.cost.peak_memory) == (0, 0)
 
 
 def test_csv_errors(tmp_path: Path, summary: StudySummary) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from plotly.offline import get_plotlyjs
 
+from nas_kd.budget import parse_budget
 from nas_kd.errors import OutputError
 from nas_kd.genotype import Choice, Genotype
 from nas_kd.results.figures import duration, panels
@@ -130,6 +131,15 @@ def test_a_model_over_the_budget_is_never_called_within(summary: StudySummary) -
     sentence = headline(replace(summary, models=(summary.models[0], fat)))
     assert "over budget: params 1.5M is 50% over 1M" in sentence
     assert "within" not in sentence
+
+
+def test_bytes_are_shown_where_the_budget_bounds_them(summary: StudySummary) -> None:
+    assert "peak_memory" not in render_report(summary)
+    budget = parse_budget("params=1M,peak_memory=100K", summary.models[0].cost)
+    text = render_report(replace(summary, budget=budget))
+    assert '<th scope="col">peak_memory</th>' in text
+    assert "<td>163.8K</td>" in text
+    assert "Accuracy over bytes of activations at once" in text
 
 
 def test_the_best_is_chosen_by_validation_accuracy(summary: StudySummary) -> None:

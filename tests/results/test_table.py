@@ -34,6 +34,14 @@ def test_numbers_are_written_for_people(summary: StudySummary) -> None:
     assert cells == ["resnet18-0.98M-97.8", "97.8", "97.5", "982.1K", "36.34M", "11.4", "2.00", "resnet18-0.98M-97.8"]
 
 
+def test_bytes_are_shown_where_the_budget_bounds_them(summary: StudySummary) -> None:
+    file = io.StringIO()
+    Console(file=file).print(render_table(summary.models[:2], kinds=("params", "macs", "peak_memory")), crop=False)
+    head, _, teacher, _, first = file.getvalue().splitlines()
+    assert head.split()[-4:] == ["peak_memory", "latency", "ms", "path"]
+    assert (teacher.split()[-3], first.split()[-3]) == ("163.8K", "65.54K")
+
+
 @pytest.mark.parametrize("width", [20, 80, 300])
 def test_nothing_is_cut_whatever_the_width(summary: StudySummary, width: int) -> None:
     folder = Path("results") / ("a very long name of a study " * 6).strip()
