@@ -52,9 +52,10 @@ class Job:
         return self.out / "cache"
 
 
-def prepare(settings: Settings) -> Job:
+def prepare(settings: Settings, storage: BaseStorage | None = None) -> Job:
     """Checks everything that can be checked before an image is decoded or a network trained.
 
+    `storage` holds the study instead of the one that the settings name.
     Raises a NasKdError for each mistake that a user can make.
     """
     device = choose_device(settings.device)
@@ -73,7 +74,7 @@ def prepare(settings: Settings) -> Job:
         name=settings.model,
     )
     assert space.budget is not None
-    storage = open_storage(settings.storage or sqlite_url(out / "study.db"))
+    storage = storage or open_storage(settings.storage or sqlite_url(out / "study.db"))
     check_study(storage, settings.name, choices_made(settings, space.budget))
     return Job(
         settings=settings,
