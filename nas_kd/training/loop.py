@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
@@ -21,6 +22,7 @@ from nas_kd.training.losses import student_loss
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.resume import Stateful, restore, store
 
+Criterion = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # outputs, labels, the teacher's logits → mean loss
 _CHECK_STEPS = 50  # between two looks at the loss: each look makes a GPU wait
 _RESIDENT = 0.25  # of the free device memory may hold the training data
 _logger = logging.getLogger(__name__)
@@ -50,6 +52,16 @@ class Run:
     clock: Callable[[], float] = time.monotonic
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Task:
+    """What is trained, and towards what: `network` by `criterion` (see `losses`); `measure` gives the accuracy
+    (fraction) that is reported, None for none."""
+
+    network: nn.Module
+    criterion: Criterion
+    measure: Callable[[nn.Module], float] | None = None
+
+
 def ignore(epoch: int, accuracy: float) -> None:
     """The report that tells nobody."""
 
@@ -63,24 +75,43 @@ def train(
     report: Callable[[int, float], None] = ignore,
     run: Run = Run(),
 ) -> TrainResult:
-    """Trains `student` in place, on the device that it is on, and leaves it in eval mode.
+    """Trains `student` in place, beside a teacher where `data` brings its logits: `fit` with the `student_loss`.
 
-    At each of the recipe's `eval_epochs` (and the last) the accuracy on `val` is passed to `report`, which may raise
-    anything to stop. With `run.checkpoint` the state is kept there at those epochs and a killed training goes on from
-    it; epochs that were reported before are not reported again. The same seed gives the same weights on a CPU.
+    At each of the recipe's `eval_epochs` (and the last) the accuracy on `val` is passed to `report`.
+    """
+    criterion = functools.partial(student_loss, distill_weight=recipe.distill_weight, soft=recipe.make_soft_loss())
+    measure = None if val is None else functools.partial(evaluate, images=val)
+    task = Task(network=student, criterion=criterion, measure=measure)
+    return fit(task, data, recipe, report=report, run=run)
+
+
+def fit(
+    task: Task,
+    data: TrainingData,
+    recipe: Recipe,
+    *,
+    report: Callable[[int, float], None] = ignore,
+    run: Run = Run(),
+) -> TrainResult:
+    """Trains the task's network in place, on the device that it is on, and leaves it in eval mode.
+
+    At each of the recipe's `eval_epochs` (and the last) its measure is passed to `report`, which may raise anything to
+    stop. With `run.checkpoint` the state is kept there at those epochs and a killed training goes on from it; epochs
+    that were reported before are not reported again. The same seed gives the same weights on a CPU.
     Raises TrainingError when the loss is not finite or one image does not fit the device, DataError for < 2 images.
     """
-    started, device = run.clock(), device_of(student)
+    started, network = run.clock(), task.network
+    device = device_of(network)
     if recipe.channels_last is None:
-        recipe = replace(recipe, channels_last=suits_channels_last(student))
+        recipe = replace(recipe, channels_last=suits_channels_last(network))
     data = _resident(data, device)
     steps_per_epoch = len(_batches(data, recipe, 0))
-    with _own_randomness(device), _layout(student, recipe), _left_in_eval(student):
-        stepper = _Stepper(student, data, recipe, steps=steps_per_epoch * recipe.epochs)
+    with _own_randomness(device), _layout(network, recipe), _left_in_eval(network):
+        stepper = _Stepper(task, data, recipe, steps=steps_per_epoch * recipe.epochs)
         progress = restore(run.checkpoint, stepper.parts(), recipe, len(data))
         for epoch in range(progress.epoch, recipe.epochs):
             torch.manual_seed(derive_seed(recipe.seed, "dropout", epoch))
-            student.train()
+            network.train()
             total = torch.zeros((), device=device)
             for step, indices in enumerate(_batches(data, recipe, epoch)):
                 batch = data.batch(epoch, indices)
@@ -89,10 +120,10 @@ def train(
                     _check_loss(total, epoch, recipe)
             progress = progress.after_epoch(_check_loss(total, epoch, recipe) / len(data))
             if recipe.evaluates(progress.epoch):
-                if val is not None:
-                    progress = progress.with_accuracy(evaluate(stepper.averaged(), val))
+                if task.measure is not None:
+                    progress = progress.with_accuracy(task.measure(stepper.averaged()))
                 store(run.checkpoint, stepper.parts(), recipe, len(data), progress)
-                if val is not None:
+                if task.measure is not None:
                     report(progress.epoch, progress.accuracies[-1][1])
         stepper.adopt_average()
     return TrainResult(
@@ -106,16 +137,17 @@ def train(
 class _Stepper:
     """One optimiser step: learning rate, precision, gradient accumulation when memory is short, moving average."""
 
-    def __init__(self, student: nn.Module, data: TrainingData, recipe: Recipe, *, steps: int) -> None:
-        trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    def __init__(self, task: Task, data: TrainingData, recipe: Recipe, *, steps: int) -> None:
+        self.network, self.criterion = task.network, task.criterion
+        trainable = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         if not trainable:
-            raise TrainingError("nothing to train: every parameter of the student has requires_grad=False")
-        self.student, self.recipe, self.steps, self.pieces = student, recipe, steps, 1
-        self.mean, self.std, self.device = data.mean, data.std, device_of(student)
+            raise TrainingError("nothing to train: every parameter of the network has requires_grad=False")
+        self.recipe, self.steps, self.pieces = recipe, steps, 1
+        self.mean, self.std, self.device = data.mean, data.std, device_of(self.network)
         self.optimizer = recipe.make_optimizer(trainable)
         self.dtype = amp_dtype(self.device) if recipe.amp else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.average = recipe.make_average(student)
+        self.average = recipe.make_average(self.network)
 
     def step(self, batch: Batch, step: int) -> Tensor:
         """Descends on one batch; its mean loss, still on the device. `step` counts from the start of the training."""
@@ -125,7 +157,7 @@ class _Stepper:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average is not None:
-            self.average.update(self.student, step=step)
+            self.average.update(self.network, step=step)
         return loss
 
     def _backward(self, batch: Batch) -> Tensor:
@@ -147,14 +179,11 @@ class _Stepper:
     def _loss(self, batch: Batch, indices: Tensor) -> Tensor:
         pixels = normalise(batch.pixels[indices], self.mean, self.std, self.device)
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-            logits = self.student(memory_layout(pixels, self.recipe.channels_last))
-        return student_loss(
-            logits,
-            batch.labels[indices].to(self.device, non_blocking=True),
-            None if batch.logits is None else batch.logits[indices].to(self.device, non_blocking=True),
-            distill_weight=self.recipe.distill_weight,
-            temperature=self.recipe.temperature,
-        )
+            outputs = self.network(memory_layout(pixels, self.recipe.channels_last))
+        labels = batch.labels[indices].to(self.device, non_blocking=True)
+        if batch.logits is None:
+            return self.criterion(outputs, labels, None)
+        return self.criterion(outputs, labels, batch.logits[indices].to(self.device, non_blocking=True))
 
     def _halve(self, batch_size: int, error: torch.OutOfMemoryError) -> None:
         self.pieces *= 2
@@ -171,16 +200,16 @@ class _Stepper:
 
     def averaged(self) -> nn.Module:
         """The network to evaluate: the moving average where the recipe has one."""
-        return self.student if self.average is None else self.average.module
+        return self.network if self.average is None else self.average.module
 
     def adopt_average(self) -> None:
-        """Gives the student the weights of its moving average, if there is one."""
+        """Gives the network the weights of its moving average, if there is one."""
         if self.average is not None:
-            self.student.load_state_dict(self.average.module.state_dict())
+            self.network.load_state_dict(self.average.module.state_dict())
 
     def parts(self) -> dict[str, Stateful]:
         """Everything that holds state between two epochs."""
-        parts: dict[str, Stateful] = {"student": self.student, "optimizer": self.optimizer, "scaler": self.scaler}
+        parts: dict[str, Stateful] = {"network": self.network, "optimizer": self.optimizer, "scaler": self.scaler}
         if self.average is not None:
             parts["average"] = self.average.module
         return parts
@@ -306,19 +335,19 @@ def _own_randomness(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _layout(student: nn.Module, recipe: Recipe) -> Iterator[None]:
+def _layout(network: nn.Module, recipe: Recipe) -> Iterator[None]:
     if recipe.channels_last:
-        student.to(memory_format=torch.channels_last)
+        network.to(memory_format=torch.channels_last)
     try:
         yield
     finally:
         if recipe.channels_last:  # safetensors refuses weights in another layout
-            student.to(memory_format=torch.contiguous_format)
+            network.to(memory_format=torch.contiguous_format)
 
 
 @contextmanager
-def _left_in_eval(student: nn.Module) -> Iterator[None]:
+def _left_in_eval(network: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        student.eval()
+        network.eval()

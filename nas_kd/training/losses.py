@@ -1,12 +1,41 @@
-"""Distillation losses, each in its paper's notation."""
+"""Distillation losses, each in its paper's notation, and how they are put together.
+
+A *soft loss* draws a student to a teacher: `soft(student, teacher, labels)` → mean over the batch, for logits N×K and
+labels N. `soft_loss` makes one by name. A *criterion* is what training descends: `criterion(outputs, labels, teacher)`
+for whatever the network gives. `student_loss` is that of a student beside a finished teacher, `ensemble_loss` that of
+students that build their teacher online; both take any soft loss.
+"""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nas_kd.errors import TrainingError
+from nas_kd.errors import TrainingError, nearest
+
+SoftLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+SOFT_LOSSES = ("kd", "dkd")
+
+
+def soft_loss(
+    kind: str, *, temperature: float, alpha: float = 1.0, beta: float = 8.0, class_mean: bool = False
+) -> SoftLoss:
+    """The soft loss of this name: `kd`, which is `distillation_loss`, or `dkd`, `decoupled_distillation_loss`.
+
+    `alpha` and `beta` are those of `dkd`. `class_mean` divides by the number of classes, as torch's default reduction
+    does (the authors' code of arXiv 1909.13063). Raises TrainingError for an unknown name.
+    """
+    if kind == "kd":
+        soft: SoftLoss = functools.partial(_ignore_labels, temperature=temperature)
+    elif kind == "dkd":
+        soft = functools.partial(decoupled_distillation_loss, temperature=temperature, alpha=alpha, beta=beta)
+    else:
+        raise TrainingError(f"unknown loss {kind!r}: use {' or '.join(SOFT_LOSSES)}{nearest(kind, SOFT_LOSSES)}")
+    return functools.partial(_per_class, soft) if class_mean else soft
 
 
 def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
@@ -37,41 +66,69 @@ def decoupled_distillation_loss(
     (equation 5). Raises TrainingError if the shapes differ or T ≤ 0.
     """
     _check(student_logits, teacher_logits, temperature)
-    target = F.one_hot(labels, student_logits.shape[1]).bool()
-    log_student, rest_student = _decouple(student_logits / temperature, target)
-    log_teacher, rest_teacher = _decouple(teacher_logits / temperature, target)
+    log_student, rest_student = _decouple(student_logits / temperature, labels)
+    log_teacher, rest_teacher = _decouple(teacher_logits / temperature, labels)
     tckd = F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
     nckd = F.kl_div(rest_student, rest_teacher, reduction="batchmean", log_target=True)
     return (alpha * tckd + beta * nckd) * temperature**2
 
 
 def student_loss(
-    student_logits: Tensor,
-    labels: Tensor,
-    teacher_logits: Tensor | None,
-    *,
-    distill_weight: float,
-    temperature: float,
+    student_logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, *, distill_weight: float, soft: SoftLoss
 ) -> Tensor:
-    """(1 − distill_weight)·cross-entropy + distill_weight·`distillation_loss`, mean over the batch.
+    """(1 − distill_weight)·cross-entropy + distill_weight·soft loss, mean over the batch: a criterion.
 
-    Plain cross-entropy when there are no teacher logits or `distill_weight` is 0. Computed in float32.
+    Plain cross-entropy when there are no teacher logits or `distill_weight` is 0. Computed in float32. The DKD paper's
+    own sum, cross-entropy + DKD, is twice this one at `distill_weight` 0.5.
     """
     logits = student_logits.float()
     if teacher_logits is None or distill_weight == 0:
         return F.cross_entropy(logits, labels)
-    soft = distillation_loss(logits, teacher_logits.float(), temperature=temperature)
+    drawn = soft(logits, teacher_logits.float(), labels)
     if distill_weight == 1:
-        return soft
-    return (1 - distill_weight) * F.cross_entropy(logits, labels) + distill_weight * soft
+        return drawn
+    return (1 - distill_weight) * F.cross_entropy(logits, labels) + distill_weight * drawn
 
 
-def _decouple(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def ensemble_loss(
+    outputs: Tensor,
+    labels: Tensor,
+    teacher_logits: Tensor | None = None,
+    *,
+    soft: SoftLoss,
+    teacher_gradient: bool = False,
+) -> Tensor:
+    """L = CE(z_t) + Σ_i [CE(z_i) + soft(z_i, z_t)], every weight 1: the objective of arXiv 1909.13063, a criterion.
+
+    `outputs` N×(m+1)×K holds the logits z_1 … z_m of m students and last z_t of the teacher built from them
+    (`training.online.Ensemble`); with `soft` = T²·KL at T = 4 it is the paper's. The soft loss moves the student alone;
+    `teacher_gradient` lets it move the teacher too, as in the authors' code. `teacher_logits` of a finished teacher are
+    not used. Computed in float32.
+    """
+    *students, teacher = outputs.float().unbind(dim=1)
+    target = teacher if teacher_gradient else teacher.detach()
+    loss = F.cross_entropy(teacher, labels)
+    for logits in students:
+        loss = loss + F.cross_entropy(logits, labels) + soft(logits, target, labels)
+    return loss
+
+
+def _ignore_labels(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, temperature: float) -> Tensor:
+    return distillation_loss(student_logits, teacher_logits, temperature=temperature)
+
+
+def _per_class(soft: SoftLoss, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+    return soft(student_logits, teacher_logits, labels) / student_logits.shape[1]
+
+
+def _decouple(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities of (target, rest), N×2, and of the other classes among themselves, N×(K−1)."""
-    others = logits[~target].reshape(len(logits), -1)
-    log_rest = torch.logsumexp(others, dim=1)
-    binary = torch.stack((logits[target], log_rest), dim=1)
-    return F.log_softmax(binary, dim=1), F.log_softmax(others, dim=1)
+    target = labels[:, None]
+    others = torch.arange(logits.shape[1] - 1, device=logits.device).expand(len(logits), -1)
+    # gathered by number: a mask would make a GPU wait to learn how many there are
+    rest = logits.gather(1, others + (others >= target))
+    binary = torch.cat((logits.gather(1, target), torch.logsumexp(rest, dim=1, keepdim=True)), dim=1)
+    return F.log_softmax(binary, dim=1), F.log_softmax(rest, dim=1)
 
 
 def _check(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> None:

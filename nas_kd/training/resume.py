@@ -107,5 +107,5 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 def _fingerprint(parts: Mapping[str, Stateful], recipe: Recipe, images: int) -> str:
     # shapes too: a state that does not fit must be refused before half of it is loaded
-    shapes = [(name, tuple(tensor.shape)) for name, tensor in parts["student"].state_dict().items()]
+    shapes = [(name, tuple(tensor.shape)) for name, tensor in parts["network"].state_dict().items()]
     return hashlib.sha256(f"{recipe!r} {images} {shapes}".encode()).hexdigest()

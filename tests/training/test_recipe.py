@@ -25,6 +25,12 @@ def test_other_schedules(schedule: str, first: float, last: float) -> None:
     assert recipe.learning_rate(999, 1000) == pytest.approx(last, abs=1e-5)
 
 
+def test_steps_fall_at_a_half_and_at_three_quarters() -> None:
+    recipe = Recipe(epochs=300, lr=0.1, schedule="step")  # 150 and 225 of 300
+    rates = [recipe.learning_rate(step, 300) for step in (0, 149, 150, 224, 225, 299)]
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_short_schedules_have_a_positive_rate(steps: int) -> None:
     assert all(Recipe(epochs=1).learning_rate(step, steps) > 0 for step in range(steps))
@@ -54,6 +60,8 @@ def test_norms_and_biases_do_not_decay(name: str, kind: type) -> None:
         ("eval_epochs", (5,), "eval_epochs must be in 1–4"),
         ("optimizer", "adam", "unknown optimizer 'adam': use sgd or adamw; did you mean 'adamw'"),
         ("schedule", "onecycle", "did you mean 'one-cycle'"),
+        ("distill", "dk", "unknown distill 'dk': use kd or dkd"),
+        ("dkd_beta", -1.0, "dkd_beta must be 0 or more, got -1.0"),
     ],
 )
 def test_bad_values_are_refused(field: str, value: object, message: str) -> None:

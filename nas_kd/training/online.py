@@ -1,0 +1,161 @@
+"""Online distillation: students and a teacher built from them learn together, and nothing is pre-trained.
+
+"Compressing CNNs with cheap convolutions and online distillation" (arXiv 1909.13063). Where its authors' code does
+otherwise there is a switch, or we say so in docs/papers.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nas_kd.errors import ModelError, TrainingError
+from nas_kd.training.augment import derive_seed
+from nas_kd.training.images import Images, TrainingData, normalise
+from nas_kd.training.loop import Run, Task, TrainResult, device_of, eval_mode, fit, ignore, predict_logits
+from nas_kd.training.losses import ensemble_loss
+from nas_kd.training.recipe import Recipe
+
+PEERS = 4  # students that learn together: m in the paper
+
+
+class OnlineTeacher(nn.Module):
+    """Concatenated feature maps → batch norm → ReLU → global average pool → one linear layer → logits z_t.
+
+    N×C×H×W → N×K, where C counts the channels of all students together.
+    """
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels)
+        self.act = nn.ReLU(inplace=True)
+        self.fc = nn.Linear(channels, classes)
+
+    def forward(self, features: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.act(self.norm(features)).mean(dim=(2, 3)))
+        return logits
+
+
+class Ensemble(nn.Module):
+    """m students whose weights are not shared, and the teacher on top of their last feature maps.
+
+    N×C×H×W → N×(m+1)×K: the students' logits z_1 … z_m, and last the teacher's z_t. `channels` are those of all
+    feature maps together.
+    """
+
+    def __init__(self, students: Sequence[nn.Module], channels: int, classes: int) -> None:
+        super().__init__()
+        self.students = nn.ModuleList(students)
+        self.teacher = OnlineTeacher(channels, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features, logits = zip(*(features_and_logits(student, images) for student in self.students), strict=True)
+        return torch.stack((*logits, self.teacher(torch.cat(features, dim=1))), dim=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class OnlineResult:
+    """What came of it: the trained `ensemble`, in eval mode; `accuracies`, the validation accuracy (fraction) of each
+    student and last of the teacher; `training`, whose accuracies are those of the best student at the time."""
+
+    ensemble: Ensemble
+    accuracies: tuple[float, ...]
+    training: TrainResult
+
+    @property
+    def best(self) -> int:
+        """The number of the student that was best on the validation images, the first one of equals."""
+        students = self.accuracies[:-1]
+        return students.index(max(students))
+
+    @property
+    def student(self) -> nn.Module:
+        """That student itself."""
+        return self.ensemble.students[self.best]
+
+
+def train_online(
+    students: Sequence[nn.Module],
+    data: TrainingData,
+    recipe: Recipe,
+    *,
+    val: Images,
+    report: Callable[[int, float], None] = ignore,
+    run: Run | None = None,
+) -> OnlineResult:
+    """Trains `students` in place, together with the teacher that is built from them, by the `ensemble_loss`.
+
+    All else is as in `loop.fit`: `report` hears the validation accuracy of the best student. Logits of a finished
+    teacher in `data` are not used. Every student sees the same batches, so they must start from different weights.
+    Raises TrainingError for fewer than 2 students or equal ones, ModelError for a network without timm's
+    `forward_features` and `forward_head`, and what `fit` raises.
+    """
+    _check_students(students)
+    ensemble = make_ensemble(students, data, recipe.seed)
+    task = Task(
+        network=ensemble,
+        criterion=functools.partial(
+            ensemble_loss, soft=recipe.make_soft_loss(), teacher_gradient=recipe.teacher_gradient
+        ),
+        measure=lambda network: max(accuracies(network, val)[:-1]),
+    )
+    training = fit(task, data, recipe, report=report, run=run or Run())
+    return OnlineResult(ensemble=ensemble, accuracies=accuracies(ensemble, val), training=training)
+
+
+def make_ensemble(students: Sequence[nn.Module], data: TrainingData, seed: int) -> Ensemble:
+    """The students and a new teacher, drawn by `seed`, for their feature maps on images like those of `data`."""
+    device = device_of(students[0])
+    pixels = normalise(data.batch(0, torch.arange(2)).pixels, data.mean, data.std, device)
+    channels, classes = 0, set()
+    for student in students:
+        with eval_mode(student), torch.no_grad():
+            features, logits = features_and_logits(student, pixels)
+        channels += features.shape[1]
+        classes.add(logits.shape[1])
+    if len(classes) != 1:
+        raise TrainingError(f"students that learn together need the same classes, got {sorted(classes)} outputs")
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(seed, "online teacher"))
+        return Ensemble(students, channels, classes.pop()).to(device)
+
+
+def features_and_logits(student: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """A timm network's last feature map (N×C×H×W) and its logits (N×K), from one pass.
+
+    Where that is no map of channels first, what its classifier reads takes its place, as N×C×1×1.
+    """
+    features: Tensor = student.forward_features(images)
+    logits: Tensor = student.forward_head(features)
+    if features.ndim == 4 and getattr(student, "output_fmt", "NCHW") == "NCHW":
+        return features, logits
+    return student.forward_head(features, pre_logits=True).flatten(1)[:, :, None, None], logits
+
+
+def accuracies(ensemble: nn.Module, images: Images) -> tuple[float, ...]:
+    """The accuracies (fractions) of the students of an ensemble, and last of its teacher."""
+    right = predict_logits(ensemble, images).argmax(dim=2) == images.labels.cpu()[:, None]
+    return tuple(right.double().mean(dim=0).tolist())
+
+
+def _check_students(students: Sequence[nn.Module]) -> None:
+    if len(students) < 2:
+        raise TrainingError(f"online distillation needs at least 2 peers, got {len(students)}")
+    for student in students:
+        if not (hasattr(student, "forward_features") and hasattr(student, "forward_head")):
+            raise ModelError(
+                f"{type(student).__name__} lacks timm's forward_features and forward_head: online distillation reads "
+                "its last feature map there"
+            )
+    for one, two in itertools.combinations(students, 2):
+        pairs = zip(one.parameters(), two.parameters(), strict=False)
+        if all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs):
+            raise TrainingError(
+                "two peers start from the same weights and would stay the same: draw each from a seed of its own"
+            )
