@@ -10,6 +10,7 @@ from nas_kd import __version__
 
 COMMANDS = {
     "study": "search a family of smaller models within a budget",
+    "rank_check": "tell how far the ranking of short trainings can be trusted",
     "space": "show what a model may become and what that costs",
 }
 
@@ -19,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in COMMANDS:
         return int(importlib.import_module(f"nas_kd.{arguments[0]}").main(arguments[1:]))
-    lines = "\n".join(f"  {name:<10} {words}" for name, words in COMMANDS.items())
+    lines = "\n".join(f"  {name:<11} {words}" for name, words in COMMANDS.items())
     usage = f"usage: nas-kd COMMAND …\n\ncommands (nas-kd COMMAND --help for more):\n{lines}\n"
     if arguments in (["--version"], ["-h"], ["--help"]):
         sys.stdout.write(f"nas_kd {__version__}\n" if arguments == ["--version"] else usage)

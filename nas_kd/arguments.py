@@ -9,11 +9,13 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 from nas_kd import __version__
 from nas_kd.budget import parse_budget
 from nas_kd.errors import NasKdError
 
+DISTILLATIONS = ("kd", "dkd", "online")
 SAMPLERS = ("knapsack", "tpe", "nsgaii", "nsgaiii", "random")
 
 
@@ -42,6 +44,8 @@ class Settings:
     proxy_images: int
     teacher_epochs: int | None
     refine_epochs: int | None
+    distill: str
+    peers: int
     front: int
     batch_size: int
     lr: float
@@ -163,12 +167,23 @@ def _add_choices(add: Callable[..., object]) -> None:
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("training")
-    add = group.add_argument
-    add("--teacher-epochs", type=_number(1), metavar="N", help="epochs of a teacher trained here (by the data's size)")
+    add = parser.add_argument_group("training").add_argument
     add("--proxy-epochs", type=_number(1), default=4, metavar="N", help="epochs of a trial, at most (4)")
     add("--proxy-images", type=_number(2), default=10_000, metavar="N", help="training images of a trial (10000)")
     add("--refine-epochs", type=_number(1), metavar="N", help="epochs of the front's models (by the data's size)")
+    add(
+        "--distill",
+        choices=DISTILLATIONS,
+        default="kd",
+        help="how the front's models learn: by logit KD or decoupled KD from the teacher, or online, each with its peers"
+        " from scratch (kd)",
+    )
+    add("--peers", type=_number(2), default=4, metavar="N", help="students that learn together, with online (4)")
+    _add_recipe(add)
+
+
+def _add_recipe(add: Callable[..., object]) -> None:
+    add("--teacher-epochs", type=_number(1), metavar="N", help="epochs of a teacher trained here (by the data's size)")
     add("--batch-size", type=_number(2), default=64, metavar="N", help="images per step (64)")
     add(
         "--lr",
@@ -185,11 +200,14 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("output")
-    add = group.add_argument
+    add = parser.add_argument_group("output").add_argument
+    _add_report(add)
+    add("--storage", metavar="URL", help="Optuna storage (study.db in the output folder)")
+
+
+def _add_report(add: Callable[..., object]) -> None:
     add("--out", metavar="DIR", help="output folder (results/STUDY); the same command again resumes")
     add("--study-name", metavar="NAME", help="name of the study (made of model, dataset and budget)")
-    add("--storage", metavar="URL", help="Optuna storage (study.db in the output folder)")
     add("-q", "--quiet", action="store_true", help="print the result alone")
     add("--debug", action="store_true", help="tracebacks and debug messages")
 
@@ -197,12 +215,73 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 def parse_study(argv: Sequence[str]) -> Settings:
     """Reads the arguments of the main command. Raises NasKdError for bad ones."""
     arguments = vars(study_parser().parse_args(argv))
+    arguments["command"] = " ".join(["python -m nas_kd.study", *argv])
+    return _settings(arguments)
+
+
+def _settings(arguments: dict[str, Any]) -> Settings:
     parse_budget(arguments["budget"])
     if arguments["study_name"] is not None and not re.search(r"\w", arguments["study_name"]):
         raise NasKdError(f"--study-name {arguments['study_name']!r} needs a letter or digit")
     arguments["pin"] = tuple(arguments["pin"])
-    arguments["command"] = " ".join(["python -m nas_kd.study", *argv])
     return Settings(**{field.name: arguments[field.name] for field in fields(Settings)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankSettings:
+    """The arguments of `python -m nas_kd.rank_check`: those of the `study` that it speaks of, and its own. A truth sees
+    `truth_images`, a proxy `proxy_images`; a score looks at `val_images` of the validation images."""
+
+    study: Settings
+    genotypes: int
+    band: float
+    near: int
+    truth_images: int
+    proxy_images: int
+    val_images: int
+
+
+def rank_parser(prog: str = "python -m nas_kd.rank_check") -> argparse.ArgumentParser:
+    """The parser of the rank check."""
+    parser = _Parser(
+        prog=prog,
+        description="How far the ranking of short trainings can be trusted: trains random genotypes for long and tells "
+        "how well each score would have ordered them.",
+        epilog=f"example: {prog} --budget params=1M --genotypes 10 --truth-images 20000",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_base(parser)
+    _add_data(parser)
+    add = parser.add_argument_group("check").add_argument
+    add("--budget", required=True, metavar="B", help="around which costs: params=1M,macs=30M or macs=50%% of the base")
+    add("--genotypes", type=_number(3), default=30, metavar="N", help="random genotypes to train (30)")
+    add("--band", type=_number(0.001, float, 1), default=0.15, metavar="F", help="how far off the budget (0.15)")
+    add("--near", type=_number(0), default=0, metavar="N", help="genotypes near the optimum to train as well (0)")
+    _add_choices(add)
+    add = parser.add_argument_group("training").add_argument
+    add("--truth-images", type=_number(2), default=102_400, metavar="N", help="images that a truth sees (102400)")
+    add("--proxy-images", type=_number(8), default=6400, metavar="N", help="images that a short training sees (6400)")
+    add("--val-images", type=_number(2), default=2000, metavar="N", help="validation images a score looks at (2000)")
+    _add_recipe(add)
+    _add_report(parser.add_argument_group("output").add_argument)
+    return parser
+
+
+def parse_rank_check(argv: Sequence[str]) -> RankSettings:
+    """Reads the arguments of the rank check. Raises NasKdError for bad ones."""
+    arguments = vars(rank_parser().parse_args(argv))
+    own = {field.name: arguments.pop(field.name) for field in fields(RankSettings) if field.name != "study"}
+    if own["truth_images"] < 2 * own["proxy_images"]:
+        raise NasKdError(
+            f"--truth-images {own['truth_images']} is no truth beside --proxy-images {own['proxy_images']}: give it at "
+            "least twice as many"
+        )
+    if 0 < own["near"] < 3:
+        raise NasKdError(f"--near {own['near']} genotypes have no order to speak of: give at least 3, or 0")
+    others = vars(study_parser().parse_args([f"--budget={arguments['budget']}"]))
+    command = " ".join(["python -m nas_kd.rank_check", *argv])
+    return RankSettings(study=_settings({**others, **arguments, "command": command}), **own)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
@@ -81,6 +83,20 @@ def configure_logging(console: Console, *, quiet: bool, debug: bool) -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(level)
     logger.propagate = False
+
+
+def configure(console: Console, *, quiet: bool, debug: bool) -> None:
+    """Makes the process a command's own, before torch is imported: log lines go to the console, libraries are quiet."""
+    # threads that spin while they wait make training many times slower beside any other work on the same cores
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+    import optuna
+
+    configure_logging(console, quiet=quiet, debug=debug)
+    optuna.logging.set_verbosity(optuna.logging.DEBUG if debug else optuna.logging.ERROR)
+    for library in ("timm", "huggingface_hub"):  # what they warn of comes back as an error
+        logging.getLogger(library).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 
 def console_for(stream: TextIO) -> Console:

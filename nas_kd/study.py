@@ -23,24 +23,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_study(settings: Settings) -> int:
     """The whole way from settings to results, with progress on standard error and the result on standard output."""
-    import logging
-    import os
-    import warnings
-
-    # threads that spin while they wait make training many times slower beside any other work on the same cores
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-    import optuna
-
-    from nas_kd import pipeline
-    from nas_kd.progress import Stages, configure_logging, console_for
+    from nas_kd.progress import Stages, configure, console_for
 
     console = console_for(sys.stderr)
-    configure_logging(console, quiet=settings.quiet, debug=settings.debug)
-    optuna.logging.set_verbosity(optuna.logging.DEBUG if settings.debug else optuna.logging.ERROR)
-    for library in ("timm", "huggingface_hub"):  # what they warn of comes back as an error
-        logging.getLogger(library).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    configure(console, quiet=settings.quiet, debug=settings.debug)
+
+    from nas_kd import pipeline
+
     job = pipeline.prepare(settings)
     summary = pipeline.run(job, Stages(console, quiet=settings.quiet))
     _conclude(summary, job.out, settings, console_for(sys.stdout))

@@ -155,12 +155,16 @@ def choices_made(settings: Settings, budget: Budget) -> dict[str, Any]:
     return {
         "model": settings.model,
         "budget": str(budget),
-        "space": settings.space,
-        "pin": list(settings.pin),
-        **({"search stages": True} if settings.search_stages else {}),
+        **space_of(settings),
         "proxy": repr(recipe_of(settings, settings.proxy_epochs)),
         "version": __version__,
     }
+
+
+def space_of(settings: Settings) -> dict[str, Any]:
+    """The arguments that say what a base may become."""
+    stages = {"search stages": True} if settings.search_stages else {}
+    return {"space": settings.space, "pin": list(settings.pin), **stages}
 
 
 def recipe_of(settings: Settings, epochs: int) -> Recipe:

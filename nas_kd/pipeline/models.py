@@ -12,6 +12,7 @@ import torch
 from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 
+from nas_kd.arguments import Settings
 from nas_kd.budget import BOUNDABLE, Cost
 from nas_kd.errors import ModelError, TrainingError
 from nas_kd.genotype import Genotype
@@ -27,8 +28,10 @@ from nas_kd.results.rows import ModelRow, Role
 from nas_kd.search.options import parse_options
 from nas_kd.search.space import Space
 from nas_kd.search.starts import random_genotype, uniform_width_student
-from nas_kd.training.augment import derive_seed
+from nas_kd.training.augment import default_augmentation, derive_seed
+from nas_kd.training.images import AugmentedImages
 from nas_kd.training.loop import evaluate, recalibrate
+from nas_kd.training.recipe import Recipe
 
 _logger = logging.getLogger(__name__)
 _LEAST_FRONT = 5  # models that a study gives, from the layers behind the front if need be
@@ -125,35 +128,52 @@ def _whole_space(job: Job) -> Space[nn.Module] | None:
 
 
 def _refine(job: Job, wanted: _Wanted, materials: Materials, epochs: int, advance: Advance) -> Refined:
-    role, genotype, space = wanted.role, wanted.genotype, wanted.space
-    recipe = dataclasses.replace(recipe_of(job.settings, epochs), eval_epochs=tuple(range(1, epochs + 1)))
-    if role == "no teacher":
-        recipe = dataclasses.replace(recipe, lr=TEACHER_LR, distill_weight=0.0)
+    role, genotype, space, settings = wanted.role, wanted.genotype, wanted.space, job.settings
+    online = settings.distill == "online" and role != "no teacher"
     views = materials.refine_views
 
-    def build() -> nn.Module:
-        if role == "no teacher":  # the same student from scratch
-            settings = dataclasses.replace(job.settings, pretrained=False)
-            fresh = make_base(settings, materials.splits.num_classes, job.data.in_chans)
-            with torch.random.fork_rng():  # the cheap convolutions get weights of their own
-                torch.manual_seed(derive_seed(job.settings.seed, "fresh weights"))
-                return build_student(fresh, space.analysis, genotype).to(job.device)
+    def build(number: int) -> nn.Module:
+        if online or role == "no teacher":  # from scratch
+            seed = derive_seed(settings.seed, "peer", number) if online else settings.seed
+            seeded = dataclasses.replace(job, settings=dataclasses.replace(settings, seed=seed))
+            return fresh_student(seeded, space, genotype, materials.splits.num_classes)
         student = space.student(genotype).to(job.device)
         recalibrate(student, views.sample(_CALIBRATION))
         return student
 
     refinement = Refinement(
-        data=views,
+        data=AugmentedImages(materials.splits.train, default_augmentation(settings.dataset), settings.seed)
+        if online
+        else views,
         splits=materials.splits,
-        recipe=recipe,
+        recipe=_recipe(settings, role, epochs),
         folder=job.cache,
-        key=f"{materials.splits.digest} {materials.teacher.digest} {job.settings.views} {job.settings.seed}",
+        key=f"{materials.splits.digest} {materials.teacher.digest} {settings.views} {settings.seed}",
+        peers=settings.peers if online else 0,
     )
 
     def report(epoch: int, accuracy: float) -> None:
         advance(f"{role}: val accuracy {100 * accuracy:.1f} %")
 
     return refine(Candidate(role=role, digest=genotype.digest, build=build), refinement, report=report)
+
+
+def _recipe(settings: Settings, role: Role, epochs: int) -> Recipe:
+    """How a model of the results is trained: what starts from scratch takes larger steps."""
+    recipe = dataclasses.replace(recipe_of(settings, epochs), eval_epochs=tuple(range(1, epochs + 1)))
+    if role == "no teacher":
+        return dataclasses.replace(recipe, lr=TEACHER_LR, distill_weight=0.0)
+    if settings.distill == "online":
+        return dataclasses.replace(recipe, lr=TEACHER_LR)
+    return dataclasses.replace(recipe, distill=settings.distill)
+
+
+def fresh_student(job: Job, space: Space[nn.Module], genotype: Genotype, classes: int) -> nn.Module:
+    """The student of a genotype with random weights, the same for the same seed, on the job's device."""
+    base = make_base(dataclasses.replace(job.settings, pretrained=False), classes, job.data.in_chans)
+    with torch.random.fork_rng():  # the cheap convolutions get weights of their own
+        torch.manual_seed(derive_seed(job.settings.seed, "fresh weights"))
+        return build_student(base, space.analysis, genotype).to(job.device)
 
 
 def _teacher_model(job: Job, materials: Materials) -> Model:

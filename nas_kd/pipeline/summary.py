@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import platform
@@ -15,9 +16,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from nas_kd import __version__
 from nas_kd.budget import KINDS
-from nas_kd.pipeline.job import Job
+from nas_kd.errors import OutputError
+from nas_kd.pipeline.job import Job, space_of
 from nas_kd.pipeline.materials import Materials
 from nas_kd.progress import Stages
+from nas_kd.results.rank_rows import FILE, read_check
 from nas_kd.results.rows import ModelRow, StudySummary, TrialRow
 from nas_kd.search.trials import (
     best_score,
@@ -25,6 +28,8 @@ from nas_kd.search.trials import (
     importances,
     is_trained,
 )
+
+_logger = logging.getLogger(__name__)
 
 
 def summarise(
@@ -44,7 +49,8 @@ def summarise(
         importances=importances(study),
         stages=tuple(stages.seconds.items()),
         notes=tuple(_notes(job, materials)),
-        environment=_environment(job),
+        trust=_trust(job, materials),
+        environment=environment_of(job),
     )
 
 
@@ -83,7 +89,21 @@ def _notes(job: Job, materials: Materials) -> Iterable[str]:
         )
 
 
-def _environment(job: Job) -> tuple[tuple[str, str], ...]:
+def _trust(job: Job, materials: Materials) -> str:
+    """What a rank check of the same base, teacher and space found; empty without one."""
+    try:
+        check = read_check(job.out / FILE)
+    except OutputError as error:
+        _logger.warning("the report goes without the rank check: %s", error)
+        return ""
+    ours = (job.settings.model, materials.teacher.digest, space_of(job.settings))
+    if check is None or (check.model, check.teacher, check.space) != ours:
+        return ""
+    return check.sentence()
+
+
+def environment_of(job: Job) -> tuple[tuple[str, str], ...]:
+    """Versions and hardware."""
     names: list[tuple[str, Callable[[], str]]] = [
         ("nas_kd", lambda: __version__),
         ("torch", lambda: torch.__version__),

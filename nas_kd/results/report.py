@@ -32,6 +32,7 @@ def render_report(summary: StudySummary) -> str:
         _head(summary),
         _models(summary),
         *(panel_section(panel, lambda: f"plot-{next(numbers)}") for panel in panels(summary)),
+        _trust(summary),
         _notes(summary),
         _environment(summary),
     ]
@@ -161,6 +162,12 @@ def _model_line(model: ModelRow, teacher: ModelRow | None, columns: Sequence[_Ce
     cells = "".join(f"<td>{escaped(render(model, teacher))}</td>" for _, render in columns)
     name = f'<th scope="row" class="text">{escaped(model.name)}</th><td class="text">{escaped(model.role)}</td>'
     return f'<tr>{name}{cells}<td class="text">{escaped(model.path or _MISSING)}</td></tr>'
+
+
+def _trust(summary: StudySummary) -> str:
+    missing = "Not measured: python -m nas_kd.rank_check with the arguments of this study does."
+    body = f"<p>{escaped(summary.trust)}</p>" if summary.trust else f'<p class="missing">{missing}</p>'
+    return f"<h2>How far to trust the ranking</h2>\n{body}"
 
 
 def _notes(summary: StudySummary) -> str:

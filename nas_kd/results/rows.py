@@ -86,7 +86,8 @@ class StudySummary:
 
     `base` is the model's name; `importances` maps a parameter to its share (0–1) of the score's variance; `stages` maps
     a stage to its seconds, in the order in which they ran; `notes` are warnings to show; `environment` holds versions
-    and hardware; `command` is the command line that reproduces the study.
+    and hardware; `command` is the command line that reproduces the study; `trust` says what a rank check found of its
+    ranking, empty without one.
     """
 
     study_name: str
@@ -101,6 +102,7 @@ class StudySummary:
     stages: tuple[tuple[str, float], ...] = ()
     notes: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
+    trust: str = ""
 
     @property
     def teacher(self) -> ModelRow | None:

@@ -26,6 +26,7 @@ SECTIONS = (
     "Optimisation history",
     "Parameter importances",
     "Time per stage",
+    "How far to trust the ranking",
     "Notes",
     "How to reproduce",
 )

@@ -1,0 +1,268 @@
+"""The stages of a rank check: genotypes in a band, a truth and short trainings of each, and how well scores agree."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from optuna.storages import InMemoryStorage
+from torch import nn
+
+from nas_kd.arguments import RankSettings
+from nas_kd.errors import TrainingError
+from nas_kd.genotype import Genotype
+from nas_kd.pipeline.job import Job, prepare, recipe_of, space_of
+from nas_kd.pipeline.materials import Materials, gather
+from nas_kd.pipeline.rank_parts import FRESH, RUNGS, Ground, Part, parts_of
+from nas_kd.pipeline.records import Record, Records
+from nas_kd.pipeline.summary import environment_of
+from nas_kd.progress import Stages
+from nas_kd.results.front import write_atomically
+from nas_kd.results.rank_page import render_check
+from nas_kd.results.rank_rows import FILE, GroupRows, RankCheck, ScoreRow
+from nas_kd.search.band import draw_in_band, near_optimum
+from nas_kd.search.ranking import agreement, tau_difference
+from nas_kd.search.space import Space
+from nas_kd.search.starts import prior_damages
+from nas_kd.training.data import load_splits
+from nas_kd.training.portions import Portions
+from nas_kd.training.validation import validation_of
+
+SCORE = "accuracy"  # what a study ranks by
+_LEAST = 3  # genotypes of a group that an order can be spoken of
+_LOWER = ("damage", "sum of training", "distillation", "cross-entropy")  # scores of which less is better
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Entry:
+    """One genotype and what is known of it: `records` by part, `damages` by name."""
+
+    genotype: Genotype
+    records: Mapping[str, Record]
+    damages: Mapping[str, float]
+
+    @property
+    def truth(self) -> float:
+        """NaN where the long training failed."""
+        return float(self.records["truth"].get("accuracy", math.nan))
+
+
+def check(settings: RankSettings, stages: Stages) -> tuple[RankCheck, Job]:
+    """Runs every stage, or what is left of them, and writes `rank_check.json` and `rank_check.html`.
+
+    What was measured of a genotype is kept in `rank_check.jsonl` as it comes, so that a killed check goes on and a
+    larger one measures what is missing.
+    """
+    job = prepare(settings.study, InMemoryStorage())
+    # before anything is trained: a band without genotypes must fail at once
+    drawn = draw_in_band(job.space.table, job.budget, settings.band, settings.genotypes, settings.study.seed)
+    job = _for_truth(job, settings, stages)
+    materials = gather(job, stages)
+    ground = _ground(job, settings, materials)
+    groups = {"random": drawn}
+    if settings.near:
+        groups["near"] = near_optimum(
+            ground.space.table,
+            job.budget,
+            ground.library.damages("kl") if ground.library is not None else prior_damages(ground.space.table),
+            band=settings.band,
+            count=settings.near,
+            seed=settings.study.seed,
+        )
+    measured = _measure(ground, groups, stages)
+    with stages.stage("ranking"):
+        result = _conclude(settings, ground, {name: _entries(ground, measured, groups[name]) for name in groups})
+    write_atomically(job.out / FILE, result.to_json())
+    write_atomically(job.out / "rank_check.html", render_check(result))
+    return result, job
+
+
+def _for_truth(job: Job, settings: RankSettings, stages: Stages) -> Job:
+    """The job with views of all training images, as many as a truth has passes over them."""
+    with stages.stage("data"):
+        images = len(load_splits(job.data, job.cache).train)
+    passes = max(1, math.ceil(settings.truth_images / images))
+    study = dataclasses.replace(job.settings, proxy_images=images, proxy_epochs=passes, refine_epochs=passes)
+    return dataclasses.replace(job, settings=study)
+
+
+def _ground(job: Job, settings: RankSettings, materials: Materials) -> Ground:
+    space: Space[nn.Module] = copy.copy(job.space)
+    space.budget = job.budget.scaled(1 + settings.band)  # half of the band is over the budget, and nothing is exported
+    count = settings.proxy_images // RUNGS[-1]
+    study = job.settings
+    return Ground(
+        job=job,
+        materials=materials,
+        space=space,
+        portions=Portions(materials.refine_views, count, study.seed),
+        truth_portions=max(1, round(settings.truth_images / count)),
+        validation=validation_of(
+            materials.splits.val,
+            materials.teacher.network,
+            count=settings.val_images,
+            temperature=recipe_of(study, 1).temperature,
+            seed=study.seed,
+        ),
+    )
+
+
+def _measure(ground: Ground, groups: Mapping[str, Sequence[Genotype]], stages: Stages) -> dict[tuple[str, str], Record]:
+    """Each part of each genotype, by (part, digest): from the records, or measured now."""
+    records = Records(ground.job.out / "rank_check.jsonl")
+    parts = parts_of(ground)
+    genotypes = list(dict.fromkeys(genotype for group in groups.values() for genotype in group))
+    missing = [g for g in genotypes if any(_key(part, g) not in records for part in parts)]
+    with stages.stage("training", max(1, len(missing))) as advance:
+        for genotype in missing:
+            for part in parts:
+                if _key(part, genotype) not in records:
+                    records[_key(part, genotype)] = {"genotype": genotype.to_json(), **part.measure(genotype)}
+            truth = records[_key(parts[-1], genotype)]
+            _warn_of_failures(genotype, {part.name: records[_key(part, genotype)] for part in parts})
+            advance(f"{genotype.digest}: {100 * truth.get('accuracy', math.nan):.1f} %")
+    return {(part.name, g.digest): records[_key(part, g)] for part in parts for g in genotypes}
+
+
+def _key(part: Part, genotype: Genotype) -> str:
+    return f"{part.name}/{part.key}/{genotype.digest}"
+
+
+def _warn_of_failures(genotype: Genotype, records: Mapping[str, Record]) -> None:
+    for name, record in records.items():
+        if "failed" in record:
+            _logger.warning("%s of genotype %s: %s", name, genotype.digest, record["failed"])
+
+
+def _entries(
+    ground: Ground, measured: Mapping[tuple[str, str], Record], genotypes: Sequence[Genotype]
+) -> tuple[_Entry, ...]:
+    """The genotypes of a group whose truth is known. Raises TrainingError when they are too few."""
+    table = ground.space.table
+    if ground.library is None:
+        damages = {"damage (prior)": prior_damages(table)}
+    else:
+        damages = {f"damage ({name})": ground.library.damages(kind) for name, kind in (("KL", "kl"), ("nMSE", "nmse"))}
+    names = [part.name for part in parts_of(ground)]
+    entries = [
+        _Entry(
+            genotype=genotype,
+            records={name: measured[name, genotype.digest] for name in names},
+            damages={name: _sum_of(kind, table.indices(genotype)) for name, kind in damages.items()},
+        )
+        for genotype in genotypes
+    ]
+    known = tuple(entry for entry in entries if math.isfinite(entry.truth))
+    if len(known) < _LEAST:
+        raise TrainingError(
+            f"only {len(known)} of {len(entries)} long trainings ended with an accuracy, too few to rank: lower --lr"
+        )
+    return known
+
+
+def _sum_of(damages: Sequence[NDArray[np.float64]], indices: NDArray[np.int64]) -> float:
+    return float(sum(block[index] for block, index in zip(damages, indices, strict=True)))
+
+
+Found = tuple[tuple[str, str, int], float, float]  # (name, start, steps), value, seconds
+
+
+def _scores(ground: Ground, entry: _Entry) -> Iterator[Found]:
+    """Every score of a genotype."""
+    cost = ground.space.table.cost(entry.genotype)
+    yield ("params", "", 0), cost.params, 0.0
+    yield ("MACs", "", 0), cost.macs, 0.0
+    for name, damage in entry.damages.items():
+        yield (name, "", 0), damage, 0.0
+    for name, found in entry.records["zero-cost"].items():
+        if name != "genotype":
+            yield (name, FRESH, 0), *found
+    for start in ground.starts:
+        for rung in entry.records[start].get("rungs", ()):
+            yield from _rung_scores(start, rung)
+
+
+def _rung_scores(start: str, rung: Record) -> Iterator[Found]:
+    steps, training = rung["steps"], rung["train_seconds"]
+    if steps:
+        yield ("sum of training losses", start, steps), rung["loss"], training
+    looked = training + rung["look_seconds"]
+    yield (SCORE, start, steps), rung["accuracy"], looked
+    yield ("distillation loss", start, steps), rung["distillation"], looked
+    yield ("cross-entropy", start, steps), rung["cross_entropy"], looked
+
+
+def _conclude(settings: RankSettings, ground: Ground, groups: Mapping[str, Sequence[_Entry]]) -> RankCheck:
+    job, truths = ground.job, [entry.records["truth"] for entries in groups.values() for entry in entries]
+    portion_steps = math.ceil(ground.portions.count / settings.study.batch_size)
+    library = ground.library
+    return RankCheck(
+        model=settings.study.model,
+        teacher=ground.materials.teacher.digest,
+        data=ground.materials.splits.digest,
+        space=space_of(settings.study),
+        budget=str(job.budget),
+        band=settings.band,
+        seed=settings.study.seed,
+        command=settings.study.command,
+        truth_steps=portion_steps * ground.truth_portions,
+        truth_images=ground.portions.count * ground.truth_portions,
+        truth_seconds=float(np.mean([truth["seconds"] for truth in truths])),
+        library_seconds=None if library is None else float(library.seconds),
+        default=(SCORE, ground.starts[-1], portion_steps * RUNGS[-1]),
+        groups=tuple(_group(name, ground, entries) for name, entries in groups.items()),
+        environment=environment_of(job),
+    )
+
+
+def _group(name: str, ground: Ground, entries: Sequence[_Entry]) -> GroupRows:
+    costs = [ground.space.table.cost(entry.genotype) for entry in entries]
+    found = [{key: (value, seconds) for key, value, seconds in _scores(ground, entry)} for entry in entries]
+    truth = tuple(entry.truth for entry in entries)
+    nothing = (math.nan, math.nan)
+    rows = []
+    for key in dict.fromkeys(key for scores in found for key in scores):
+        values, seconds = zip(*(scores.get(key, nothing) for scores in found), strict=True)
+        rows.append(_row(key, values, truth, float(np.nanmean(seconds)), [cost.params for cost in costs]))
+    return GroupRows(
+        name=name,
+        digests=tuple(entry.genotype.digest for entry in entries),
+        genotypes=tuple(entry.genotype.to_json() for entry in entries),
+        params=tuple(cost.params for cost in costs),
+        macs=tuple(cost.macs for cost in costs),
+        truth=truth,
+        scores=tuple(sorted(rows, key=lambda row: -row.tau if math.isfinite(row.tau) else math.inf)),
+    )
+
+
+def _row(
+    key: tuple[str, str, int],
+    values: tuple[float, ...],
+    truth: Sequence[float],
+    seconds: float,
+    params: Sequence[int],
+) -> ScoreRow:
+    name, start, steps = key
+    lower = name.startswith(_LOWER)
+    scores = [-value if lower else value for value in values]
+    agreed = agreement(scores, truth, seed=0)
+    return ScoreRow(
+        name=name,
+        start=start,
+        steps=steps,
+        lower=lower,
+        values=tuple(map(float, values)),
+        tau=agreed.tau,
+        low=agreed.low,
+        high=agreed.high,
+        over_params=tau_difference(scores, params, truth, seed=0),
+        regrets=agreed.regrets,
+        seconds=seconds,
+    )
