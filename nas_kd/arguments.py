@@ -175,8 +175,8 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         "--distill",
         choices=DISTILLATIONS,
         default="kd",
-        help="how the front's models learn: by logit KD or decoupled KD from the teacher, or online, each with its peers"
-        " from scratch (kd)",
+        help="how the front's models learn: by logit KD or decoupled KD from the teacher, or online, each with its"
+        " peers from scratch (kd)",
     )
     add("--peers", type=_number(2), default=4, metavar="N", help="students that learn together, with online (4)")
     _add_recipe(add)

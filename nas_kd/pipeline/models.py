@@ -131,6 +131,7 @@ def _refine(job: Job, wanted: _Wanted, materials: Materials, epochs: int, advanc
     role, genotype, space, settings = wanted.role, wanted.genotype, wanted.space, job.settings
     online = settings.distill == "online" and role != "no teacher"
     views = materials.refine_views
+    fresh = AugmentedImages(materials.splits.train, default_augmentation(settings.dataset), settings.seed)
 
     def build(number: int) -> nn.Module:
         if online or role == "no teacher":  # from scratch
@@ -142,9 +143,7 @@ def _refine(job: Job, wanted: _Wanted, materials: Materials, epochs: int, advanc
         return student
 
     refinement = Refinement(
-        data=AugmentedImages(materials.splits.train, default_augmentation(settings.dataset), settings.seed)
-        if online
-        else views,
+        data=fresh if online else views,
         splits=materials.splits,
         recipe=_recipe(settings, role, epochs),
         folder=job.cache,

@@ -5,20 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nas_kd.errors import CheckpointError
-from nas_kd.results.rows import Role
 from nas_kd.training.checkpoint import load_exactly
 from nas_kd.training.data import Splits
 from nas_kd.training.images import TrainingData
 from nas_kd.training.loop import Run, evaluate, ignore, train
+from nas_kd.training.online import accuracies, train_online
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.resume import replace_file
 
@@ -27,79 +28,109 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Candidate:
-    """A student to be trained for long: what it is for, the digest of its genotype, and how to build it."""
+    """A student to be trained for long: what it is for, a digest that names it, and how to build it. The argument of
+    `build` numbers students that learn together, whose weights must differ; one that learns alone is number 0."""
 
-    role: Role
+    role: str
     digest: str
-    build: Callable[[], nn.Module]
+    build: Callable[[int], nn.Module]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Refinement:
     """What candidates are trained and measured on, and the folder that keeps them. `key` names what the result
-    depends on besides recipe and candidate: data, teacher, views, device."""
+    depends on besides recipe and candidate: data, teacher, views, device. With `peers`, that many students learn
+    together by online distillation (`training.online`) and the best one on the validation images is taken; 0 is one
+    student alone, beside the teacher whose logits `data` brings."""
 
     data: TrainingData
     splits: Splits
     recipe: Recipe
     folder: Path
     key: str
+    peers: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accuracies:
+    """What a network scored on the validation and on the test images (fractions)."""
+
+    val: float
+    test: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Refined:
-    """A trained student, in eval mode, and its accuracies (fractions); the test split was looked at once."""
+    """A trained student, in eval mode, and its accuracies (fractions); the test split was looked at once.
+
+    After online distillation `peers` holds what each student scored, and last their teacher.
+    """
 
     network: nn.Module
     val_accuracy: float
     test_accuracy: float
+    peers: tuple[Accuracies, ...] = ()
 
 
 def refine(candidate: Candidate, refinement: Refinement, *, report: Callable[[int, float], None] = ignore) -> Refined:
     """Trains a candidate, or fetches what an earlier run had trained, and tells `report` after every epoch.
 
-    Raises what `train` raises.
+    Raises what `train` raises, or `train_online`.
     """
     path = refinement.folder / f"refined-{_key(candidate, refinement)}.safetensors"
-    network = candidate.build()
-    kept = _fetch(network, path)
+    kept = _fetch(candidate, path)
     if kept is not None:
-        return Refined(network=network.eval(), **kept)
+        return kept
     state = path.with_suffix(".resume")
-    result = train(
-        network,
-        refinement.data,
-        refinement.recipe,
-        val=refinement.splits.val,
-        report=report,
-        run=Run(checkpoint=state),
-    )
-    accuracies = {"val_accuracy": result.accuracy, "test_accuracy": evaluate(network, refinement.splits.test)}
-    _keep(network, accuracies, path)
+    refined = (_together if refinement.peers else _alone)(candidate, refinement, report, Run(checkpoint=state))
+    _keep(refined, path)
     state.unlink(missing_ok=True)
-    return Refined(network=network, **accuracies)
+    return refined
 
 
-def _keep(network: nn.Module, accuracies: Mapping[str, float], path: Path) -> None:
-    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in network.state_dict().items()}
-    metadata = {"accuracies": json.dumps(accuracies)}
+def _alone(candidate: Candidate, refinement: Refinement, report: Callable[[int, float], None], run: Run) -> Refined:
+    network, splits = candidate.build(0), refinement.splits
+    result = train(network, refinement.data, refinement.recipe, val=splits.val, report=report, run=run)
+    test = evaluate(network, splits.test)
+    return Refined(network=network, val_accuracy=result.accuracy, test_accuracy=test)
+
+
+def _together(candidate: Candidate, refinement: Refinement, report: Callable[[int, float], None], run: Run) -> Refined:
+    students, splits = [candidate.build(number) for number in range(refinement.peers)], refinement.splits
+    result = train_online(students, refinement.data, refinement.recipe, val=splits.val, report=report, run=run)
+    scores = zip(result.accuracies, accuracies(result.ensemble, splits.test), strict=True)
+    peers = tuple(Accuracies(val=val, test=test) for val, test in scores)
+    best = peers[result.best]
+    return Refined(network=result.student, val_accuracy=best.val, test_accuracy=best.test, peers=peers)
+
+
+def _keep(refined: Refined, path: Path) -> None:
+    state = refined.network.state_dict()
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
+    scores: dict[str, Any] = {"val_accuracy": refined.val_accuracy, "test_accuracy": refined.test_accuracy}
+    if refined.peers:
+        scores["peers"] = [[peer.val, peer.test] for peer in refined.peers]
+    metadata = {"accuracies": json.dumps(scores)}
     replace_file(path, lambda draft: save_file(tensors, draft, metadata=metadata))
 
 
-def _fetch(network: nn.Module, path: Path) -> dict[str, float] | None:
+def _fetch(candidate: Candidate, path: Path) -> Refined | None:
     if not path.exists():
         return None
+    network = candidate.build(0)
     try:
         load_exactly(network, load_file(path), path)
         with path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        accuracies: dict[str, float] = json.loads(header["__metadata__"]["accuracies"])
-    except (OSError, SafetensorError, CheckpointError, ValueError, KeyError) as error:
+        scores = json.loads(header["__metadata__"]["accuracies"])
+        peers = tuple(Accuracies(val=val, test=test) for val, test in scores.pop("peers", ()))
+        return Refined(network=network.eval(), peers=peers, **scores)
+    except (OSError, SafetensorError, CheckpointError, ValueError, KeyError, TypeError) as error:
         _logger.warning("the refined model %s is damaged (%s): training it again", path, error)
         return None
-    return accuracies
 
 
 def _key(candidate: Candidate, refinement: Refinement) -> str:
-    text = f"1 {candidate.role} {candidate.digest} {refinement.recipe} {refinement.key}"
+    peers = f" {refinement.peers} peers" if refinement.peers else ""
+    text = f"1 {candidate.role} {candidate.digest} {refinement.recipe} {refinement.key}{peers}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -18,8 +18,8 @@ from nas_kd.training.loop import evaluate
 from nas_kd.training.recipe import Recipe
 
 
-def build() -> nn.Module:
-    torch.manual_seed(0)
+def build(number: int) -> nn.Module:
+    torch.manual_seed(number)
     network: nn.Module = timm.create_model("test_resnet", in_chans=1, num_classes=10)
     return network
 
@@ -29,11 +29,11 @@ def splits(tmp_path_factory: pytest.TempPathFactory) -> Splits:
     return load_splits(DataSpec(img_size=16, in_chans=1, train_images=120), tmp_path_factory.mktemp("digits"))
 
 
-@pytest.fixture
-def refinement(splits: Splits, tmp_path: Path) -> Refinement:
+@pytest.fixture(params=[0, 3], ids=["alone", "together"])
+def refinement(splits: Splits, tmp_path: Path, request: pytest.FixtureRequest) -> Refinement:
     data = AugmentedImages(splits.train, Augmentation(flip=False), 0)
     recipe = Recipe(epochs=2, batch_size=32, lr=0.03, distill_weight=0.0, eval_epochs=(1, 2))
-    return Refinement(data=data, splits=splits, recipe=recipe, folder=tmp_path, key="digits")
+    return Refinement(data=data, splits=splits, recipe=recipe, folder=tmp_path, key="digits", peers=request.param)
 
 
 @pytest.fixture
@@ -63,6 +63,10 @@ def test_it_trains_and_measures(
     assert refined.test_accuracy == evaluate(refined.network, refinement.splits.test)
     assert [epoch for epoch, _ in reports] == [1, 2]
     assert [path.suffix for path in refinement.folder.iterdir()] == [".safetensors"]
+    assert len(refined.peers) == (refinement.peers + 1 if refinement.peers else 0)  # and their teacher
+    if refined.peers:
+        best = max(refined.peers[:-1], key=lambda peer: peer.val)
+        assert (refined.val_accuracy, refined.test_accuracy) == (best.val, best.test)
 
 
 def test_what_was_trained_is_not_trained_again(
@@ -72,12 +76,13 @@ def test_what_was_trained_is_not_trained_again(
     again = refine(candidate, refinement, report=report)
     assert reports == []
     assert (again.val_accuracy, again.test_accuracy) == (first.val_accuracy, first.test_accuracy)
+    assert again.peers == first.peers
     assert not again.network.training
     for one, two in zip(first.network.state_dict().values(), again.network.state_dict().values(), strict=True):
         assert torch.equal(one, two)
 
 
-@pytest.mark.parametrize("what", ["role", "digest", "recipe", "key"])
+@pytest.mark.parametrize("what", ["role", "digest", "recipe", "key", "peers"])
 def test_anything_else_is_trained_anew(
     candidate: Candidate, refinement: Refinement, report: Report, reports: list[tuple[int, float]], what: str
 ) -> None:
@@ -85,7 +90,7 @@ def test_anything_else_is_trained_anew(
     if what in ("role", "digest"):
         candidate = replace(candidate, **{what: "uniform"})  # type: ignore[arg-type]
     else:
-        other = {"recipe": replace(refinement.recipe, seed=1), "key": "other"}[what]
+        other = {"recipe": replace(refinement.recipe, seed=1), "key": "other", "peers": 2}[what]
         refinement = replace(refinement, **{what: other})  # type: ignore[arg-type]
     refine(candidate, refinement, report=report)
     assert len(reports) == 2
