@@ -1,0 +1,332 @@
+"""Our students beside torch-pruning's, at the same MACs and after the same distillation.
+
+    python studies/pruning.py --data-dir cifar10 --initial-checkpoint cifar10_resnet20.safetensors
+
+Every arm gets the same teacher, images, teacher logits (cached views), recipe and number of images; arms that inherit
+weights get their batch norms recalibrated first. Phases, each going on from what is on disk (`runs.jsonl`):
+
+- `screen`: each torch-pruning method once, 6,400 images, seed 0, 30 % of the base's MACs; the best go on
+- `lr`: each arm at several learning rates, seed 0, 30 %, 25,600 images; the best stays
+- `short`: 25,600 images, three budgets, three seeds
+- `untrained`: no training at all, 70 % of the MACs
+- `long`: ten times the images, 30 %, the two best torch-pruning methods
+
+What goes on is decided on the validation split. A run is tested at its end and only the table shows it. `--smoke` takes
+a minute. The table (docs/results/pruning.md) is written from all lines after every run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import fnmatch
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+import torch_pruning
+from pruned import METHODS, prune
+from torch import nn
+
+from nas_kd import Genotype, Space
+from nas_kd.budget import parse_budget
+from nas_kd.models.student import build_student
+from nas_kd.models.verify import measure
+from nas_kd.search.options import parse_options
+from nas_kd.search.solver import solve
+from nas_kd.search.starts import prior_damages, uniform_width_student
+from nas_kd.training.augment import Augmentation, derive_seed
+from nas_kd.training.checkpoint import load_checkpoint
+from nas_kd.training.data import DataSpec, load_splits
+from nas_kd.training.images import Images
+from nas_kd.training.loop import evaluate, recalibrate, train
+from nas_kd.training.recipe import Recipe
+from nas_kd.training.views import Views, ViewSpec, build_views
+
+PHASES = ("screen", "lr", "short", "untrained", "long")
+PRUNED = {str(method): method for method in METHODS}
+OURS, CLOSED = "ours", "ours, closed form"
+SCRATCH, NO_TEACHER = "scratch + KD", "scratch, no teacher"
+ARMS = (CLOSED, "uniform", *PRUNED)
+RATES = {SCRATCH: (0.1, 0.05, 0.2), NO_TEACHER: (0.1, 0.05, 0.2)}  # the first goes where none was chosen
+INHERITED = (0.05, 0.015)
+SCREENED, UNTRAINED = 30, 70  # % of the base's MACs
+KEPT, LONG = 2, 2  # torch-pruning methods that go on, of each part; that get the long run
+CALIBRATION = 512
+EPOCHS = 6  # of the long run
+COLUMNS = ("arm", "test", "seeds", "MACs", "params", "lr", "training s", "preparation s")
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What makes a run: `budget` in % of the base's MACs, `images` shown in training."""
+
+    arm: str
+    budget: int
+    images: int
+    seed: int
+    lr: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One line of `runs.jsonl`. Accuracies are fractions, NaN where there is none; seconds are of one core (CPU time):
+    of the training, and of what comes before it (pruning, inheritance, a library). Without a network (torch-pruning did
+    not get within the budget) there is no accuracy."""
+
+    key: Key
+    val: float = math.nan
+    test: float = math.nan
+    macs: int = 0
+    params: int = 0
+    seconds: float = 0.0
+    preparation: float = 0.0
+
+
+class Study:
+    """The materials, and the finished runs."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments, self.folder = arguments, Path(arguments.out)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.base = timm.create_model(arguments.model)
+        load_checkpoint(self.base, Path(arguments.initial_checkpoint))
+        self.base.eval()
+        self.size = tuple(self.base.pretrained_cfg["input_size"])
+        self.macs = measure(self.base, self.size).macs
+        self.short = 640 if arguments.smoke else 25_600
+        self.screening = self.short // 4
+        distinct = 640 if arguments.smoke else 42_624  # whole batches
+        self.long = EPOCHS * distinct
+        self.views, self.val, self.test = self._data(distinct)
+        self.runs = {run.key: run for run in read(self.folder / "runs.jsonl")}
+
+    def _data(self, distinct: int) -> tuple[Views, Images, Images]:
+        config, cache = self.base.pretrained_cfg, self.folder / "cache"
+        form = {"img_size": self.size[1], "mean": config["mean"], "std": config["std"], "val_fraction": 0.1}
+        splits = load_splits(DataSpec(dataset="folder", data_dir=self.arguments.data_dir, **form), cache)
+        # image folders come sorted by class: without this the first images, and a calibration, were of one class
+        generator = torch.Generator().manual_seed(0)
+        train, val, test = (
+            part[torch.randperm(len(part), generator=generator)] for part in (splits.train, splits.val, splits.test)
+        )
+        if self.arguments.smoke:
+            val, test = val[:200], test[:200]
+        spec = ViewSpec(count=max(self.arguments.seeds) + 1, augmentation=Augmentation(), key=splits.digest)
+        return build_views(train[:distinct], self.base, spec, cache), val, test
+
+    def shown(self, seed: int, images: int) -> Views:
+        """What a run is trained on: for every arm the same, for every seed another view and other images first."""
+        views, first = self.views, seed % self.views.count
+        if images == self.long:
+            pixels, logits = views.pixels.roll(-first, 0), views.logits.roll(-first, 0)
+            return dataclasses.replace(views, pixels=pixels, logits=logits)
+        generator = torch.Generator().manual_seed(derive_seed(seed, "images"))
+        chosen = torch.randperm(len(views), generator=generator)[: images or CALIBRATION]
+        pixels, logits = views.pixels[first, chosen][None], views.logits[first, chosen][None]
+        return dataclasses.replace(views, pixels=pixels, labels=views.labels[chosen], logits=logits)
+
+    def run(self, key: Key) -> None:
+        """Trains and tests what `key` says, and writes its line; does nothing when it is there already."""
+        if key in self.runs:
+            return
+        views = self.shown(key.seed, key.images)
+        started = time.process_time()
+        student = self._student(key, views.sample(CALIBRATION))
+        preparation = time.process_time() - started
+        run = Run(key=key, preparation=preparation)
+        if student is not None:
+            cost = measure(student, self.size)
+            assert cost.macs <= key.budget / 100 * self.macs, f"{key} is over its budget"
+            started = time.process_time()
+            if key.images:
+                train(student, views, self._recipe(key))
+            seconds = time.process_time() - started
+            val = evaluate(student, self.val)
+            test = math.nan if key.images == self.screening else evaluate(student, self.test)
+            run = dataclasses.replace(run, val=val, test=test, macs=cost.macs, params=cost.params, seconds=seconds)
+        self.runs[key] = run
+        with (self.folder / "runs.jsonl").open("a") as file:
+            file.write(json.dumps(dataclasses.asdict(run)) + "\n")
+        print(f"{key}: val {100 * run.val:.2f}, {run.seconds:.0f} s, {run.macs / self.macs:.4f}", flush=True)
+        Path(self.arguments.report).write_text("\n".join(report(self)) + "\n")
+
+    def _recipe(self, key: Key) -> Recipe:
+        recipe = Recipe(epochs=EPOCHS if key.images == self.long else 1, lr=key.lr, seed=key.seed, amp=True)
+        return dataclasses.replace(recipe, distill_weight=0.0) if key.arm == NO_TEACHER else recipe
+
+    def _student(self, key: Key, calibration: Images) -> nn.Module | None:
+        """The network that a run begins with; None when torch-pruning cannot get to the budget."""
+        if key.arm in PRUNED:
+            student = prune(self.base, PRUNED[key.arm], key.budget / 100 * self.macs, calibration)
+        else:
+            space, genotype = self._solution(key)
+            if key.arm in (SCRATCH, NO_TEACHER):
+                torch.manual_seed(derive_seed(key.seed, "fresh weights"))
+                return build_student(timm.create_model(self.arguments.model), space.analysis, genotype)
+            student = space.student(genotype)
+        if student is not None:
+            recalibrate(student, calibration)
+        return student
+
+    def _solution(self, key: Key) -> tuple[Space[nn.Module], Genotype]:
+        budget = f"macs={key.budget}%"
+        if key.arm == "uniform":
+            space = Space(self.base, budget=budget, options=parse_options("width", search_stages=True))
+            genotype = uniform_width_student(space.table, parse_budget(budget, space.table.base()))
+        else:
+            space = Space(self.base, budget=budget)
+            genotype = solve(space.table, parse_budget(budget, space.table.base()), prior_damages(space.table))
+        assert genotype is not None
+        return space, genotype
+
+    def best(self, arms: Iterable[str], count: int, images: int) -> list[str]:
+        """The arms with the best validation accuracy of seed 0 at the screened budget after so many images."""
+        found = {arm: max((run.val for run in self.decisive(arm, images)), default=-1.0) for arm in arms}
+        return sorted((arm for arm in found if found[arm] >= 0), key=lambda arm: -found[arm])[:count]
+
+    def lr(self, arm: str) -> float:
+        """The learning rate chosen for an arm."""
+        runs = self.decisive(arm, self.short)
+        return max(runs, key=lambda run: run.val).key.lr if runs else RATES.get(arm, INHERITED)[0]
+
+    def decisive(self, arm: str, images: int) -> list[Run]:
+        """The runs of an arm by which something is decided."""
+        runs = [run for key, run in self.runs.items() if (key.arm, key.budget, key.seed) == (arm, SCREENED, 0)]
+        return [run for run in runs if run.key.images == images and run.macs]
+
+    def kept(self) -> list[str]:
+        """The torch-pruning methods that go on: the best that leave the streams alone, and the best that do not."""
+        parts = ("inner", "whole")
+        return [
+            arm for part in parts for arm in self.best([a for a in PRUNED if a.endswith(part)], KEPT, self.screening)
+        ]
+
+    def plan(self, phase: str) -> Iterator[Key]:
+        """The runs of a phase, of the arms asked for. What went on is looked up when it is needed."""
+        arms = [arm for arm in ARMS if fnmatch.fnmatch(arm, self.arguments.arms)]
+        seeds = self.arguments.seeds
+        others = [arm for arm in arms if arm not in PRUNED]
+        if phase == "screen":
+            yield from (Key(arm, SCREENED, self.screening, 0, INHERITED[0]) for arm in arms if arm in PRUNED)
+            return
+        if phase == "untrained":
+            yield from (Key(arm, UNTRAINED, 0, seed, 0.0) for arm in arms if "scratch" not in arm for seed in seeds)
+            return
+        chosen = [*others, *(arm for arm in self.kept() if arm in arms)]
+        if phase == "lr":
+            for arm in chosen:
+                yield from (Key(arm, SCREENED, self.short, 0, lr) for lr in RATES.get(arm, INHERITED))
+        if phase == "short":
+            for budget in self.arguments.budgets:
+                yield from (Key(arm, budget, self.short, seed, self.lr(arm)) for arm in chosen for seed in seeds)
+        if phase == "long":
+            longest = [*others, *(arm for arm in self.best(PRUNED, LONG, self.short) if arm in arms)]
+            yield from (Key(arm, SCREENED, self.long, seed, self.lr(arm)) for seed in seeds for arm in longest)
+
+
+def read(path: Path) -> Iterator[Run]:
+    """The finished runs; a last line that was cut off is left out."""
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            fields = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        yield Run(**{**fields, "key": Key(**fields["key"])})
+
+
+def report(study: Study) -> Iterator[str]:
+    """The tables, as Markdown."""
+    model = study.arguments.model
+    yield f"# Students of {model} beside torch-pruning's\n"
+    yield (
+        f"`{command(study)}`, {datetime.date.today()}, {platform.machine()}, one thread, torch {torch.__version__}, "
+        f"timm {timm.__version__}, torch-pruning {torch_pruning.__version__}. Test accuracy in % (10,000 images), mean "
+        "± standard deviation over seeds; seconds of CPU time on one core, of the training and of what comes before it."
+    )
+    groups = sorted({(key.images, key.budget) for key in study.runs}, key=lambda g: (g[0] != study.short, g))
+    for images, budget in groups:
+        if images == study.screening:
+            continue
+        title = f"after {images:,} images" if images else "after recalibration alone, nothing trained"
+        yield f"\n## {budget} % of the MACs ({budget * study.macs / 1e8:.2f} M), {title}\n"
+        yield f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
+        rows = [row for arm in dict.fromkeys(k.arm for k in study.runs) if (row := of_arm(study, arm, images, budget))]
+        yield from (text for _, text in sorted(rows, reverse=True))
+    yield "\n## Which methods and learning rates went on\n"
+    yield f"Validation accuracy, seed 0, {SCREENED} % of the MACs. The teacher has seen these images: they only rank.\n"
+    yield from selection(study)
+
+
+def selection(study: Study) -> Iterator[str]:
+    """The table of everything that was decided."""
+    columns = [(study.screening, INHERITED[0])]
+    columns += [(study.short, lr) for lr in sorted({key.lr for key in study.runs if key.images == study.short})]
+    yield "| arm | " + " | ".join(f"{images:,} images, lr {lr:g}" for images, lr in columns) + " |"
+    yield f"|---|{'---|' * len(columns)}"
+    for arm in dict.fromkeys(key.arm for key in study.runs):
+        runs = [run for images in (study.screening, study.short) for run in study.decisive(arm, images)]
+        vals = {(run.key.images, run.key.lr): f"{100 * run.val:.2f}" for run in runs}
+        if vals:
+            yield f"| {arm} | {' | '.join(vals.get(column, '') for column in columns)} |"
+
+
+def of_arm(study: Study, arm: str, images: int, budget: int) -> tuple[float, str] | None:
+    """One row of a table, and what it is sorted by; None when there is none."""
+    lr = study.lr(arm) if images else 0.0
+    runs = [r for k, r in study.runs.items() if (k.arm, k.images, k.budget, k.lr) == (arm, images, budget, lr)]
+    runs = [run for run in runs if run.macs]
+    if not runs:
+        return None
+    mean = [statistics.mean(getattr(run, name) for run in runs) for name in ("test", "seconds", "preparation")]
+    spread = f" ± {100 * statistics.stdev(run.test for run in runs):.2f}" if len(runs) > 1 else ""
+    cost = f"{statistics.mean(r.macs for r in runs) / 1e6:.2f} M | {statistics.mean(r.params for r in runs):,.0f}"
+    text = f"| {arm} | {100 * mean[0]:.2f}{spread} | {len(runs)} | {cost} | {lr:g} | {mean[1]:.0f} | {mean[2]:.1f} |"
+    return mean[0], text
+
+
+def command(study: Study) -> str:
+    """The command that shows it again, without this machine's folders."""
+    arguments = study.arguments
+    weights = Path(arguments.initial_checkpoint).name
+    return f"python studies/pruning.py --model {arguments.model} --data-dir cifar10 --initial-checkpoint {weights}"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="cifar_resnet20", help="timm model")
+    add("--data-dir", required=True, help="image folders: train/CLASS/*.png, test/CLASS/*.png")
+    add("--initial-checkpoint", required=True, help="the teacher's weights")
+    add("--out", default="results/pruning", help="where runs.jsonl and the caches are kept")
+    add("--report", default="docs/results/pruning.md", help="the table")
+    add("--phases", nargs="+", default=PHASES, choices=PHASES)
+    add("--arms", default="*", help="only arms that fit, e.g. 'torch-pruning*'")
+    add("--budgets", nargs="+", type=int, default=(30, 15, 50), help="of the short runs, in percent of the base's MACs")
+    add("--seeds", nargs="+", type=int, default=(0, 1, 2))
+    add("--smoke", action="store_true", help="a minute: few images, three arms")
+    arguments = parser.parse_args()
+    if arguments.smoke:
+        arguments.seeds, arguments.budgets = (0,), (30,)
+    return arguments
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    study = Study(parse())
+    for phase in study.arguments.phases:
+        for key in study.plan(phase):
+            if not study.arguments.smoke or key.arm in (CLOSED, "uniform", "torch-pruning local l2 whole"):
+                study.run(key)
+
+
+if __name__ == "__main__":
+    main()
