@@ -191,6 +191,16 @@ class TestResume:
         assert main([*command(again, "-q"), *change]) == 2
         assert words in only_line(capsys.readouterr().err)
 
+    @pytest.mark.parametrize("how", [["dkd"], ["online", "--peers", "2"]])
+    def test_another_distillation_refines_anew_what_was_found(self, again: Path, how: list[str]) -> None:
+        found = digests(again)
+        assert main([*command(again, "-q"), "--distill", *how]) == 0
+        assert digests(again) == found  # nothing is searched again
+        before = {path.name for path in (again / "cache").glob("refined-*")}
+        assert len(before) > len(rows(again))
+        assert main([*command(again, "-q"), "--distill", *how]) == 0
+        assert {path.name for path in (again / "cache").glob("refined-*")} == before
+
     def test_a_kill_during_the_search_loses_nothing_but_the_running_trial(self, tmp_path: Path) -> None:
         out = tmp_path / "killed"
         arguments = command(out, "--proxy-epochs", "12", "--views", "1", "--trials", "3")

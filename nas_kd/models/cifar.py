@@ -2,8 +2,8 @@
 
 `cifar_resnet20/32/44/56/110` are the ResNets of section 4.2 of "Deep residual learning" (arXiv 1512.03385): 16, 32
 and 64 channels, and shortcuts without parameters (option A). `cifar_resnet56_cheap` is the form that "Compressing CNNs
-with cheap convolutions and online distillation" (arXiv 1909.13063) takes its counts from. `cifar_vgg16_bn` is VGG-16
-with global pooling in place of its large linear layers.
+with cheap convolutions and online distillation" (arXiv 1909.13063) takes its counts from, `cifar_resnet20_cheap` the
+same with three blocks a stage. `cifar_vgg16_bn` is VGG-16 with global pooling in place of its large linear layers.
 """
 
 from __future__ import annotations
@@ -270,7 +270,7 @@ _DEPTHS = (20, 32, 44, 56, 110)
 default_cfgs = generate_default_cfgs(
     {
         **{f"cifar_resnet{depth}.untrained": _cfg() for depth in _DEPTHS},
-        "cifar_resnet56_cheap.untrained": _cfg(),
+        **{f"cifar_resnet{depth}_cheap.untrained": _cfg() for depth in (20, 56)},
         "cifar_vgg16_bn.untrained": _cfg("features.0", 2),
     }
 )
@@ -316,6 +316,12 @@ def cifar_resnet56(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 def cifar_resnet110(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-110 for 32×32 images: 1,727,962 parameters with ten classes."""
     return _create("cifar_resnet110", CifarResNet, pretrained, 4, depth=110, **kwargs)
+
+
+@register_model  # type: ignore[untyped-decorator]
+def cifar_resnet20_cheap(pretrained: bool = False, conv: str = "standard", **kwargs: Any) -> nn.Module:
+    """ResNet-20 in the form of arXiv 1909.13063; `conv` is standard, depthwise, shift or group4."""
+    return _create("cifar_resnet20_cheap", CifarResNet, pretrained, 4, depth=20, conv=conv, **kwargs)
 
 
 @register_model  # type: ignore[untyped-decorator]

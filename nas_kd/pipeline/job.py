@@ -26,7 +26,7 @@ from nas_kd.training.data import DIGITS, DataSpec, Splits
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.sources import open_source
 
-_DIGITS_SIZE = 16  # at the base's own stride: measured, docs/decisions.md
+DIGITS_SIZE = 16  # at the base's own stride: measured, docs/decisions.md
 # by default: images that a training sees on a CPU, and the most epochs; a GPU affords ten times as many
 TEACHER, REFINE = (60_000, 20), (60_000, 15)
 _GPU = 10
@@ -69,7 +69,7 @@ def prepare(settings: Settings, storage: BaseStorage | None = None) -> Job:
     space = Space(
         base,
         budget=settings.budget,
-        img_size=settings.img_size or (_DIGITS_SIZE if digits else None),
+        img_size=settings.img_size or (DIGITS_SIZE if digits else None),
         options=parse_options(settings.space, settings.pin, search_stages=settings.search_stages),
         name=settings.model,
     )

@@ -30,6 +30,7 @@ class Card:
     label_names: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)  # JSON values
     title: str = ""
+    summary: str = ""  # the first sentence of the README
 
 
 def export(network: nn.Module, folder: str | os.PathLike[str], card: Card = Card()) -> Path:
@@ -90,7 +91,7 @@ def _model_card(args: Mapping[str, Any], card: Card, size: tuple[int, ...]) -> s
     facts = "\n".join(f"| {name} | {_shown(value)} |" for name, value in card.facts.items())
     return f"""# {card.title or args["base"]}
 
-A smaller `{args["base"]}`, found by nas_kd.
+{card.summary or f"A smaller `{args['base']}`, found by nas_kd."}
 
 ```python
 import timm, nas_kd.models

@@ -71,6 +71,11 @@ class Refined:
     test_accuracy: float
     peers: tuple[Accuracies, ...] = ()
 
+    @property
+    def best(self) -> int:
+        """The number of the peer that was taken: the first of those that were best on the validation images."""
+        return max(range(len(self.peers) - 1), key=lambda number: self.peers[number].val)
+
 
 def refine(candidate: Candidate, refinement: Refinement, *, report: Callable[[int, float], None] = ignore) -> Refined:
     """Trains a candidate, or fetches what an earlier run had trained, and tells `report` after every epoch.

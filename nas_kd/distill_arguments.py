@@ -1,0 +1,206 @@
+"""What `python -m nas_kd.distill` understands. Standard library only, as `nas_kd.arguments`."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from nas_kd.arguments import _add_data, _number, _Parser
+from nas_kd.errors import NasKdError
+
+LOSSES = ("kd", "dkd")
+_LOCAL = "local-dir:"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistillSettings:
+    """The arguments of `python -m nas_kd.distill`, checked as far as that is possible without torch.
+
+    `mode` is `online`, `offline` (then `teacher` names one) or `plain`. `model_kwargs` go to `timm.create_model`.
+    """
+
+    model: str
+    model_kwargs: tuple[tuple[str, Any], ...]
+    conv: str | None
+    pretrained: bool
+    initial_checkpoint: str | None
+    from_scratch: bool
+    reduction: int | None
+    img_size: int | None
+    in_chans: int | None
+    num_classes: int | None
+    mode: str
+    peers: int
+    teacher_gradient: bool
+    class_mean: bool
+    teacher: str | None
+    teacher_pretrained: bool
+    teacher_checkpoint: str | None
+    teacher_epochs: int | None
+    views: int
+    loss: str
+    distill_weight: float
+    temperature: float
+    dataset: str
+    data_dir: str | None
+    train_images: int | None
+    val_fraction: float
+    epochs: int | None
+    batch_size: int
+    lr: float | None
+    optimizer: str
+    schedule: str
+    weight_decay: float
+    device: str | None
+    amp: bool
+    workers: int
+    seed: int
+    out: str | None
+    quiet: bool
+    debug: bool
+    command: str = ""
+
+    @property
+    def is_result(self) -> bool:
+        """Whether the model is an exported folder, which brings weights."""
+        return self.model.startswith(_LOCAL)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the student starts from given weights."""
+        given = self.pretrained or self.initial_checkpoint is not None or self.is_result
+        return given and not self.from_scratch and self.mode != "online"
+
+    @property
+    def stem(self) -> str:
+        """A short name of the model: without a folder's path, with its arguments and its kind of convolution."""
+        name = Path(self.model.removeprefix(_LOCAL)).name if self.is_result else self.model
+        words = [name, *(str(value) for _, value in self.model_kwargs), *([self.conv] if self.conv else [])]
+        return re.sub(r"[^\w.%+-]+", "-", "-".join(words)).strip("-.")
+
+
+def distill_parser(prog: str = "python -m nas_kd.distill") -> argparse.ArgumentParser:
+    """The parser of the distill command."""
+    parser = _Parser(
+        prog=prog,
+        description="Trains one small model: online beside its peers, offline beside a teacher, or plainly.",
+        epilog=f"example: {prog} resnet18 --conv depthwise --online     (no data, network or GPU needed)",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_model(parser.add_argument_group("model (as in timm)").add_argument)
+    _add_mode(parser)
+    _add_data(parser)
+    _add_recipe(parser.add_argument_group("training").add_argument)
+    add = parser.add_argument_group("output").add_argument
+    add("--out", metavar="DIR", help="output folder (results/distill-…); the same command again resumes")
+    add("-q", "--quiet", action="store_true", help="print the result alone")
+    add("--debug", action="store_true", help="tracebacks and debug messages")
+    return parser
+
+
+def _add_model(add: Callable[..., object]) -> None:
+    add("model", metavar="MODEL", help="a timm model, a folder that a study exported, or local-dir:FOLDER")
+    add("--model-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of the model, e.g. conv=shift")
+    add("--conv", metavar="KIND", help="make each convolution that can be depthwise, blueprint, shift or group4")
+    add("--pretrained", action="store_true", help="start from timm's weights")
+    add("--initial-checkpoint", metavar="FILE", help="start from these weights (.safetensors, .pth)")
+    add("--from-scratch", action="store_true", help="start an exported model from new weights, not from its own")
+    add("--reduction", type=_number(1), metavar="R", help="total stride of the network; small images need 8 or 4")
+    add("--img-size", type=_number(4), metavar="N", help="side of the images in pixels (the model's; digits: 16)")
+    add("--in-chans", type=int, choices=(1, 3), help="channels of the images (3; digits: 1)")
+    add("--num-classes", type=_number(2), metavar="N", help="outputs (as many as the data has classes)")
+
+
+def _add_mode(parser: argparse.ArgumentParser) -> None:
+    mode = parser.add_argument_group("one of these").add_mutually_exclusive_group(required=True)
+    mode.add_argument("--online", action="store_true", help="peers from scratch, and a teacher built from them")
+    mode.add_argument("--teacher", metavar="NAME", help="beside this teacher: a timm model or an exported folder")
+    mode.add_argument("--no-teacher", action="store_true", help="plain training, to compare with")
+    add = parser.add_argument_group("online distillation").add_argument
+    add("--peers", type=_number(2), default=4, metavar="N", help="students that learn together (4)")
+    add("--teacher-gradient", action="store_true", help="the soft loss moves the teacher too (the authors' code)")
+    add("--class-mean", action="store_true", help="average the soft loss over classes too (the authors' code)")
+    add = parser.add_argument_group("offline distillation").add_argument
+    add("--teacher-pretrained", action="store_true", help="take timm's weights")
+    add("--teacher-checkpoint", metavar="FILE", help="take these weights; without any, the teacher is trained here")
+    add("--teacher-epochs", type=_number(1), metavar="N", help="epochs of a teacher trained here (by the data's size)")
+    add(
+        "--views", type=_number(0), default=8, metavar="N", help="augmented views with cached logits; 0: always new (8)"
+    )
+    add(
+        "--distill-weight",
+        type=_number(0, float, 1 + 1e-9),
+        default=0.9,
+        metavar="F",
+        help="share of the soft loss, the rest is cross-entropy (0.9); online everything weighs 1",
+    )
+    add = parser.add_argument_group("soft loss").add_argument
+    add("--loss", choices=LOSSES, default="kd", help="logit KD or decoupled KD (kd)")
+    add("--temperature", type=_number(1e-3, float), default=4.0, metavar="T", help="softens the logits (4)")
+
+
+def _add_recipe(add: Callable[..., object]) -> None:
+    positive = _number(1e-9, float, math.inf)
+    add("--epochs", type=_number(1), metavar="N", help="epochs (by the data's size)")
+    add("--batch-size", type=_number(2), default=64, metavar="N", help="images per step (64)")
+    add("--lr", type=positive, metavar="F", help="peak learning rate (0.015 from given weights, 0.03 from scratch)")
+    add("--optimizer", choices=("sgd", "adamw"), default="sgd", help="(sgd)")
+    add("--schedule", choices=("one-cycle", "cosine", "step", "constant"), default="one-cycle", help="(one-cycle)")
+    add("--weight-decay", type=_number(0, float, math.inf), default=5e-4, metavar="F", help="(5e-4)")
+    add("--device", metavar="D", help="cpu, cuda, cuda:1, … (cuda where there is one)")
+    add("--amp", action="store_true", help="mixed precision")
+    add("--workers", type=_number(1), default=2, metavar="N", help="threads that decode images (2)")
+    add("--seed", type=_number(0, int, 2**32), default=0, metavar="N", help="decides everything that is random (0)")
+
+
+def parse_distill(argv: Sequence[str]) -> DistillSettings:
+    """Reads the arguments of the distill command. Raises NasKdError for bad ones."""
+    arguments = vars(distill_parser().parse_args(argv))
+    arguments["mode"] = "online" if arguments["online"] else "plain" if arguments["no_teacher"] else "offline"
+    arguments["model_kwargs"] = tuple(map(_pair, arguments["model_kwargs"]))
+    for name in ("model", "teacher"):
+        arguments[name] = _with_prefix(arguments[name])
+    _check_weights(arguments)
+    arguments["command"] = " ".join(["python -m nas_kd.distill", *argv])
+    return DistillSettings(**{field.name: arguments[field.name] for field in fields(DistillSettings)})
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not (key.isidentifier() and equals):
+        raise NasKdError(f"cannot read --model-kwargs {text!r}: write key=value, e.g. conv=shift")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def _with_prefix(model: str | None) -> str | None:
+    """The folder of an exported model by timm's name for it."""
+    is_folder = model is not None and ":" not in model and Path(model, "config.json").is_file()
+    return f"{_LOCAL}{model}" if is_folder else model
+
+
+def _check_weights(arguments: dict[str, Any]) -> None:
+    given = next(
+        (f"--{name.replace('_', '-')}" for name in ("pretrained", "initial_checkpoint") if arguments[name]), ""
+    )
+    if given and arguments["mode"] == "online":
+        raise NasKdError(f"{given} does not go with --online: every peer starts from weights of its own; leave it out")
+    if given and arguments["from_scratch"]:
+        raise NasKdError(f"{given} does not go with --from-scratch: leave one of them out")
+    extra = [name for name in ("teacher_pretrained", "teacher_checkpoint", "teacher_epochs") if arguments[name]]
+    if extra and arguments["mode"] != "offline":
+        raise NasKdError(f"--{extra[0].replace('_', '-')} speaks of a teacher: name one by --teacher")
+    if arguments["teacher_pretrained"] and arguments["teacher_checkpoint"]:
+        raise NasKdError("--teacher-pretrained does not go with --teacher-checkpoint: leave one of them out")
+    for name in ("teacher_gradient", "class_mean"):
+        if arguments[name] and arguments["mode"] != "online":
+            raise NasKdError(f"--{name.replace('_', '-')} is a switch of --online: leave it out")

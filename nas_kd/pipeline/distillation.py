@@ -1,0 +1,306 @@
+"""One small model, trained online, offline or plainly: checked, trained, tested once, exported."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nas_kd.budget import BOUNDABLE, Cost
+from nas_kd.distill_arguments import DistillSettings
+from nas_kd.errors import ModelError
+from nas_kd.models.blocks import analyse
+from nas_kd.models.cheap import cheap_genotype
+from nas_kd.models.hub import create_base
+from nas_kd.models.inherit import inherit_student
+from nas_kd.models.reduction import reduce_stride
+from nas_kd.models.student import build_student
+from nas_kd.models.verify import measure
+from nas_kd.pipeline.job import DIGITS_SIZE, TEACHER, TEACHER_LR, choose_device, epochs_of, open_folder
+from nas_kd.progress import Stages
+from nas_kd.results.export import Card, export
+from nas_kd.results.refine import Candidate, Refined, Refinement, refine
+from nas_kd.search.space import input_size_of
+from nas_kd.training.augment import default_augmentation, derive_seed
+from nas_kd.training.checkpoint import load_checkpoint
+from nas_kd.training.data import DIGITS, DataSpec, Splits, load_splits
+from nas_kd.training.images import AugmentedImages
+from nas_kd.training.loop import recalibrate
+from nas_kd.training.recipe import Recipe
+from nas_kd.training.resume import replace_file
+from nas_kd.training.sources import open_source
+from nas_kd.training.teacher import Teacher, TeacherCache, TeacherResult, adopt_teacher, prepare_teacher
+from nas_kd.training.views import OnlineViews, Views, ViewSpec, build_views, views_bytes, weights_digest
+
+FILE = "distill.json"
+_STUDENT_LR = 0.015  # from given weights: larger steps destroy them
+_REPORTS = 20  # times that a training is evaluated and its state kept
+_CALIBRATION = 512  # images through which batch norms are recalibrated
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DistillJob:
+    """A training that is ready to run: checked settings, where, on which images of which size, and the teacher as it
+    was created (None without one)."""
+
+    settings: DistillSettings
+    device: torch.device
+    out: Path
+    input_size: tuple[int, int, int]
+    classes: int
+    data: DataSpec
+    teacher: nn.Module | None
+
+    @property
+    def cache(self) -> Path:
+        """Where content-addressed files are kept."""
+        return self.out / "cache"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Distilled:
+    """What came of it: the exported `folder`, the student's cost and scores, and those of its finished teacher, whose
+    accuracy on validation images is None where it may have seen them, as the student's then."""
+
+    folder: Path
+    cost: Cost
+    refined: Refined
+    quotes_val: bool
+
+
+def distill(settings: DistillSettings, stages: Stages) -> Distilled:
+    """The whole way from settings to an exported folder; what an earlier run had finished is not done again.
+
+    Raises a NasKdError for each mistake that a user can make.
+    """
+    job = prepare_distillation(settings)
+    with stages.stage("data"):
+        splits = load_splits(job.data, job.cache)
+    teacher = _teacher(job, splits, stages)
+    refined = _train(job, splits, teacher, stages)
+    with stages.stage("export"):
+        return _export(job, splits, teacher, refined)
+
+
+def prepare_distillation(settings: DistillSettings) -> DistillJob:
+    """Checks everything that can be checked before an image is decoded or a network trained: the student is built once.
+
+    Raises a NasKdError for each mistake that a user can make.
+    """
+    device = choose_device(settings.device)
+    out = open_folder(Path(settings.out or Path("results") / _name(settings)))
+    classes = settings.num_classes or len(open_source(settings.dataset, settings.data_dir).class_names)
+    size = _input_size(settings)
+    student = build(settings, classes, size, 0)
+    teacher = _make_teacher(settings, classes, size[0])
+    brings = teacher if _teacher_is_trained(settings) else student if settings.has_weights else None
+    config: Any = getattr(brings, "pretrained_cfg", None) or {}
+    known = len(config.get("mean", ())) == size[0]  # weights from elsewhere bring their normalisation
+    data = DataSpec(
+        dataset=settings.dataset,
+        data_dir=settings.data_dir,
+        img_size=size[1],
+        in_chans=size[0],
+        num_classes=settings.num_classes,
+        mean=tuple(config["mean"]) if known else None,
+        std=tuple(config["std"]) if known else None,
+        val_fraction=settings.val_fraction,
+        train_images=settings.train_images,
+        seed=settings.seed,
+        workers=settings.workers,
+    )
+    return DistillJob(
+        settings=settings, device=device, out=out, input_size=size, classes=classes, data=data, teacher=teacher
+    )
+
+
+def _name(settings: DistillSettings) -> str:
+    return f"distill-{settings.stem}-{settings.dataset.replace('/', '-') or 'folder'}-{settings.mode}"
+
+
+def _input_size(settings: DistillSettings) -> tuple[int, int, int]:
+    """C, H, W of the images: as given, as an exported model takes them, or by the dataset."""
+    if settings.is_result:
+        channels, side, _ = input_size_of(create_base(settings.model), settings.img_size)
+        return settings.in_chans or channels, side, side
+    digits = settings.dataset == DIGITS
+    with torch.device("meta"):
+        plain = create_base(settings.model, **dict(settings.model_kwargs))
+    _, side, _ = input_size_of(plain, settings.img_size or (DIGITS_SIZE if digits else None))
+    return settings.in_chans or (1 if digits else 3), side, side
+
+
+def build(settings: DistillSettings, classes: int, input_size: tuple[int, int, int], number: int) -> nn.Module:
+    """The student, or peer `number` of online distillation, whose weights its number decides; on the CPU."""
+    seed = derive_seed(settings.seed, "peer", number)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = create_base(
+            settings.model,
+            pretrained=settings.has_weights and settings.initial_checkpoint is None,
+            num_classes=classes,
+            in_chans=input_size[0],
+            **dict(settings.model_kwargs),
+        )
+        if settings.initial_checkpoint is not None:
+            load_checkpoint(network, Path(settings.initial_checkpoint))
+        if settings.reduction is not None:
+            reduce_stride(network, settings.reduction, input_size[0])
+        if settings.conv is None:
+            return network
+        analysis = analyse(network, input_size, name=settings.model, open={"conv"})
+        make = inherit_student if settings.has_weights else build_student
+        return make(network, analysis, cheap_genotype(analysis, settings.conv))
+
+
+def _teacher_is_trained(settings: DistillSettings) -> bool:
+    name = settings.teacher or ""
+    return settings.teacher_pretrained or settings.teacher_checkpoint is not None or name.startswith("local-dir:")
+
+
+def _make_teacher(settings: DistillSettings, classes: int, channels: int) -> nn.Module | None:
+    if settings.teacher is None:
+        return None
+    pretrained = _teacher_is_trained(settings) and settings.teacher_checkpoint is None
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(settings.seed, "teacher"))
+        teacher = create_base(settings.teacher, pretrained=pretrained, num_classes=classes, in_chans=channels)
+    config: Any = getattr(teacher, "pretrained_cfg", None) or {}
+    if pretrained and config.get("num_classes") not in (None, classes):
+        raise ModelError(
+            f"the teacher {settings.teacher} was trained for {config['num_classes']} classes, the data has {classes}: "
+            "take one for these classes, or let it be trained here"
+        )
+    if settings.teacher_checkpoint is not None:
+        load_checkpoint(teacher, Path(settings.teacher_checkpoint))
+    if settings.reduction is not None and not settings.teacher.startswith("local-dir:"):
+        reduce_stride(teacher, settings.reduction, channels)
+    return teacher
+
+
+def _recipe(settings: DistillSettings, epochs: int) -> Recipe:
+    evaluations = min(epochs, _REPORTS)
+    return Recipe(
+        epochs=epochs,
+        batch_size=settings.batch_size,
+        lr=settings.lr or (_STUDENT_LR if settings.has_weights else TEACHER_LR),
+        optimizer=settings.optimizer,
+        schedule=settings.schedule,
+        weight_decay=settings.weight_decay,
+        distill=settings.loss,
+        distill_weight=0.0 if settings.mode == "plain" else settings.distill_weight,
+        temperature=settings.temperature,
+        class_mean=settings.class_mean,
+        teacher_gradient=settings.teacher_gradient,
+        amp=settings.amp,
+        seed=settings.seed,
+        eval_epochs=tuple(epochs * (index + 1) // evaluations for index in range(evaluations)),
+    )
+
+
+def _teacher(job: DistillJob, splits: Splits, stages: Stages) -> TeacherResult | None:
+    settings = job.settings
+    if job.teacher is None:
+        return None
+    network = job.teacher.to(job.device)
+    epochs = epochs_of(settings.teacher_epochs or settings.epochs, TEACHER, splits, job.device)
+    trained = _teacher_is_trained(settings)
+    with stages.stage("teacher", 1 if trained else epochs) as advance:
+        if trained:
+            return adopt_teacher(network, splits)
+        recipe = dataclasses.replace(_recipe(settings, epochs), distill_weight=0.0, lr=settings.lr or TEACHER_LR)
+        return prepare_teacher(
+            network,
+            splits,
+            recipe=dataclasses.replace(recipe, distill="kd", temperature=4.0, eval_epochs=()),
+            augmentation=default_augmentation(settings.dataset),
+            cache=TeacherCache(folder=job.cache, key=f"{settings.teacher} {settings.seed}"),
+            report=lambda _, accuracy: advance(f"val accuracy {100 * accuracy:.1f} %"),
+        )
+
+
+_Data = AugmentedImages | Views | OnlineViews
+
+
+def _training_data(job: DistillJob, splits: Splits, teacher: TeacherResult | None, epochs: int) -> _Data:
+    """Fresh views of the training images in every epoch; beside a teacher cached ones with its logits, or its logits in
+    every step where there is to be no cache or it would be too large."""
+    settings = job.settings
+    augmentation = default_augmentation(settings.dataset)
+    fresh = AugmentedImages(splits.train, augmentation, settings.seed)
+    if teacher is None:
+        return fresh
+    spec = ViewSpec(
+        count=max(1, min(settings.views, epochs)), augmentation=augmentation, seed=settings.seed, key=splits.digest
+    )
+    if settings.views == 0 or views_bytes(splits.train, spec, splits.num_classes) > spec.max_bytes:
+        return OnlineViews(fresh, Teacher(teacher.network))
+    return build_views(splits.train, teacher.network, spec, job.cache)
+
+
+def _train(job: DistillJob, splits: Splits, teacher: TeacherResult | None, stages: Stages) -> Refined:
+    settings = job.settings
+    epochs = epochs_of(settings.epochs, TEACHER, splits, job.device)
+    data = _training_data(job, splits, teacher, epochs)
+    recipe = _recipe(settings, epochs)
+
+    def student(number: int) -> nn.Module:
+        network = build(settings, job.classes, job.input_size, number).to(job.device)
+        if settings.conv is not None and settings.has_weights:
+            recalibrate(network, data.sample(_CALIBRATION))
+        return network
+
+    refinement = Refinement(
+        data=data,
+        splits=splits,
+        recipe=recipe,
+        folder=job.cache,
+        key=f"{splits.digest} {teacher.digest if teacher else ''} {settings.views}",
+        peers=settings.peers if settings.mode == "online" else 0,
+    )
+    candidate = Candidate(role=settings.mode, digest=weights_digest(student(0))[:12], build=student)
+    with stages.stage("train", len(recipe.eval_epochs)) as advance:
+        return refine(
+            candidate, refinement, report=lambda epoch, a: advance(f"epoch {epoch}: val accuracy {100 * a:.1f} %")
+        )
+
+
+def _export(job: DistillJob, splits: Splits, teacher: TeacherResult | None, refined: Refined) -> Distilled:
+    settings = job.settings
+    cost = measure(refined.network, job.input_size)
+    quotes_val = not settings.has_weights and (teacher is None or teacher.trained_here)
+    facts = _facts(settings, cost, refined, quotes_val)
+    name = f"{settings.stem}-{cost.params / 1e6:.2f}M-{100 * refined.test_accuracy:.1f}"
+    how = "without a teacher" if settings.mode == "plain" else f"by {settings.mode} distillation"
+    card = Card(
+        input_size=job.input_size,
+        mean=splits.mean,
+        std=splits.std,
+        label_names=splits.class_names,
+        facts=facts,
+        title=name,
+        summary=f"`{settings.stem}`, trained by nas_kd {how}.",
+    )
+    folder = export(refined.network, job.out / name, card)
+    peers = [{"val accuracy": peer.val, "test accuracy": peer.test} for peer in refined.peers]
+    record = {**facts, "path": name, "peers": peers[:-1], "online teacher": peers[-1] if peers else None}
+    text = json.dumps(record, indent=2) + "\n"
+    replace_file(job.out / FILE, lambda draft: draft.write_text(text, encoding="utf-8"))
+    return Distilled(folder=folder, cost=cost, refined=refined, quotes_val=quotes_val)
+
+
+def _facts(settings: DistillSettings, cost: Cost, refined: Refined, quotes_val: bool) -> dict[str, Any]:
+    val = {"val accuracy": round(refined.val_accuracy, 4)} if quotes_val else {}
+    return {
+        "distillation": settings.mode,
+        **{kind: cost[kind] for kind in BOUNDABLE},
+        **val,
+        "test accuracy": round(refined.test_accuracy, 4),
+        "command": settings.command,
+        "seed": settings.seed,
+    }
