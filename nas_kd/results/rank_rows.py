@@ -40,8 +40,8 @@ class ScoreRow:
     @property
     def title(self) -> str:
         """The score in a few words."""
-        start = f" from {self.start}" if self.start else ""
-        return f"{self.name}{start}" + (f", {self.steps} steps" if self.steps else "")
+        steps = f" after {self.steps} steps" if self.steps else ""
+        return self.name + steps + (f" from {self.start}" if self.start else "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +109,7 @@ class RankCheck:
             return f"Measured on {many}, without the score that the study ranks by."
         alone = f"the number of params alone {interval(params)}"
         return (
-            f"Measured on {many}: the {row.title}, has Kendall's τ {interval(row)} with the accuracy after "
+            f"Measured on {many}: the {row.title} has Kendall's τ {interval(row)} with the accuracy after "
             f"{self.truth_steps:,} steps; {alone}. The student that the score puts first is "
             f"{100 * row.regrets[0]:.1f} points below the best. A candidate takes {share(row.seconds, self)} of the "
             "long training's time."

@@ -17,7 +17,7 @@ from nas_kd.training.augment import derive_seed
 
 Rows = NDArray[np.int64]
 _CHUNK = 4096  # draws priced at once
-_CHUNKS = 250  # a million draws, some ten seconds, before giving up
+_CHUNKS = 60  # a quarter of a million draws, a few seconds, before giving up
 _WIDTH_SLOPE = 4.0  # std of log(odds) between width 1 and width 0: from mostly narrow to mostly wide
 _MOST_CHANGES = 3  # blocks in which a neighbour differs
 

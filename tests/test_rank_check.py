@@ -1,0 +1,196 @@
+"""The rank check end to end: real digits, timm's own small test ResNet."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from nas_kd.rank_check import main
+from nas_kd.results.rank_rows import FILE, RankCheck, read_check
+from nas_kd.study import main as study
+
+pytestmark = pytest.mark.usefixtures("restore_logging")
+BASE = "--model test_resnet --img-size 32 --teacher-epochs 1 --train-images 100 --budget macs=40%".split()
+SMALL = "--genotypes 3 --truth-images 64 --proxy-images 32 --val-images 20 --batch-size 8".split()
+STARTS = ("fresh weights", "closed form", "library")
+
+
+def records(out: Path) -> Counter[str]:
+    """How often each key was written: a part of a genotype."""
+    lines = (out / "rank_check.jsonl").read_text().splitlines()
+    return Counter(json.loads(line)["key"] for line in lines)
+
+
+def parts(out: Path) -> list[str]:
+    """What is measured of each genotype; a library is there where the study builds one."""
+    used = {row.start for row in result(out).groups[0].scores}
+    return ["zero-cost", *(start for start in STARTS if start in used), "truth"]
+
+
+def result(out: Path) -> RankCheck:
+    check = read_check(out / FILE)
+    assert check is not None
+    return check
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """A finished check in a process of its own: its folder, and what it printed to both streams."""
+    out = tmp_path_factory.mktemp("checks") / "first"
+    done = subprocess.run(command(out, "--near", "3"), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout, done.stderr
+
+
+def command(out: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "nas_kd.rank_check", *BASE, *SMALL, "--out", str(out), *more]
+
+
+def test_it_prints_every_score_and_where_the_rest_is(finished: tuple[Path, str, str]) -> None:
+    out, printed, progress = finished
+    assert not re.search(r"Traceback|Warning", progress)
+    for title in ("3 random genotypes", "3 genotypes near the optimum"):
+        assert title in printed
+    for score in ("params", "MACs", "synflow", "gradient norm", "SNIP", "jacob_cov"):
+        assert len(re.findall(rf"^{re.escape(score)} ", printed, re.MULTILINE)) == 2
+    assert "\ndamage (" in printed
+    assert result(out).sentence() in printed
+    assert str(out / "rank_check.html") in printed
+    assert (out / "rank_check.html").stat().st_size > 1e6
+
+
+def test_scores_are_taken_on_every_rung_of_every_start(finished: tuple[Path, str, str]) -> None:
+    check = result(finished[0])
+    starts = parts(finished[0])[1:-1]
+    assert check.default == ("accuracy", starts[-1], 4)
+    assert check.truth_images == 64
+    for group in check.groups:
+        found = {(row.name, row.start, row.steps) for row in group.scores}
+        assert len(found) == len(group.scores)
+        for name in ("accuracy", "distillation loss", "cross-entropy", "sum of training losses"):
+            assert {(name, start, steps) for start in starts for steps in (1, 2, 4)} <= found
+        assert ("accuracy", "closed form", 0) in found
+        assert ("accuracy", "fresh weights", 0) not in found
+        taus = [row.tau for row in group.scores if math.isfinite(row.tau)]
+        assert taus == sorted(taus, reverse=True)
+        for row in group.scores:
+            assert len(row.values) == len(group.truth) == 3
+            if math.isfinite(row.tau):
+                assert row.low <= row.tau <= row.high
+            assert 0 <= row.regrets[1] <= row.regrets[0] <= max(group.truth) - min(group.truth)
+    rows = [result(finished[0]).groups[0].row("sum of training losses", "closed form", steps) for steps in (1, 2, 4)]
+    for one, next_one in itertools.pairwise(row for row in rows if row):
+        assert one.values < next_one.values
+        assert one.seconds < next_one.seconds
+
+
+def test_the_same_command_trains_nothing_again(finished: tuple[Path, str, str]) -> None:
+    out = finished[0]
+    before, written = result(out), records(out)
+    assert set(written.values()) == {1}
+    assert main([*BASE, *SMALL, "--near", "3", "--out", str(out), "-q"]) == 0
+    assert records(out) == written
+    assert result(out).groups == before.groups
+
+
+def test_more_genotypes_and_other_proxies_keep_what_is_known(finished: tuple[Path, str, str], tmp_path: Path) -> None:
+    out = tmp_path / "copy"
+    out.mkdir()
+    (out / "rank_check.jsonl").write_bytes((finished[0] / "rank_check.jsonl").read_bytes())
+    before = records(out)
+    assert main([*BASE, *SMALL, "--genotypes", "4", "--out", str(out), "-q"]) == 0
+    assert Counter(key.split("/")[0] for key in (records(out) - before)) == dict.fromkeys(parts(out), 1)
+    before = records(out)
+    assert main([*BASE, *SMALL, "--val-images", "10", "--out", str(out), "-q"]) == 0
+    assert Counter(key.split("/")[0] for key in (records(out) - before)) == dict.fromkeys(parts(out)[1:-1], 3)
+
+
+def test_a_killed_check_goes_on_where_it_was(finished: tuple[Path, str, str], tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    process = subprocess.Popen(command(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = out / "rank_check.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_bytes().count(b"\n") >= 5):
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        os.sched_yield()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = records(out)
+    assert not (out / FILE).exists()
+    assert main([*BASE, *SMALL, "--out", str(out), "-q"]) == 0
+    assert set(records(out).values()) == {1}
+    assert kept.keys() < records(out).keys()
+    assert len(records(out)) == 3 * len(parts(out))
+    # one seed decides everything but the seconds
+    for ours, first in zip(result(out).groups[0].scores, result(finished[0]).groups[0].scores, strict=True):
+        assert (ours.name, ours.values, ours.tau) == (first.name, first.values, first.tau) or math.isnan(ours.tau)
+
+
+def test_ctrl_c_says_that_nothing_is_lost(tmp_path: Path) -> None:
+    out = tmp_path / "stopped"
+    process = subprocess.Popen(command(out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    log = out / "rank_check.jsonl"
+    while not log.exists():
+        assert process.poll() is None
+        os.sched_yield()
+    process.send_signal(signal.SIGINT)
+    assert "the same command goes on from there" in process.communicate()[1]
+    assert process.returncode == 130
+
+
+@pytest.mark.parametrize("asked", ["", "--search-stages"])
+def test_a_study_of_the_same_space_quotes_it(finished: tuple[Path, str, str], tmp_path: Path, asked: str) -> None:
+    (tmp_path / FILE).write_bytes((finished[0] / FILE).read_bytes())
+    few = "--batch-size 8 --trials 1 --front 1 --proxy-epochs 1 --refine-epochs 1 -q".split()
+    assert study([*BASE, *asked.split(), *few, "--out", str(tmp_path)]) == 0
+    report = (tmp_path / "report.html").read_text()
+    assert "How far to trust the ranking" in report
+    assert ("Measured on 3 random students" in report) == (not asked)
+    assert ("Not measured: python -m nas_kd.rank_check" in report) == bool(asked)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: --budget"),
+        (["--budget", "macs=30%", "--genotypes", "2"], "--genotypes: must be at least 3, got 2"),
+        (["--budget", "macs=30%", "--near", "2"], "--near 2 genotypes have no order to speak of"),
+        (["--budget", "macs=30%", "--band", "1.5"], "--band: must be at least 0.001 and below 1"),
+        (["--budget", "macs=30%", "--proxy-images", "100", "--truth-images", "150"], "is no truth beside"),
+        (["--budget", "macs=30%", "--trials", "3"], "unrecognized arguments: --trials 3"),
+        (["--budget", "mac=30%"], "did you mean 'macs'"),
+        (["--budget", "macs=0.1%", "--model", "test_resnet", "--img-size", "32"], "the smallest reachable is macs="),
+        (["--budget", "macs=2000%", "--model", "test_resnet", "--img-size", "32"], "widen --band"),
+        (["--budget", "macs=30%", "--device", "nowhere"], "there is no device 'nowhere'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_code_2(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert message in error[0]
+
+
+def test_records_that_cannot_be_written_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rank_check.jsonl").mkdir()
+    assert main([*BASE, *SMALL, "--out", str(tmp_path), "-q"]) == 2
+    assert "cannot read" in capsys.readouterr().err
+
+
+def test_trainings_that_all_diverge_leave_nothing_to_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*BASE, *SMALL, "--lr", "1e30", "--out", str(tmp_path), "-q"]) == 2
+    assert "0 of 3 long trainings ended with an accuracy" in capsys.readouterr().err
