@@ -68,12 +68,16 @@ class Settings:
         return re.sub(r"[^\w.%+-]+", "-", text).strip("-.")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are NasKdErrors, so that a wrong argument is one line and exit code 2."""
+
     def error(self, message: str) -> None:  # type: ignore[override]
         raise NasKdError(f"{message}; see {self.prog} --help")
 
 
-def _number(least: float, kind: type[int] | type[float] = int, below: float | None = None) -> Callable[[str], float]:
+def number(least: float, kind: type[int] | type[float] = int, below: float | None = None) -> Callable[[str], float]:
+    """The type of an argument that is a number, from `least` and below `below`."""
+
     def read(text: str) -> float:
         try:
             value = kind(text)
@@ -89,7 +93,7 @@ def _number(least: float, kind: type[int] | type[float] = int, below: float | No
 
 def study_parser(prog: str = "python -m nas_kd.study") -> argparse.ArgumentParser:
     """The parser of the main command."""
-    parser = _Parser(
+    parser = Parser(
         prog=prog,
         description="Any timm CNN in, a family of smaller timm CNNs out, each within a hard budget.",
         epilog=f"example: {prog} --budget params=1M     (no data, network or GPU needed)",
@@ -98,7 +102,7 @@ def study_parser(prog: str = "python -m nas_kd.study") -> argparse.ArgumentParse
     )
     parser.add_argument("--version", action="version", version=f"nas_kd {__version__}")
     _add_base(parser)
-    _add_data(parser)
+    add_data(parser)
     _add_search(parser)
     _add_training(parser)
     _add_output(parser)
@@ -111,13 +115,14 @@ def _add_base(parser: argparse.ArgumentParser) -> None:
     add("--model", default="resnet18", metavar="NAME", help="timm model to search from, or local-dir:FOLDER (resnet18)")
     add("--pretrained", action="store_true", help="take timm's weights as the teacher's")
     add("--initial-checkpoint", metavar="FILE", help="take these weights as the teacher's (.safetensors, .pth)")
-    add("--reduction", type=_number(1), metavar="R", help="total stride of the network; small images need 8 or 4")
-    add("--img-size", type=_number(4), metavar="N", help="side of the images in pixels (the model's; digits: 16)")
+    add("--reduction", type=number(1), metavar="R", help="total stride of the network; small images need 8 or 4")
+    add("--img-size", type=number(4), metavar="N", help="side of the images in pixels (the model's; digits: 16)")
     add("--in-chans", type=int, choices=(1, 3), help="channels of the images (3; digits: 1)")
-    add("--num-classes", type=_number(2), metavar="N", help="outputs (as many as the data has classes)")
+    add("--num-classes", type=number(2), metavar="N", help="outputs (as many as the data has classes)")
 
 
-def _add_data(parser: argparse.ArgumentParser) -> None:
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """The arguments that name a dataset."""
     group = parser.add_argument_group("data")
     add = group.add_argument
     add(
@@ -128,12 +133,10 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         " factory (torch/cifar10, torch/fashion_mnist, …), or folder",
     )
     add("--data-dir", metavar="DIR", help="where the data lies; image folders as timm takes them")
-    add(
-        "--train-images", type=_number(2), metavar="N", help="use at most so many training images, class by class (all)"
-    )
+    add("--train-images", type=number(2), metavar="N", help="use at most so many training images, class by class (all)")
     add(
         "--val-fraction",
-        type=_number(0.01, float, 1),
+        type=number(0.01, float, 1),
         default=0.2,
         metavar="F",
         help="cut from train to select on (0.2)",
@@ -144,7 +147,7 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("search")
     add = group.add_argument
     add("--budget", required=True, metavar="B", help="hard upper bounds: params=1M,macs=30M or macs=50%% of the base")
-    add("--trials", type=_number(1), default=20, metavar="N", help="students to train; over-budget ones are free (20)")
+    add("--trials", type=number(1), default=20, metavar="N", help="students to train; over-budget ones are free (20)")
     _add_choices(add)
     add(
         "--sampler",
@@ -152,7 +155,7 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
         default="knapsack",
         help="who proposes genotypes after the warm starts (knapsack, never over budget)",
     )
-    add("--front", type=_number(1), default=8, metavar="N", help="refine at most so many students of the front (8)")
+    add("--front", type=number(1), default=8, metavar="N", help="refine at most so many students of the front (8)")
 
 
 def _add_choices(add: Callable[..., object]) -> None:
@@ -168,9 +171,9 @@ def _add_choices(add: Callable[..., object]) -> None:
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("training").add_argument
-    add("--proxy-epochs", type=_number(1), default=4, metavar="N", help="epochs of a trial, at most (4)")
-    add("--proxy-images", type=_number(2), default=10_000, metavar="N", help="training images of a trial (10000)")
-    add("--refine-epochs", type=_number(1), metavar="N", help="epochs of the front's models (by the data's size)")
+    add("--proxy-epochs", type=number(1), default=4, metavar="N", help="epochs of a trial, at most (4)")
+    add("--proxy-images", type=number(2), default=10_000, metavar="N", help="training images of a trial (10000)")
+    add("--refine-epochs", type=number(1), metavar="N", help="epochs of the front's models (by the data's size)")
     add(
         "--distill",
         choices=DISTILLATIONS,
@@ -178,25 +181,25 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         help="how the front's models learn: by logit KD or decoupled KD from the teacher, or online, each with its"
         " peers from scratch (kd)",
     )
-    add("--peers", type=_number(2), default=4, metavar="N", help="students that learn together, with online (4)")
+    add("--peers", type=number(2), default=4, metavar="N", help="students that learn together, with online (4)")
     _add_recipe(add)
 
 
 def _add_recipe(add: Callable[..., object]) -> None:
-    add("--teacher-epochs", type=_number(1), metavar="N", help="epochs of a teacher trained here (by the data's size)")
-    add("--batch-size", type=_number(2), default=64, metavar="N", help="images per step (64)")
+    add("--teacher-epochs", type=number(1), metavar="N", help="epochs of a teacher trained here (by the data's size)")
+    add("--batch-size", type=number(2), default=64, metavar="N", help="images per step (64)")
     add(
         "--lr",
-        type=_number(1e-9, float, math.inf),
+        type=number(1e-9, float, math.inf),
         default=0.015,
         metavar="F",
         help="peak learning rate of students (0.015)",
     )
-    add("--views", type=_number(1), default=8, metavar="N", help="augmented views with cached teacher logits (8)")
+    add("--views", type=number(1), default=8, metavar="N", help="augmented views with cached teacher logits (8)")
     add("--device", metavar="D", help="cpu, cuda, cuda:1, … (cuda where there is one)")
     add("--amp", action="store_true", help="mixed precision")
-    add("--workers", type=_number(1), default=2, metavar="N", help="threads that decode images (2)")
-    add("--seed", type=_number(0, int, 2**32), default=0, metavar="N", help="decides everything that is random (0)")
+    add("--workers", type=number(1), default=2, metavar="N", help="threads that decode images (2)")
+    add("--seed", type=number(0, int, 2**32), default=0, metavar="N", help="decides everything that is random (0)")
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
@@ -243,7 +246,7 @@ class RankSettings:
 
 def rank_parser(prog: str = "python -m nas_kd.rank_check") -> argparse.ArgumentParser:
     """The parser of the rank check."""
-    parser = _Parser(
+    parser = Parser(
         prog=prog,
         description="How far the ranking of short trainings can be trusted: trains random genotypes for long and tells "
         "how well each score would have ordered them.",
@@ -252,17 +255,17 @@ def rank_parser(prog: str = "python -m nas_kd.rank_check") -> argparse.ArgumentP
         allow_abbrev=False,
     )
     _add_base(parser)
-    _add_data(parser)
+    add_data(parser)
     add = parser.add_argument_group("check").add_argument
     add("--budget", required=True, metavar="B", help="around which costs: params=1M,macs=30M or macs=50%% of the base")
-    add("--genotypes", type=_number(3), default=30, metavar="N", help="random genotypes to train (30)")
-    add("--band", type=_number(0.001, float, 1), default=0.15, metavar="F", help="how far off the budget (0.15)")
-    add("--near", type=_number(0), default=0, metavar="N", help="genotypes near the optimum to train as well (0)")
+    add("--genotypes", type=number(3), default=30, metavar="N", help="random genotypes to train (30)")
+    add("--band", type=number(0.001, float, 1), default=0.15, metavar="F", help="how far off the budget (0.15)")
+    add("--near", type=number(0), default=0, metavar="N", help="genotypes near the optimum to train as well (0)")
     _add_choices(add)
     add = parser.add_argument_group("training").add_argument
-    add("--truth-images", type=_number(2), default=102_400, metavar="N", help="images that a truth sees (102400)")
-    add("--proxy-images", type=_number(8), default=6400, metavar="N", help="images that a short training sees (6400)")
-    add("--val-images", type=_number(2), default=2000, metavar="N", help="validation images a score looks at (2000)")
+    add("--truth-images", type=number(2), default=102_400, metavar="N", help="images that a truth sees (102400)")
+    add("--proxy-images", type=number(8), default=6400, metavar="N", help="images that a short training sees (6400)")
+    add("--val-images", type=number(2), default=2000, metavar="N", help="validation images a score looks at (2000)")
     _add_recipe(add)
     _add_report(parser.add_argument_group("output").add_argument)
     return parser
@@ -302,17 +305,17 @@ class SpaceSettings:
 
 def parse_space(argv: Sequence[str]) -> SpaceSettings:
     """Reads the arguments of the space command. Raises NasKdError for bad ones."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m nas_kd.space",
         description="What a timm CNN may become: its blocks, the choices open to each, and what they cost.",
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="a timm model, or local-dir:FOLDER")
-    add("--img-size", type=_number(4), metavar="N", help="side of the images in pixels (the model's)")
-    add("--reduction", type=_number(1), metavar="R", help="total stride of the network; small images need 8 or 4")
+    add("--img-size", type=number(4), metavar="N", help="side of the images in pixels (the model's)")
+    add("--reduction", type=number(1), metavar="R", help="total stride of the network; small images need 8 or 4")
     add("--in-chans", type=int, choices=(1, 3), default=3, help="channels of the images (3)")
-    add("--num-classes", type=_number(1), metavar="N", help="outputs (the model's)")
+    add("--num-classes", type=number(1), metavar="N", help="outputs (the model's)")
     _add_choices(add)
     add("--budget", metavar="B", help="tell whether it can be met: params=1M,macs=30M or macs=50%% of the base")
     add("--json", action="store_true", dest="as_json", help="print one JSON object")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from nas_kd.arguments import _add_data, _number, _Parser
+from nas_kd.arguments import Parser, add_data, number
 from nas_kd.errors import NasKdError
 
 LOSSES = ("kd", "dkd")
@@ -62,6 +62,7 @@ class DistillSettings:
     workers: int
     seed: int
     out: str | None
+    cache: str | None
     quiet: bool
     debug: bool
     command: str = ""
@@ -87,7 +88,7 @@ class DistillSettings:
 
 def distill_parser(prog: str = "python -m nas_kd.distill") -> argparse.ArgumentParser:
     """The parser of the distill command."""
-    parser = _Parser(
+    parser = Parser(
         prog=prog,
         description="Trains one small model: online beside its peers, offline beside a teacher, or plainly.",
         epilog=f"example: {prog} resnet18 --conv depthwise --online     (no data, network or GPU needed)",
@@ -96,10 +97,11 @@ def distill_parser(prog: str = "python -m nas_kd.distill") -> argparse.ArgumentP
     )
     _add_model(parser.add_argument_group("model (as in timm)").add_argument)
     _add_mode(parser)
-    _add_data(parser)
+    add_data(parser)
     _add_recipe(parser.add_argument_group("training").add_argument)
     add = parser.add_argument_group("output").add_argument
     add("--out", metavar="DIR", help="output folder (results/distill-…); the same command again resumes")
+    add("--cache", metavar="DIR", help="images, views, teachers and states, shared by several trainings (OUT/cache)")
     add("-q", "--quiet", action="store_true", help="print the result alone")
     add("--debug", action="store_true", help="tracebacks and debug messages")
     return parser
@@ -112,10 +114,10 @@ def _add_model(add: Callable[..., object]) -> None:
     add("--pretrained", action="store_true", help="start from timm's weights")
     add("--initial-checkpoint", metavar="FILE", help="start from these weights (.safetensors, .pth)")
     add("--from-scratch", action="store_true", help="start an exported model from new weights, not from its own")
-    add("--reduction", type=_number(1), metavar="R", help="total stride of the network; small images need 8 or 4")
-    add("--img-size", type=_number(4), metavar="N", help="side of the images in pixels (the model's; digits: 16)")
+    add("--reduction", type=number(1), metavar="R", help="total stride of the network; small images need 8 or 4")
+    add("--img-size", type=number(4), metavar="N", help="side of the images in pixels (the model's; digits: 16)")
     add("--in-chans", type=int, choices=(1, 3), help="channels of the images (3; digits: 1)")
-    add("--num-classes", type=_number(2), metavar="N", help="outputs (as many as the data has classes)")
+    add("--num-classes", type=number(2), metavar="N", help="outputs (as many as the data has classes)")
 
 
 def _add_mode(parser: argparse.ArgumentParser) -> None:
@@ -124,40 +126,38 @@ def _add_mode(parser: argparse.ArgumentParser) -> None:
     mode.add_argument("--teacher", metavar="NAME", help="beside this teacher: a timm model or an exported folder")
     mode.add_argument("--no-teacher", action="store_true", help="plain training, to compare with")
     add = parser.add_argument_group("online distillation").add_argument
-    add("--peers", type=_number(2), default=4, metavar="N", help="students that learn together (4)")
+    add("--peers", type=number(2), default=4, metavar="N", help="students that learn together (4)")
     add("--teacher-gradient", action="store_true", help="the soft loss moves the teacher too (the authors' code)")
     add("--class-mean", action="store_true", help="average the soft loss over classes too (the authors' code)")
     add = parser.add_argument_group("offline distillation").add_argument
     add("--teacher-pretrained", action="store_true", help="take timm's weights")
     add("--teacher-checkpoint", metavar="FILE", help="take these weights; without any, the teacher is trained here")
-    add("--teacher-epochs", type=_number(1), metavar="N", help="epochs of a teacher trained here (by the data's size)")
-    add(
-        "--views", type=_number(0), default=8, metavar="N", help="augmented views with cached logits; 0: always new (8)"
-    )
+    add("--teacher-epochs", type=number(1), metavar="N", help="epochs of a teacher trained here (by the data's size)")
+    add("--views", type=number(0), default=8, metavar="N", help="augmented views with cached logits; 0: always new (8)")
     add(
         "--distill-weight",
-        type=_number(0, float, 1 + 1e-9),
+        type=number(0, float, 1 + 1e-9),
         default=0.9,
         metavar="F",
         help="share of the soft loss, the rest is cross-entropy (0.9); online everything weighs 1",
     )
     add = parser.add_argument_group("soft loss").add_argument
     add("--loss", choices=LOSSES, default="kd", help="logit KD or decoupled KD (kd)")
-    add("--temperature", type=_number(1e-3, float), default=4.0, metavar="T", help="softens the logits (4)")
+    add("--temperature", type=number(1e-3, float), default=4.0, metavar="T", help="softens the logits (4)")
 
 
 def _add_recipe(add: Callable[..., object]) -> None:
-    positive = _number(1e-9, float, math.inf)
-    add("--epochs", type=_number(1), metavar="N", help="epochs (by the data's size)")
-    add("--batch-size", type=_number(2), default=64, metavar="N", help="images per step (64)")
+    positive = number(1e-9, float, math.inf)
+    add("--epochs", type=number(1), metavar="N", help="epochs (by the data's size)")
+    add("--batch-size", type=number(2), default=64, metavar="N", help="images per step (64)")
     add("--lr", type=positive, metavar="F", help="peak learning rate (0.015 from given weights, 0.03 from scratch)")
     add("--optimizer", choices=("sgd", "adamw"), default="sgd", help="(sgd)")
     add("--schedule", choices=("one-cycle", "cosine", "step", "constant"), default="one-cycle", help="(one-cycle)")
-    add("--weight-decay", type=_number(0, float, math.inf), default=5e-4, metavar="F", help="(5e-4)")
+    add("--weight-decay", type=number(0, float, math.inf), default=5e-4, metavar="F", help="(5e-4)")
     add("--device", metavar="D", help="cpu, cuda, cuda:1, … (cuda where there is one)")
     add("--amp", action="store_true", help="mixed precision")
-    add("--workers", type=_number(1), default=2, metavar="N", help="threads that decode images (2)")
-    add("--seed", type=_number(0, int, 2**32), default=0, metavar="N", help="decides everything that is random (0)")
+    add("--workers", type=number(1), default=2, metavar="N", help="threads that decode images (2)")
+    add("--seed", type=number(0, int, 2**32), default=0, metavar="N", help="decides everything that is random (0)")
 
 
 def parse_distill(argv: Sequence[str]) -> DistillSettings:

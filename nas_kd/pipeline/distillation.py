@@ -59,7 +59,7 @@ class DistillJob:
     @property
     def cache(self) -> Path:
         """Where content-addressed files are kept."""
-        return self.out / "cache"
+        return Path(self.settings.cache or self.out / "cache")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -94,6 +94,8 @@ def prepare_distillation(settings: DistillSettings) -> DistillJob:
     """
     device = choose_device(settings.device)
     out = open_folder(Path(settings.out or Path("results") / _name(settings)))
+    if settings.cache is not None:
+        open_folder(Path(settings.cache), "--cache")
     classes = settings.num_classes or len(open_source(settings.dataset, settings.data_dir).class_names)
     size = _input_size(settings)
     student = build(settings, classes, size, 0)

@@ -108,8 +108,8 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def open_folder(folder: Path) -> Path:
-    """Creates the output folder. Raises OutputError when it cannot be written."""
+def open_folder(folder: Path, option: str = "--out") -> Path:
+    """Creates the output folder that `option` names. Raises OutputError when it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe-{os.getpid()}"
@@ -117,7 +117,7 @@ def open_folder(folder: Path) -> Path:
         probe.unlink()
     except OSError as error:
         reason = error.strerror or error
-        raise OutputError(f"cannot write the output folder {folder}: {reason}; choose another --out") from error
+        raise OutputError(f"cannot write the output folder {folder}: {reason}; choose another {option}") from error
     return folder
 
 
