@@ -41,7 +41,8 @@ class ScoreRow:
     def title(self) -> str:
         """The score in a few words."""
         steps = f" after {self.steps} steps" if self.steps else ""
-        return self.name + steps + (f" from {self.start}" if self.start else "")
+        article = "" if self.start.endswith("weights") else "the "
+        return self.name + steps + (f" from {article}{self.start}" if self.start else "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -107,7 +107,7 @@ def test_a_field_that_is_missing_is_refused(check: RankCheck) -> None:
 
 def test_the_sentence_says_what_was_measured_and_against_what(check: RankCheck) -> None:
     sentence = check.sentence()
-    for part in ("3 random students at 0.85 to 1.15 of macs=12M", "accuracy after 100 steps from closed form"):
+    for part in ("3 random students at 0.85 to 1.15 of macs=12M", "accuracy after 100 steps from the closed form"):
         assert part in sentence
     assert "τ 0.81 [0.61, 0.91] with the accuracy after 1,600 steps" in sentence
     assert "params alone 0.68 [0.48, 0.78]" in sentence
@@ -131,7 +131,7 @@ def test_the_page_shows_every_score_and_escapes(check: RankCheck) -> None:
     assert text.count('class="plot"') == 6
     assert "&lt;b&gt;" in text
     assert "--pin '<b>'" not in text
-    for title in ("accuracy after 100 steps from closed form", "SNIP from fresh weights", "params"):
+    for title in ("accuracy after 100 steps from the closed form", "SNIP from fresh weights", "params"):
         assert title in text
     assert "from the library" in text
     assert "the library took" not in text
