@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from nas_kd.search.space import Space as Space
     from nas_kd.training.loop import recalibrate as recalibrate
     from nas_kd.training.losses import distillation_loss as distillation_loss
+    from nas_kd.training.losses import ensemble_loss as ensemble_loss
+    from nas_kd.training.losses import soft_loss as soft_loss
+    from nas_kd.training.online import make_ensemble as make_ensemble
 
 __version__ = "0.1.0"
 
@@ -41,12 +44,15 @@ _HOMES = {
     "analyse": "nas_kd.models.blocks",
     "create_base": "nas_kd.models.hub",
     "distillation_loss": "nas_kd.training.losses",
+    "ensemble_loss": "nas_kd.training.losses",
     "export": "nas_kd.results.export",
     "load": "nas_kd.results.export",
+    "make_ensemble": "nas_kd.training.online",
     "parse_budget": "nas_kd.budget",
     "parse_options": "nas_kd.search.options",
     "recalibrate": "nas_kd.training.loop",
     "reduce_stride": "nas_kd.models.reduction",
+    "soft_loss": "nas_kd.training.losses",
 }
 __all__ = ["__version__", *sorted(_HOMES)]
 

@@ -93,11 +93,10 @@ def train_online(
 
     All else is as in `loop.fit`: `report` hears the validation accuracy of the best student. Logits of a finished
     teacher in `data` are not used. Every student sees the same batches, so they must start from different weights.
-    Raises TrainingError for fewer than 2 students or equal ones, ModelError for a network without timm's
-    `forward_features` and `forward_head`, and what `fit` raises.
+    Raises what `make_ensemble` and `fit` raise.
     """
-    _check_students(students)
-    ensemble = make_ensemble(students, data, recipe.seed)
+    two = normalise(data.batch(0, torch.arange(2)).pixels, data.mean, data.std, device_of(nn.ModuleList(students)))
+    ensemble = make_ensemble(students, two, seed=recipe.seed)
     task = Task(
         network=ensemble,
         criterion=functools.partial(
@@ -109,21 +108,25 @@ def train_online(
     return OnlineResult(ensemble=ensemble, accuracies=accuracies(ensemble, val), training=training)
 
 
-def make_ensemble(students: Sequence[nn.Module], data: TrainingData, seed: int) -> Ensemble:
-    """The students and a new teacher, drawn by `seed`, for their feature maps on images like those of `data`."""
-    device = device_of(students[0])
-    pixels = normalise(data.batch(0, torch.arange(2)).pixels, data.mean, data.std, device)
+def make_ensemble(students: Sequence[nn.Module], images: Tensor, *, seed: int = 0) -> Ensemble:
+    """The students and a new teacher, drawn by `seed`, for their feature maps on images like these (N×C×H×W).
+
+    For a training loop of your own: descend on `ensemble_loss(ensemble(images), labels, soft=…)`. Raises TrainingError
+    for fewer than 2 students, equal ones or other classes, ModelError for a network without timm's `forward_features`
+    and `forward_head`.
+    """
+    _check_students(students)
     channels, classes = 0, set()
     for student in students:
         with eval_mode(student), torch.no_grad():
-            features, logits = features_and_logits(student, pixels)
+            features, logits = features_and_logits(student, images)
         channels += features.shape[1]
         classes.add(logits.shape[1])
     if len(classes) != 1:
         raise TrainingError(f"students that learn together need the same classes, got {sorted(classes)} outputs")
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(seed, "online teacher"))
-        return Ensemble(students, channels, classes.pop()).to(device)
+        return Ensemble(students, channels, classes.pop()).to(images.device)
 
 
 def features_and_logits(student: Any, images: Tensor) -> tuple[Tensor, Tensor]:

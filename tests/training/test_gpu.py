@@ -14,6 +14,7 @@ from nas_kd.training.augment import Augmentation
 from nas_kd.training.data import Splits
 from nas_kd.training.images import AugmentedImages
 from nas_kd.training.loop import evaluate, train
+from nas_kd.training.online import train_online
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.teacher import Teacher
 from nas_kd.training.views import OnlineViews, ViewSpec, build_views
@@ -37,6 +38,17 @@ def test_it_learns_from_an_online_teacher(make_network: Callable[..., nn.Module]
     data = OnlineViews(AugmentedImages(digits.train, Augmentation()), Teacher(make_network(1).cuda()))
     result = train(make_network(2).cuda(), data, Recipe(epochs=3, batch_size=16))
     assert result.losses[-1] < result.losses[0]
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_peers_learn_together(make_network: Callable[..., nn.Module], digits: Splits, amp: bool) -> None:
+    students = [make_network(seed).cuda() for seed in (1, 2, 3)]
+    data = AugmentedImages(digits.train, Augmentation(flip=False))
+    recipe = Recipe(epochs=4, batch_size=16, lr=0.05, amp=amp, channels_last=True)
+    result = train_online(students, data, recipe, val=digits.val)
+    assert result.training.losses[-1] < result.training.losses[0]
+    assert max(result.accuracies[:-1]) == pytest.approx(evaluate(result.student, digits.val))
+    assert all(parameter.is_cuda for parameter in result.ensemble.parameters())
 
 
 def test_out_of_memory_halves_the_batch(

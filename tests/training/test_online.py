@@ -124,11 +124,9 @@ def test_a_state_of_other_switches_is_not_resumed(
 
 
 @pytest.mark.parametrize("teacher_gradient", [False, True])
-def test_the_soft_loss_moves_the_teacher_only_when_switched(
-    make_network: MakeNetwork, data: AugmentedImages, teacher_gradient: bool
-) -> None:
+def test_the_soft_loss_moves_the_teacher_only_when_switched(make_network: MakeNetwork, teacher_gradient: bool) -> None:
     """The cross-entropy taken away, what is left is the soft loss: does it reach the teacher's own weights?"""
-    ensemble = make_ensemble([make_network(1), make_network(2)], data, 0).train()
+    ensemble = make_ensemble([make_network(1), make_network(2)], torch.randn(2, 1, 32, 32)).train()
     images, labels = torch.randn(8, 1, 32, 32), torch.arange(8)
 
     def gradient(temperature_loss: bool) -> Tensor:
@@ -142,9 +140,9 @@ def test_the_soft_loss_moves_the_teacher_only_when_switched(
     assert torch.equal(gradient(True), gradient(False)) is not teacher_gradient
 
 
-def test_the_teachers_own_loss_trains_the_students(make_network: MakeNetwork, data: AugmentedImages) -> None:
+def test_the_teachers_own_loss_trains_the_students(make_network: MakeNetwork) -> None:
     """CE(z_t) reaches the students' convolutions through the concatenated maps, as in the authors' code."""
-    ensemble = make_ensemble([make_network(1), make_network(2)], data, 0).train()
+    ensemble = make_ensemble([make_network(1), make_network(2)], torch.randn(2, 1, 32, 32)).train()
     nn.functional.cross_entropy(ensemble(torch.randn(8, 1, 32, 32))[:, -1], torch.arange(8)).backward()
     for student in ensemble.students:
         assert next(student.parameters()).grad.abs().sum() > 0
@@ -235,6 +233,8 @@ def test_what_cannot_learn_together_is_refused(
 
     with pytest.raises(TrainingError, match="needs at least 2 peers, got 1"):
         run(make_network(1))
+    with pytest.raises(TrainingError, match="needs at least 2 peers, got 0"):
+        run()
     with pytest.raises(TrainingError, match="start from the same weights and would stay the same"):
         run(make_network(1), make_network(2), make_network(1))
     with pytest.raises(TrainingError, match=r"need the same classes, got \[10, 12\] outputs"):
@@ -267,11 +267,9 @@ def test_any_timm_network_can_take_part(name: str, given: dict[str, Any]) -> Non
         torch.testing.assert_close(outputs[:, 0], students[0](images))
 
 
-def test_accuracies_are_those_of_the_students_alone(
-    make_network: MakeNetwork, data: AugmentedImages, digits: Splits
-) -> None:
+def test_accuracies_are_those_of_the_students_alone(make_network: MakeNetwork, digits: Splits) -> None:
     students = [make_network(1), make_network(2)]
-    ensemble = make_ensemble(students, data, 0)
+    ensemble = make_ensemble(students, torch.randn(2, 1, 32, 32))
     first, second, teacher = accuracies(ensemble, digits.val)
     assert (first, second) == pytest.approx(tuple(evaluate(student, digits.val) for student in students))
     assert 0 <= teacher <= 1
