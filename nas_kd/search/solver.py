@@ -1,13 +1,17 @@
 """The multiple-choice knapsack behind a budget: one choice per block, every bound a row, the least damage.
 
 The product of two blocks' widths is made linear with one variable per pair of choices that differ in cost
-(Glover & Woolsey 1974), so that the optimum, or the proof that there is none, is exact.
+(Glover & Woolsey 1974), and what is alive only where blocks are kept by a variable of its own that cannot be less
+(McCormick 1976), so that a proof that there is no genotype is exact.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,6 +44,18 @@ class _Pair:
         return int(self.rows.max()) + 1, int(self.columns.max()) + 1
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Product:
+    """A number per choice of one block times numbers per choice of others: `variable` is its share of its largest."""
+
+    variable: int
+    factors: tuple[tuple[int, NDArray[np.int64]], ...]  # by block
+
+    @property
+    def largest(self) -> int:
+        return math.prod(int(vector.max()) for _, vector in self.factors)
+
+
 def solve(
     table: CostTable, budget: Budget, damages: Sequence[NDArray[np.float64]] | None = None, *, seconds: float = 10.0
 ) -> Genotype | None:
@@ -49,30 +65,36 @@ def solve(
     longer than `seconds` gives the best found so far, and raises TimeoutError when there is none yet.
     """
     sums = Budget(tuple((kind, bound) for kind, bound in budget.bounds if kind in SUMS))
-    problem = _Problem(table, tuple(sums))
+    problem = _Problem(table, tuple(sums), with_memory="peak_memory" in budget)
     objective = np.zeros(problem.size)
     for start, block_damages in zip(problem.starts, damages or (), strict=False):
         objective[start : start + len(block_damages)] = block_damages
-    with _silent_highs():
-        result = milp(
-            objective,
-            integrality=problem.integrality(),
-            bounds=Bounds(0, 1),
-            constraints=[
-                problem.one_choice_each(),
-                *problem.links(),
-                *([problem.within(sums)] if sums else []),
-                *([problem.within_memory(budget["peak_memory"])] if "peak_memory" in budget else []),
-            ],
-            options={"time_limit": seconds},
-        )
-    if result.x is None:
-        if result.status == _INFEASIBLE:
+    constraints = [
+        problem.one_choice_each(),
+        *problem.links(),
+        *([problem.within(sums)] if sums else []),
+        *([problem.within_memory(budget["peak_memory"])] if "peak_memory" in budget else []),
+    ]
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
+        with _silent_highs():
+            result = milp(
+                objective,
+                integrality=problem.integrality(),
+                bounds=Bounds(0, 1),
+                constraints=constraints,
+                options={"time_limit": left},
+            )
+        if result.x is None and result.status == _INFEASIBLE:
             return None
-        raise TimeoutError(f"no genotype within {budget} was found in {seconds:.0f} s: {result.message}")
-    genotype = problem.genotype(result.x)
-    # HiGHS works to a tolerance; a hard bound is a hard bound
-    return genotype if budget.admits(table.cost(genotype)) else solve(table, budget.scaled(1 - 1e-6), damages)
+        if result.x is None:
+            break
+        genotype = problem.genotype(result.x)
+        if budget.admits(table.cost(genotype)):
+            return genotype
+        # HiGHS works to a tolerance; a hard bound is a hard bound: this one is out, whatever else is as close is not
+        constraints.append(problem.without(genotype))
+    raise TimeoutError(f"no genotype within {budget} was found in {seconds:.0f} s: give it more, or a wider budget")
 
 
 @contextmanager
@@ -90,9 +112,10 @@ def _silent_highs() -> Iterator[None]:
 
 
 class _Problem:
-    """The variables: one per block and choice, then one per pair of blocks and pair of choice classes."""
+    """The variables: one per block and choice, then one per pair of blocks and pair of choice classes, then one per
+    product in the sums of memory."""
 
-    def __init__(self, table: CostTable, kinds: tuple[str, ...]) -> None:
+    def __init__(self, table: CostTable, kinds: tuple[str, ...], *, with_memory: bool) -> None:
         self.table, self.kinds = table, kinds
         lengths = [len(block.choices) for block in table.blocks]
         self.starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(int)
@@ -101,6 +124,12 @@ class _Problem:
         self.size = self.choices
         for pair in dict.fromkeys(pair for kind in kinds for pair in table.pairs[kind]):
             self._add_pair(pair)
+        self.products: list[list[_Product]] = []  # of each sum of memory
+        for _, amount in table.memory.sums if with_memory else ():
+            numbers = itertools.count(self.size)
+            own = [_Product(variable=next(numbers), factors=tuple(f.items())) for f in amount.products]
+            self.products.append(own)
+            self.size += len(own)
 
     def _matrix(self, kind: str, pair: tuple[int, int]) -> NDArray[np.int64]:
         shape = tuple(len(self.table.blocks[index].choices) for index in pair)
@@ -171,22 +200,42 @@ class _Problem:
         ]
         return self.table.genotype(chosen)
 
+    def without(self, genotype: Genotype) -> LinearConstraint:
+        """Any genotype but this one."""
+        row = np.zeros(self.size)
+        row[self.starts + self.table.indices(genotype)] = 1
+        return LinearConstraint(scipy.sparse.csr_array(row[None]), -np.inf, len(self.starts) - 1)
+
     def within_memory(self, bound: float) -> LinearConstraint:
         """No moment may hold more than `bound`: what choices of a few blocks exceed it together are not taken at once,
         and the sums of many blocks are rows of their own."""
         rows: list[Row] = [row for part in self.table.memory.parts for row in self._exclusions(part, bound)]
-        for _, amount in self.table.memory.sums:
+        for (_, amount), products in zip(self.table.memory.sums, self.products, strict=True):
             row = np.zeros(self.size)
-            for factors in amount.factors():
-                # the product with what else may be dropped is at most the number itself: a dropped block is on the
-                # safe side
-                block, vector = next(iter(factors.items()))
-                rest = np.prod([float(other.max()) for other in list(factors.values())[1:]])
-                row[self.starts[block] : self.starts[block] + len(vector)] += vector * rest
+            for block, vector in amount.single.items():
+                row[self.starts[block] : self.starts[block] + len(vector)] += vector
+            for product in products:
+                row[product.variable] = product.largest
+                rows += self._at_least(product)
             rows.append((row / bound, 1 - amount.constant / bound))
         rows.append((np.zeros(self.size), 0.0))
         matrix, limits = zip(*rows, strict=True)
         return LinearConstraint(scipy.sparse.csr_array(np.array(matrix)), -np.inf, np.array(limits))
+
+    def _at_least(self, product: _Product) -> Iterator[Row]:
+        """The variable of a product is no less than the product: one row for each combination of values of all factors
+        but one, which says nothing unless these values are taken. (It need not be equal: less is always allowed.)"""
+        (block, vector), *others = product.factors
+        values = [np.unique(other[other > 0]) for _, other in others]
+        for combination in itertools.product(*values):
+            rest = math.prod(map(int, combination)) / product.largest
+            row = np.zeros(self.size)
+            row[self.starts[block] : self.starts[block] + len(vector)] = vector * rest
+            most = float(vector.max()) * rest
+            for (other, numbers), value in zip(others, combination, strict=True):
+                row[self.starts[other] + np.flatnonzero(numbers == value)] += most
+            row[product.variable] = -1
+            yield row, most * len(others)
 
     def _exclusions(self, part: Part, bound: float) -> Iterator[Row]:
         """For each combination of choices of all its blocks but the last, those of the last that exceed the bound."""

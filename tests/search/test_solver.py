@@ -7,9 +7,10 @@ import pytest
 import timm
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from nas_kd.budget import KINDS, Budget, parse_budget
+from nas_kd.models import memory
 from nas_kd.models.blocks import analyse
 from nas_kd.models.costs import CostTable, cost_table
 from nas_kd.search.options import parse_options, restrict
@@ -21,6 +22,17 @@ def table_of(name: str, side: int, space: str) -> CostTable:
     network = timm.create_model(name, num_classes=10)
     analysis = analyse(network, (3, side, side), name=name)
     return cost_table(restrict(analysis, parse_options(space)), network)
+
+
+class _Bottleneck(nn.Module):
+    """16 channels, 64 within, and a shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reduce, self.expand = nn.Conv2d(16, 64, 3, padding=1), nn.Conv2d(64, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.expand(self.reduce(x).relu())
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +75,32 @@ def test_the_smallest_reachable_cost_is_what_the_solver_can_reach_and_no_less(sm
     assert found is not None
     assert small.cost(found)[kind] == least
     assert solve(small, below) is None
+
+
+def test_dropped_blocks_count_exactly_where_memory_is_a_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Budgets at, and a byte below, everything that is reachable, against all genotypes."""
+    monkeypatch.setattr(memory, "_DENSE", 1)  # moments that depend on two blocks or more stay sums, with products
+    network = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), _Bottleneck(), _Bottleneck(), _Bottleneck(), nn.Conv2d(16, 4, 1)
+    )
+    analysis = analyse(network, (3, 8, 8), open=("width", "stages", "keep"))
+    table = cost_table(restrict(analysis, parse_options("width=1/0.5/0.125,keep", search_stages=True)), network)
+    assert any(amount.products for _, amount in table.memory.sums)
+    rows = np.array(list(itertools.product(*(range(len(block.choices)) for block in table.blocks))))
+    totals = table.many(rows)
+    peaks = np.unique(totals["peak_memory"])
+    generator = np.random.default_rng(0)
+    damages = [generator.random(len(block.choices)) for block in table.blocks]
+    damage = np.sum([d[column] for d, column in zip(damages, rows.T, strict=True)], axis=0)
+    for peak, params in itertools.product((*peaks, *(peaks - 1)), np.quantile(totals["params"], (0, 0.1, 0.5, 1))):
+        budget = Budget((("peak_memory", float(peak)), ("params", float(params))))
+        within = (totals["peak_memory"] <= peak) & (totals["params"] <= params)
+        found = solve(table, budget, damages)
+        assert (found is not None) == within.any()
+        if found is not None:
+            assert budget.admits(table.cost(found))
+            reached = sum(d[index] for d, index in zip(damages, table.indices(found), strict=True))
+            assert reached == pytest.approx(damage[within].min(), abs=1e-3)
 
 
 def test_the_smallest_costs_can_be_met_together_where_only_widths_change() -> None:
