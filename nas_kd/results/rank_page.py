@@ -85,9 +85,13 @@ def render_check(check: RankCheck) -> str:
         f"<h1>Rank check of {escaped(check.model)}</h1>",
         f'<p class="result">{escaped(check.sentence())}</p>',
         f'<p class="facts">{escaped(_facts(check))}</p>',
-        *(panel_section(_panel(group, check), lambda: f"plot-{next(numbers)}") for group in check.groups),
+        *(
+            panel_section(panel, lambda: f"plot-{next(numbers)}")
+            for group in check.groups
+            for panel in _panels(group, check)
+        ),
         f"<h2>How to reproduce</h2>\n<pre>{escaped(check.command)}</pre>",
-        "".join(f'<p class="facts">{escaped(name)}: {escaped(value)}</p>' for name, value in check.environment),
+        f'<p class="facts">{" · ".join(escaped(f"{name}: {value}") for name, value in check.environment)}</p>',
     ]
     return page(f"Rank check of {check.model} · nas_kd", "\n".join(sections))
 
@@ -100,21 +104,23 @@ def _facts(check: RankCheck) -> str:
     return " · ".join([*facts, f"seed {check.seed}"])
 
 
-def _panel(group: GroupRows, check: RankCheck) -> Panel:
+def _panels(group: GroupRows, check: RankCheck) -> tuple[Panel, Panel]:
     lead = (
         "Kendall's τ is 1 where a score orders genotypes as long training does, 0 where it knows nothing. Lines are "
         "90 % bootstrap intervals over the genotypes; the dashed line is the number of parameters: a score that does "
         "not beat it is worth nothing. A short training has one schedule of its own; scores of fewer steps are taken "
         "on its way."
     )
-    figures = [
-        ("Kendall's τ of every score", _tau_figure(group)),
-        ("τ over what a candidate costs", _cost_figure(group)),
-    ]
+    taus = Panel(title=_title(group), lead=lead, figures=(("Kendall's τ of every score", _tau_figure(group)),))
+    figures = [("τ over what a candidate costs", _cost_figure(group))]
     row = group.row(*check.default)
     if row is not None:
         figures.append((f"The score of a study over the truth: {row.title}", _truth_figure(group, row)))
-    return Panel(title=_title(group), lead=lead, figures=tuple(figures))
+    title = f"Cost, and a study's score: {_GROUPS.get(group.name, group.name)}"
+    lead = (
+        "What is paid once (teacher, views, library) is left out; the dashed line is the best score that costs nothing."
+    )
+    return taus, Panel(title=title, lead=lead, figures=tuple(figures))
 
 
 def _families(rows: Sequence[ScoreRow]) -> list[tuple[list[tuple[int, ScoreRow]], str, str, str]]:
@@ -129,6 +135,7 @@ def _families(rows: Sequence[ScoreRow]) -> list[tuple[list[tuple[int, ScoreRow]]
 
 def _tau_figure(group: GroupRows) -> go.Figure:
     figure = bare_figure(90 + 24 * len(group.scores))
+    lowest = min((row.low for row in group.scores if math.isfinite(row.tau)), default=0.0)
     for members, label, colour, symbol in _families(group.scores):
         figure.add_scatter(
             x=[row.tau for _, row in members],
@@ -149,7 +156,7 @@ def _tau_figure(group: GroupRows) -> go.Figure:
     params = group.row("params", "", 0)
     if params is not None and math.isfinite(params.tau):
         figure.add_vline(x=params.tau, line={"color": GREY, "width": 1, "dash": "dash"})
-    figure.update_xaxes(title="Kendall's τ", range=(-1.02, 1.02))
+    figure.update_xaxes(title="Kendall's τ", range=(min(lowest, 0) - 0.04, 1.04))
     figure.update_yaxes(**name_axis([row.title for row in group.scores]))
     return figure
 
@@ -167,7 +174,7 @@ def _cost_figure(group: GroupRows) -> go.Figure:
     free = [row.tau for row in group.scores if row.seconds == 0 and math.isfinite(row.tau)]
     if free:
         figure.add_hline(y=max(free), line={"color": GREY, "width": 1, "dash": "dash"})
-    figure.update_xaxes(title="seconds per candidate; dashed: the best that costs nothing", type="log")
+    figure.update_xaxes(title="seconds per candidate", type="log")
     figure.update_yaxes(title="Kendall's τ")
     return figure
 
