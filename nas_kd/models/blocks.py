@@ -253,7 +253,7 @@ def _find_sites(network: nn.Module, traced: Trace, owners: Mapping[str, str]) ->
             continue
         spec = _spec_of(module)
         flow = traced.flows[call.module]
-        if spec is None or call.inputs is None or call.outputs is None:
+        if spec is None or call.inputs is None or call.outputs is None or flow.in_axes[0] is not None:
             continue
         if (call.inputs == FROZEN).all() and not spec.channelwise:
             continue  # it reads the image
@@ -263,10 +263,15 @@ def _find_sites(network: nn.Module, traced: Trace, owners: Mapping[str, str]) ->
                 spec=spec,
                 inputs=call.inputs,
                 outputs=call.outputs,
-                positions=(math.prod(flow.in_shape[2:]), math.prod(flow.out_shape[2:])),
+                positions=(_positions(flow.in_shape), _positions(flow.out_shape)),
             )
         )
     return sites
+
+
+def _positions(shape: Sequence[int]) -> int:
+    """Pixels of all images in a batch: windows of one image may be folded into it."""
+    return shape[0] * math.prod(shape[2:])
 
 
 def _spec_of(conv: nn.Conv2d) -> ConvSpec | None:

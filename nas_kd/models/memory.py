@@ -273,7 +273,8 @@ class _Rows:
         image = read.pop()
         others, stays = self._sum(alive - made - {image}), self._lives[image][1] > span[1]
         flow = self.trace.flows[site.module]
-        steps = [_steps(*_probe(site, choice), flow.in_shape[2:]) for choice in self.blocks[index].choices]
+        batch, _, *size = flow.in_shape
+        steps = [_steps(*_probe(site, choice), (batch, *size)) for choice in self.blocks[index].choices]
         rows = []
         for step in itertools.zip_longest(*steps, fillvalue=(0, 0, 0)):
             holds, inputs, outputs = (np.array(column) for column in zip(*step, strict=True))
@@ -327,10 +328,12 @@ def _probe(site: Site, choice: Any) -> tuple[ConvSpec, bool]:
 
 @functools.lru_cache(maxsize=4096)
 def _steps(spec: ConvSpec, is_cheap: bool, size: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
-    """For each moment of a convolution that runs on `size` pixels: whether its input is alive (0 or 1), and what else
-    is, as bytes per input channel and bytes per output channel. Moments that hold less than another are left out."""
+    """For each moment of a convolution that runs on `size` (N, H, W): whether its input is alive (0 or 1), and what
+    else is, as bytes per input channel and bytes per output channel. Moments that hold less than another are left out.
+    """
     with torch.device("meta"), torch.no_grad():
-        module, image = build_conv(spec) if is_cheap else _plain(spec), torch.empty(1, spec.in_channels, *size)
+        module = build_conv(spec) if is_cheap else _plain(spec)
+        image = torch.empty(size[0], spec.in_channels, *size[1:])
         follow = _Follow()
         follow.activations.begin(image)
         with follow:

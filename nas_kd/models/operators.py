@@ -83,7 +83,8 @@ def _convolution(labelling: Labelling, arguments: dict[str, Any], output: Tensor
         labelling.tie(outputs, labelling.get(arguments["bias"])[0])
     labelling.set(output, (in_axes[0], outputs, *(None,) * (output.ndim - 2)))
     pixels = math.prod(output.shape[2:]) * math.prod(weight.shape[2:])
-    dims = [(pixels, None), (weight.shape[0], outputs), (weight.shape[1], read)]
+    # attention within windows folds them into the batch
+    dims = [(pixels, None), (output.shape[0], in_axes[0]), (weight.shape[0], outputs), (weight.shape[1], read)]
     labelling.made(output)
     labelling.call("conv", dims, groups=groups, inputs=channels, outputs=outputs)
 
@@ -331,6 +332,15 @@ def _select(labelling: Labelling, arguments: dict[str, Any], output: Any) -> Non
         labelling.set(out, (*axes[:dim], *axes[dim + 1 :]))
 
 
+def _as_strided(labelling: Labelling, arguments: dict[str, Any], output: Tensor) -> None:
+    """Another layout in memory, as torch gives to pooled channels-last images; what may change the order freezes."""
+    image = arguments["self"]
+    if output.shape == image.shape and sum(length > 1 for length in output.shape) <= 1:
+        _same(labelling, {"self": image}, output)
+    else:
+        labelling.give_up("aten.as_strided", [image])
+
+
 def _expand(labelling: Labelling, arguments: dict[str, Any], output: Tensor) -> None:
     image = arguments["self"]
     added = output.ndim - image.ndim
@@ -377,6 +387,7 @@ _GROUPS: tuple[tuple[Rule, str], ...] = (
     (_slice, "slice"),
     (_select, "select unbind"),
     (_expand, "expand"),
+    (_as_strided, "as_strided"),
     (_pad, "constant_pad_nd"),
     (_flip, "flip"),
     (_stack, "stack"),

@@ -19,8 +19,8 @@ from nas_kd.models.convs import ConvSpec, build_conv
 VERSION = 1  # of the JSON form; every older one stays readable
 SETTABLE = frozenset(  # sizes that modules keep as plain numbers; nothing else is ever set from a file
     "in_channels out_channels groups num_features num_channels normalized_shape in_features out_features "
-    "num_parameters kernel_size stride padding head_hidden_size in_chs out_chs expand_chs width hidden_features "
-    "splits".split()
+    "channels num_parameters kernel_size stride padding head_hidden_size in_chs out_chs expand_chs width "
+    "hidden_features splits".split()
 )
 Number = int | tuple[int, ...]
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from nas_kd.genotype import Choice
-from nas_kd.models.labels import Axes, Labels, Split
+from nas_kd.models.labels import Axes, Labels, Split, tensors
 from nas_kd.models.plan import SETTABLE, Edit, Number, Plan, apply_plan
 from nas_kd.models.structure import Analysis, Site, is_replaced, padding_for, replaced
 
@@ -42,6 +42,8 @@ def _patched_copy(base: nn.Module, plan: Plan) -> nn.Module:
         is_parameter = isinstance(tensor, nn.Parameter)
         views[id(tensor)] = nn.Parameter(view, requires_grad=tensor.requires_grad) if is_parameter else view
     shared = {id(view) for view in views.values()}
+    for module in base.modules():  # what a module has computed and kept, as efficientformer its attention bias
+        views |= {id(t): t.detach().clone() for t in tensors(vars(module)) if not t.is_leaf}
     student = apply_plan(copy.deepcopy(base, dict(views)), plan)
     for tensor in (*student.parameters(), *student.buffers()):
         if id(tensor) in shared:
@@ -166,7 +168,7 @@ def _following_split(module: nn.Module, split: Split, mask: Mask) -> Iterator[tu
             yield name, sum(new)
 
 
-_NORM_SIZES = ("num_features", "num_channels", "num_parameters")  # batch norm, group norm, PReLU
+_NORM_SIZES = ("num_features", "num_channels", "num_parameters", "channels")  # batch norm, group norm, PReLU, BlurPool
 _INPUT_SIZES = ("in_features", "in_channels", "in_chs")
 _OUTPUT_SIZES = ("num_features", "out_channels", "out_chs", "out_features")
 
@@ -176,8 +178,9 @@ def _container_sizes(
 ) -> Iterator[tuple[str, Number]]:
     """Norms by their own tensors; blocks and heads by what flows in and out of them; the network by its features."""
     if shapes:
-        dims = next(iter(shapes.values()))
-        yield from ((name, dims[0][1]) for name in _NORM_SIZES if hasattr(module, name))
+        tensor, ((dim, length), *_) = next(iter(shapes.items()))
+        old = getattr(module, tensor).shape[dim]
+        yield from ((name, length) for name in _NORM_SIZES if getattr(module, name, None) == old)
         return
     flows = analysis.trace.flows
     sources: tuple[tuple[tuple[str, ...], str, bool], ...]

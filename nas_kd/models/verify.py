@@ -8,6 +8,7 @@ say. Students on the meta device show it for the price of a forward pass.
 from __future__ import annotations
 
 import logging
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -83,6 +84,8 @@ def verified(analysis: Analysis, network: nn.Module) -> Analysis:
     for _ in range(3):
         table = cost_table(analysis, meta)
         check = _Check(meta, analysis, table)
+        if check.fault(analysis.identity):
+            break  # not the choices are to blame
         failing = next((genotype for genotype in _samples(table) if check.fault(genotype)), None)
         if failing is None:
             return analysis
@@ -109,26 +112,36 @@ class _Check:
 
     def __init__(self, meta: nn.Module, analysis: Analysis, table: CostTable) -> None:
         self.meta, self.analysis, self.table = meta, analysis, table
-        self._output = _measured(meta, analysis.input_size)[1]
+        cost, self._output = _measured(meta, analysis.input_size)
+        self._known = {analysis.identity: _difference(cost, table.base())}
 
     def fault(self, genotype: Genotype) -> str:
         """What is wrong with the student of `genotype`, in a few words; empty when nothing is."""
+        if genotype not in self._known:
+            self._known[genotype] = self._fault(genotype)
+        return self._known[genotype]
+
+    def _fault(self, genotype: Genotype) -> str:
         expected = self.table.cost(genotype)
         try:
             cost, shapes = _measured(build_student(self.meta, self.analysis, genotype), self.analysis.input_size)
         except Exception as error:  # whatever a model's own code raises at a width that it does not expect
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            return f"a student fails: {lines[0][:100]}"
+            return f"a student fails: {textwrap.shorten(lines[0], 100, placeholder='…')}"
         if shapes != self._output:
             return "a student's output has another shape"
-        wrong = [kind for kind in BOUNDABLE if cost[kind] != expected[kind]]
-        return f"a student has other {', '.join(wrong)} than counted" if wrong else ""
+        return _difference(cost, expected)
 
     def alone(self, genotype: Genotype, blocks: Sequence[str]) -> Genotype:
         """The base with the choices of `genotype` in these blocks only."""
         return Genotype.of(
             {name: genotype[name] if name in blocks else c for name, c in self.analysis.identity.items()}
         )
+
+
+def _difference(cost: Cost, expected: Cost) -> str:
+    wrong = [kind for kind in BOUNDABLE if cost[kind] != expected[kind]]
+    return f"a student has other {', '.join(wrong)} than counted" if wrong else ""
 
 
 _ASPECTS: tuple[tuple[str, Callable[[Choice, Choice], Choice]], ...] = (
@@ -147,8 +160,10 @@ def _offences(check: _Check, genotype: Genotype) -> Iterator[tuple[tuple[str, st
             single = Genotype.of({**check.analysis.identity, name: only(choice, default)})
             if fault := check.fault(single):
                 faults[name, aspect] = fault
-        whole = check.fault(check.alone(genotype, [name])) or "a student fails beside others"
-        yield from (faults or {(name, aspect): whole for aspect, _ in _ASPECTS}).items()
+        if not faults:
+            whole = check.fault(check.alone(genotype, [name])) or "a student fails beside others"
+            faults = {(name, aspect): whole for aspect, _ in _ASPECTS}
+        yield from faults.items()
 
 
 def _culprits(check: _Check, genotype: Genotype, blocks: Sequence[str]) -> list[str]:

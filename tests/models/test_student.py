@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nas_kd.errors import GenotypeError
 from nas_kd.genotype import Choice, Genotype
+from nas_kd.models.blocks import analyse
 from nas_kd.models.inherit import inherit_student, inherit_tensors
 from nas_kd.models.plan import Plan, apply_plan
 from nas_kd.models.student import build_student, plan_of, student_plan
@@ -117,6 +118,25 @@ def test_feature_info_tells_the_channels(name: str) -> None:
     student(_image(name))
     assert len(hooks) == len(levels)
     assert {level["module"]: level["num_chs"] for level in levels} == seen
+
+
+def test_what_a_base_remembers_of_a_forward_pass_is_no_hindrance() -> None:
+    class Base(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 1)
+            self.kept: dict[str, Tensor] = {}
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept["bias"] = self.head.bias * 2
+            return self.head(self.conv(x)).mean((2, 3)) + self.kept["bias"]
+
+    network = Base()
+    analysis = analyse(network, (3, 8, 8))
+    image = torch.randn(1, 3, 8, 8)
+    network(image)
+    student = build_student(network, analysis, analysis.identity)
+    assert torch.equal(student(image), network(image))
 
 
 def test_training_helpers_keep_working() -> None:

@@ -62,6 +62,11 @@ OPERATORS = {
     "flip": (lambda x: x.flip(1), "hgfedcba"),
     "permute there and back": (lambda x: x.permute(0, 2, 3, 1).permute(0, 3, 1, 2), "abcdefgh"),
     "pool": (lambda x: F.adaptive_avg_pool2d(x, 1), "abcdefgh"),
+    "pool in another layout": (
+        lambda x: F.adaptive_avg_pool2d(x.contiguous(memory_format=torch.channels_last), 1),
+        "abcdefgh",
+    ),
+    "overlapping windows": (lambda x: x.as_strided((1, 8, 5, 6), (288, 36, 6, 1)), "........"),
     "mean": (lambda x: x.mean((2, 3), keepdim=True), "abcdefgh"),
     "flatten and back": (lambda x: x.mean((2, 3)).flatten(1)[:, :, None, None], "abcdefgh"),
     "zero channels": (lambda x: F.pad(x, (0, 0, 0, 0, 1, 1)), ".abcdefgh."),

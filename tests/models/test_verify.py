@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from families import kinds
 from torch import Tensor, nn
 
 from nas_kd.errors import ModelError
@@ -54,6 +55,32 @@ def test_what_is_left_is_right() -> None:
         student = build_student(network, analysis, genotype)
         assert student(torch.randn(1, 3, 8, 8)).shape == (1, 4)
         assert measure(student, (3, 8, 8)) == table.cost(genotype)
+
+
+class _Windows(nn.Module):
+    """Convolves four windows of the image apart from each other, as window attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1)
+        self.head = nn.Conv2d(32, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        batch, channels, height, width = x.shape
+        x = x.view(batch, channels, 2, height // 2, 2, width // 2).permute(0, 2, 4, 1, 3, 5)
+        x = self.second(x.reshape(batch * 4, channels, height // 2, width // 2)).relu()
+        return self.head(x).mean((2, 3)).view(batch, 4, 4).mean(1)
+
+
+def test_windows_in_the_batch_are_counted() -> None:
+    network = _Windows()
+    analysis = analyse(network, (3, 8, 8))
+    table = cost_table(analysis, network)
+    for index in range(12):
+        genotype = table.genotype([index % len(block.choices) for block in table.blocks])
+        student = build_student(network, analysis, genotype)
+        assert kinds(measure(student, (3, 8, 8))) == kinds(table.cost(genotype))
 
 
 class _Fickle(nn.Module):
