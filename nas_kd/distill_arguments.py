@@ -80,8 +80,11 @@ class DistillSettings:
 
     @property
     def stem(self) -> str:
-        """A short name of the model: without a folder's path, with its arguments and its kind of convolution."""
-        name = Path(self.model.removeprefix(_LOCAL)).name if self.is_result else self.model
+        """A short name of the model: with its arguments and its kind of convolution; of an exported one without path,
+        params and accuracy."""
+        name = self.model
+        if self.is_result:
+            name = re.sub(r"-\d+\.\d\dM-\d+\.\d.*$", "", Path(self.model.removeprefix(_LOCAL)).resolve().name)
         words = [name, *(str(value) for _, value in self.model_kwargs), *([self.conv] if self.conv else [])]
         return re.sub(r"[^\w.%+-]+", "-", "-".join(words)).strip("-.")
 

@@ -152,6 +152,7 @@ class TestOthers:
             arguments = [*SMALL.split()[1:], "--out", str(tmp_path / name), "--lr", "1e-6", *how]
             assert main([folder, *arguments]) == 0
             outs.append(exported(tmp_path / name)["conv1.0.weight"])
+            assert re.fullmatch(r"test_resnet-0\.37M-\d+\.\d", record(tmp_path / name)["path"])
         own = exported(online)["conv1.0.weight"]
         assert torch.allclose(outs[0], own, atol=1e-3)
         assert not any(torch.allclose(new, own, atol=1e-2) for new in outs[1:])

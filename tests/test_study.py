@@ -196,6 +196,12 @@ class TestResume:
         found = digests(again)
         assert main([*command(again, "-q"), "--distill", *how]) == 0
         assert digests(again) == found  # nothing is searched again
+        facts = [json.loads((again / row["path"] / "config.json").read_text())["nas_kd"] for row in rows(again)]
+        assert {fact["role"]: fact.get("distillation") for fact in facts} == {
+            **dict.fromkeys(("teacher", "no teacher")),
+            **dict.fromkeys(("front", "uniform", "random"), how[0]),
+        }
+        assert ("learnt online" in (again / "report.html").read_text()) is (how[0] == "online")
         before = {path.name for path in (again / "cache").glob("refined-*")}
         assert len(before) > len(rows(again))
         assert main([*command(again, "-q"), "--distill", *how]) == 0

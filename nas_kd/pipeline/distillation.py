@@ -122,7 +122,9 @@ def prepare_distillation(settings: DistillSettings) -> DistillJob:
 
 
 def _name(settings: DistillSettings) -> str:
-    return f"distill-{settings.stem}-{settings.dataset.replace('/', '-') or 'folder'}-{settings.mode}"
+    """The name of the output folder: results of one base are told apart by their own."""
+    model = Path(settings.model.partition(":")[2]).resolve().name if settings.is_result else settings.stem
+    return f"distill-{model}-{settings.dataset.replace('/', '-') or 'folder'}-{settings.mode}"
 
 
 def _input_size(settings: DistillSettings) -> tuple[int, int, int]:

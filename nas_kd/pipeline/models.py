@@ -198,6 +198,7 @@ def _export(job: Job, model: Model, latency_ms: float, materials: Materials) -> 
         "genotype": genotype.to_json(),
         **{kind: model.cost[kind] for kind in BOUNDABLE},
         "test accuracy": round(refined.test_accuracy, 4),
+        **({"distillation": settings.distill} if model.role not in ("teacher", "no teacher") else {}),
         "command": settings.command,
         "seed": settings.seed,
     }

@@ -82,6 +82,12 @@ def _notes(job: Job, materials: Materials) -> Iterable[str]:
         f"{len(splits.train):,} images to train on, {len(splits.val):,} cut from them to select on, "
         f"{len(splits.test):,} to test on, once."
     )
+    settings = job.settings
+    if settings.distill == "online":
+        yield (
+            f"The front's models learnt online, from scratch, each with {settings.peers - 1} peers and a teacher built "
+            "from them (arXiv 1909.13063); of the peers the best on validation images was taken."
+        )
     if job.trained_elsewhere:
         yield (
             "The teacher was trained elsewhere and may have seen the validation images: they rank the students, but "
