@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +29,6 @@ from nas_kd.search.band import draw_in_band, near_optimum
 from nas_kd.search.ranking import agreement, tau_difference
 from nas_kd.search.space import Space
 from nas_kd.search.starts import prior_damages
-from nas_kd.training.data import load_splits
 from nas_kd.training.portions import Portions
 from nas_kd.training.validation import validation_of
 
@@ -63,7 +61,6 @@ def check(settings: RankSettings, stages: Stages) -> tuple[RankCheck, Job]:
     job = prepare(settings.study, InMemoryStorage())
     # before anything is trained: a band without genotypes must fail at once
     drawn = draw_in_band(job.space.table, job.budget, settings.band, settings.genotypes, settings.study.seed)
-    job = _for_truth(job, settings, stages)
     materials = gather(job, stages)
     ground = _ground(job, settings, materials)
     groups = {"random": drawn}
@@ -82,15 +79,6 @@ def check(settings: RankSettings, stages: Stages) -> tuple[RankCheck, Job]:
     write_atomically(job.out / FILE, result.to_json())
     write_atomically(job.out / "rank_check.html", render_check(result))
     return result, job
-
-
-def _for_truth(job: Job, settings: RankSettings, stages: Stages) -> Job:
-    """The job with views of all training images, as many as a truth has passes over them."""
-    with stages.stage("data"):
-        images = len(load_splits(job.data, job.cache).train)
-    passes = max(1, math.ceil(settings.truth_images / images))
-    study = dataclasses.replace(job.settings, proxy_images=images, proxy_epochs=passes, refine_epochs=passes)
-    return dataclasses.replace(job, settings=study)
 
 
 def _ground(job: Job, settings: RankSettings, materials: Materials) -> Ground:
