@@ -48,8 +48,12 @@ def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
 
 @pytest.fixture(scope="module")
 def online(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, in a process of its own as a user's."""
     out = tmp_path_factory.mktemp("distill") / "online"
-    assert main(command(out, "--online", "--peers", "3")) == 0
+    arguments = [sys.executable, "-m", "nas_kd.distill", *command(out, "--online", "--peers", "3")]
+    done = subprocess.run(arguments, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "local-dir:" in done.stdout
     return out
 
 
@@ -198,6 +202,9 @@ class TestOthers:
         ("test_resnet --teacher test_resnet --teacher-checkpoint none.pth", "there is no checkpoint file none.pth"),
         ("test_resnet --online --dataset folder --data-dir /nowhere", "/nowhere"),
         ("local-dir:/nowhere --online", "/nowhere"),
+        ("inception_v3 --online --img-size 32", "InceptionV3 cannot run on 1×32×32 images"),
+        ("vit_tiny_patch16_224 --online --img-size 32", "VisionTransformer cannot run on 1×32×32 images"),
+        ("test_resnet --teacher vit_tiny_patch16_224 --img-size 32", "VisionTransformer cannot run on 1×32×32"),
         ("test_resnet --online --device cuda:99", "there is no device 'cuda:99'"),
         ("test_resnet --online --img-size 32 --train-images 60 --epochs 2 --lr 1e30", "the loss became"),
     ],

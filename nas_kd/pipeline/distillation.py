@@ -20,6 +20,7 @@ from nas_kd.models.hub import create_base
 from nas_kd.models.inherit import inherit_student
 from nas_kd.models.reduction import reduce_stride
 from nas_kd.models.student import build_student
+from nas_kd.models.trace import meta_image, without_storage
 from nas_kd.models.verify import measure
 from nas_kd.pipeline.job import DIGITS_SIZE, TEACHER, TEACHER_LR, choose_device, epochs_of, open_folder
 from nas_kd.progress import Stages
@@ -100,6 +101,8 @@ def prepare_distillation(settings: DistillSettings) -> DistillJob:
     size = _input_size(settings)
     student = build(settings, classes, size, 0)
     teacher = _make_teacher(settings, classes, size[0])
+    for network in filter(None, (student, teacher)):
+        _try_out(network, size)
     brings = teacher if _teacher_is_trained(settings) else student if settings.has_weights else None
     config: Any = getattr(brings, "pretrained_cfg", None) or {}
     known = len(config.get("mean", ())) == size[0]  # weights from elsewhere bring their normalisation
@@ -119,6 +122,18 @@ def prepare_distillation(settings: DistillSettings) -> DistillJob:
     return DistillJob(
         settings=settings, device=device, out=out, input_size=size, classes=classes, data=data, teacher=teacher
     )
+
+
+def _try_out(network: nn.Module, input_size: tuple[int, int, int]) -> None:
+    """Raises ModelError when the network does not run on such images."""
+    meta = without_storage(network).eval()
+    try:
+        meta(meta_image(meta, input_size))
+    except Exception as error:  # whatever a model's own code raises
+        size, text = "×".join(map(str, input_size)), (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"{type(network).__name__} cannot run on {size} images: {text[:200]}; choose another --img-size"
+        ) from error
 
 
 def _name(settings: DistillSettings) -> str:

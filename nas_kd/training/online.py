@@ -92,7 +92,7 @@ def train_online(
     """Trains `students` in place, together with the teacher that is built from them, by the `ensemble_loss`.
 
     All else is as in `loop.fit`: `report` hears the validation accuracy of the best student. Logits of a finished
-    teacher in `data` are not used. Every student sees the same batches, so they must start from different weights.
+    teacher in `data` are not used. Every student sees the same batches, so they have to start from different weights.
     Raises what `make_ensemble` and `fit` raise.
     """
     two = normalise(data.batch(0, torch.arange(2)).pixels, data.mean, data.std, device_of(nn.ModuleList(students)))
@@ -160,5 +160,6 @@ def _check_students(students: Sequence[nn.Module]) -> None:
         pairs = zip(one.parameters(), two.parameters(), strict=False)
         if all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs):
             raise TrainingError(
-                "two peers start from the same weights and would stay the same: draw each from a seed of its own"
+                "two peers start from the same weights, so they have little to teach each other: draw each from a seed "
+                "of its own"
             )
