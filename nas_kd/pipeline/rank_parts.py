@@ -107,9 +107,7 @@ def parts_of(ground: Ground) -> tuple[Part, ...]:
 
 
 def _library_key(ground: Ground, start: str) -> str:
-    if start != LIBRARY:
-        return ""
-    return _digest(b"".join(damages.tobytes() for damages in ground.library.damages("kl")).hex())
+    return str(ground.library.folder.name) if start == LIBRARY else ""
 
 
 def _digest(text: str) -> str:
