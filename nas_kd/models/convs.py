@@ -45,6 +45,8 @@ class ConvSpec:
         groups = group_count(self.kind)
         if not is_conv_kind(self.kind) or any(not isinstance(size, int) or size < 1 for size in sizes):
             raise PlanError(f"not a convolution: {self}")
+        if self.padding != "same" and (not isinstance(self.padding, int) or self.padding < 0):
+            raise PlanError(f'a padding is "same" or a number of pixels, not {self.padding!r}')
         if groups is not None and self.in_channels % groups:
             raise PlanError(f"{self.in_channels} channels cannot be cut into {groups} groups")
         if self.channelwise and self.kind != "shift":

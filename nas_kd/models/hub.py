@@ -33,6 +33,18 @@ _LOADING = (
     "feature_cls",
 )
 
+# what timm and torch raise for arguments, configs and weights that are none
+_FAILURES = (
+    RuntimeError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    OSError,
+    SafetensorError,
+)
+
 _SHARED = ("num_classes", "in_chans", "global_pool")  # timm has defaults of its own for these
 
 default_cfgs: dict[str, Any] = {ENTRY_POINT: {}}  # every export brings its own
@@ -42,24 +54,35 @@ default_cfgs: dict[str, Any] = {ENTRY_POINT: {}}  # every export brings its own
 def nas_kd_student(
     pretrained: bool = False,
     *,
-    base: str,
-    plan: Mapping[str, Any],
+    base: str = "",
+    plan: Mapping[str, Any] | None = None,
     base_args: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """A timm model `base`, created with `base_args`, after a plan in its JSON form; used through `timm.create_model`.
 
-    The other arguments are timm's. Raises ModelError for an unknown base, PlanError for a plan that does not fit it.
+    The other arguments are timm's. Raises ModelError for an unknown base, PlanError for a plan that does not fit it or
+    weights that do not fit the two.
     """
-    if base == ENTRY_POINT or not timm.is_model(base):
+    if not isinstance(base, str) or base == ENTRY_POINT or not timm.is_model(base):
         raise ModelError(
             f"the exported config names an unknown timm model {base!r}: it is damaged, or needs a newer timm"
         )
-    given = dict(base_args or {})
-    build = functools.partial(_build, base=base, base_args=given, plan=Plan.from_json(plan))
-    wrap = functools.partial(_wrap_features, base=base, base_args=given)
-    kwargs = {name: given[name] for name in _SHARED if name in given} | kwargs
-    model: nn.Module = build_model_with_cfg(build, ENTRY_POINT, pretrained, feature_cfg={"feature_cls": wrap}, **kwargs)
+    try:
+        given = dict(base_args or {})
+        build = functools.partial(_build, base=base, base_args=given, plan=Plan.from_json(plan))
+        wrap = functools.partial(_wrap_features, base=base, base_args=given)
+        kwargs = {name: given[name] for name in _SHARED if name in given} | kwargs
+        features = {"feature_cls": wrap}
+        model: nn.Module = build_model_with_cfg(build, ENTRY_POINT, pretrained, feature_cfg=features, **kwargs)
+    except NasKdError:
+        raise
+    except _FAILURES as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise PlanError(
+            f"this student of {base} cannot be built: {text[:200]}; unless an argument of yours is to blame, the "
+            "export is damaged: export the model again"
+        ) from error
     return model
 
 
@@ -125,8 +148,7 @@ def create_base(name: str, **kwargs: Any) -> nn.Module:
         model: nn.Module = timm.create_model(name, **kwargs)
     except NasKdError:
         raise
-    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, OSError,
-            SafetensorError) as error:  # fmt: skip
+    except _FAILURES as error:
         text = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"timm cannot create {name!r}: {text[0]}") from error
     return model

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import nas_kd.models
-from nas_kd.errors import ModelError, PlanError
+from nas_kd.errors import ModelError, NasKdError, PlanError
 from nas_kd.models.blocks import analyse
 from nas_kd.models.costs import cost_table
 from nas_kd.models.hub import ENTRY_POINT, base_of, create_base, student_args
@@ -86,6 +86,23 @@ def test_a_plan_of_another_base_is_refused(student: nn.Module) -> None:
     plan = student_args(student)["plan"]
     with pytest.raises(PlanError, match="the plan does not fit"):
         timm.create_model(ENTRY_POINT, base="test_efficientnet", plan=plan)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ({"base": ""}, "unknown timm model ''"),
+        ({"base": 5}, "unknown timm model 5"),
+        ({"plan": None}, "the plan is damaged"),
+        ({"base_args": {"bogus": 1}}, "cannot be built: .*bogus.*; .* export the model again"),
+        ({"base_args": [1]}, "cannot be built: .* export the model again"),
+        ({"num_classes": "ten"}, "cannot be built: .* export the model again"),
+    ],
+)
+def test_damaged_arguments_are_one_line(student: nn.Module, damage: dict[str, object], words: str) -> None:
+    with pytest.raises(NasKdError, match=words) as caught:
+        timm.create_model(ENTRY_POINT, **{**student_args(student), **damage})
+    assert "\n" not in str(caught.value)
 
 
 def test_a_network_of_ones_own_has_no_base() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nas_kd.errors import ModelError, OutputError, PlanError
@@ -234,6 +234,22 @@ class TestDamage:
         data = weights.read_bytes()
         weights.write_bytes(data[: int(share * len(data))])
         assert "is damaged" in self.refused(folder)
+
+    @pytest.mark.parametrize("size", [0, 5, 5000])
+    def test_timm_says_it_as_clearly(self, folder: Path, size: int) -> None:
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:size])
+        with pytest.raises(
+            PlanError, match=r"cannot be built: .* the export is damaged: export the model again"
+        ) as caught:
+            timm.create_model(f"local-dir:{folder}", pretrained=True)
+        assert "\n" not in str(caught.value)
+
+    def test_other_weights(self, folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        name = next(key for key in weights if key.endswith("weight"))
+        save_file({key: value for key, value in weights.items() if key != name}, folder / "model.safetensors")
+        assert name in self.refused(folder)
 
     @pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '"text"', "\x00\x01"])
     def test_a_config_that_is_none(self, folder: Path, text: str) -> None:
