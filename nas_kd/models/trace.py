@@ -67,10 +67,11 @@ def _shape_of(tensor: Tensor) -> Tensor:
     return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
-def trace(network: nn.Module, input_size: Sequence[int], *, clock: Callable[[], float] = time.monotonic) -> Trace:
+def trace(network: nn.Module, input_size: Sequence[int], *, clock: Callable[[], float] = time.thread_time) -> Trace:
     """Labels the channels of `network` for images of `input_size` (C, H, W). The network is not changed.
 
-    Raises ModelError when the forward pass fails at this size or takes longer than `SECONDS_LIMIT`.
+    Raises ModelError when the forward pass fails at this size or takes longer than `SECONDS_LIMIT` of processor time:
+    on a busy machine a model is the same.
     """
     meta = without_storage(network).eval()
     tensors_of = (*meta.named_parameters(remove_duplicate=False), *meta.named_buffers(remove_duplicate=False))
