@@ -25,6 +25,14 @@ COVERED = (
     "nfnet_l0 dm_nfnet_f0 convnext_atto convnextv2_atto fastvit_t8 starnet_s1 edgenext_xx_small"
 ).split()
 
+# not covered, but interesting: blurred pooling, attention in and out of windows, cells, dual paths, hybrids
+OTHERS = (
+    "resnetblur50 tresnet_m resnetv2_50 bat_resnext26ts lambda_resnet26t halonet26t sebotnet33ts_256 dpn68 "
+    "nasnetalarge regnetz_b16 mobilenetv4_hybrid_medium mobilevit_xxs efficientvit_b0 efficientvit_m0 "
+    "efficientformer_l1 levit_128 focalnet_tiny_srf repvit_m1 rdnet_tiny hgnetv2_b0 ghostnetv3_100 inception_next_atto "
+    "convmixer_768_32"
+).split()
+
 # pixels of a side at which each offers the choices of its own size, and its last map still is more than one pixel: of
 # one pixel most channels of a shift see nothing but padding
 SIDES = {name: 107 if name.startswith("inception") else 64 for name in COVERED}

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
-from families import CIFAR, COVERED, FAMILIES, base, family, kinds
+from families import CIFAR, COVERED, FAMILIES, OTHERS, base, family, kinds, narrowest
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from nas_kd.budget import KINDS, Cost
-from nas_kd.genotype import Choice
+from nas_kd.genotype import Choice, Genotype
 from nas_kd.models.student import build_student
 from nas_kd.models.verify import measure
 
@@ -27,6 +28,24 @@ def test_table_equals_built_student(name: str, seed: int) -> None:
     genotype = subject.genotype(seed)
     student = build_student(subject.network, subject.analysis, genotype)
     assert kinds(measure(student, subject.input_size)) == kinds(subject.table.cost(genotype))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_others_are_exact_too(name: str) -> None:
+    subject = base(name, timm.get_pretrained_cfg(name).input_size[-1])
+    for seed in range(5):
+        genotype = subject.genotype(seed)
+        student = build_student(subject.network, subject.analysis, genotype)
+        assert kinds(measure(student, subject.input_size)) == kinds(subject.table.cost(genotype))
+
+
+def test_blurred_pooling_follows_its_width() -> None:
+    subject = base("resnetblur50", 32)
+    assert not any("stays" in reason for _, reason in subject.analysis.left_alone)
+    narrow = Genotype.of({block.name: narrowest(block.choices) for block in subject.table.blocks})
+    student = build_student(subject.network, subject.analysis, narrow)
+    assert kinds(measure(student, subject.input_size)) == kinds(subject.table.cost(narrow))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100", "convnext_atto", "cspresnet50", "repvgg_a0"])
