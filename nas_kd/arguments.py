@@ -40,6 +40,7 @@ class Settings:
     search_stages: bool
     pin: tuple[str, ...]
     sampler: str
+    library_budget: float
     proxy_epochs: int
     proxy_images: int
     teacher_epochs: int | None
@@ -155,7 +156,18 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
         default="knapsack",
         help="who proposes genotypes after the warm starts (knapsack, never over budget)",
     )
+    _add_library(add)
     add("--front", type=number(1), default=8, metavar="N", help="refine at most so many students of the front (8)")
+
+
+def _add_library(add: Callable[..., object]) -> None:
+    add(
+        "--library-budget",
+        type=number(0, float, 0.9),
+        default=0.25,
+        metavar="F",
+        help="share of the study's work that goes into the library of trained block choices; 0: none (0.25)",
+    )
 
 
 def _add_choices(add: Callable[..., object]) -> None:
@@ -262,6 +274,7 @@ def rank_parser(prog: str = "python -m nas_kd.rank_check") -> argparse.ArgumentP
     add("--band", type=number(0.001, float, 1), default=0.15, metavar="F", help="how far off the budget (0.15)")
     add("--near", type=number(0), default=0, metavar="N", help="genotypes near the optimum to train as well (0)")
     _add_choices(add)
+    _add_library(add)
     add = parser.add_argument_group("training").add_argument
     add("--truth-images", type=number(2), default=102_400, metavar="N", help="images that a truth sees (102400)")
     add("--proxy-images", type=number(8), default=6400, metavar="N", help="images that a short training sees (6400)")

@@ -10,8 +10,13 @@ from nas_kd.progress import Advance, Stages
 from nas_kd.training.augment import default_augmentation
 from nas_kd.training.data import Splits, load_splits
 from nas_kd.training.images import AugmentedImages, Images
+from nas_kd.training.library import Library, LibrarySpec, build_library, plan_library
 from nas_kd.training.teacher import Teacher, TeacherCache, TeacherResult, adopt_teacher, prepare_teacher
 from nas_kd.training.views import OnlineViews, Views, ViewSpec, build_views, views_bytes
+
+_STEP = 3  # a training step costs about three forward passes
+_STUDENT = 0.5  # and a student's about half of its base's: small operations are slow for their MACs
+_BASELINES = 3  # that are refined beside the front
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -39,7 +44,29 @@ def gather(job: Job, stages: Stages) -> Materials:
         advance("for trials")
         whole = _views(job, splits, teacher, min(settings.views, refine_epochs), splits.train)
         advance("for refinement")
+    if settings.library_budget:
+        job.space.library = _library(job, splits, teacher, stages)
     return Materials(splits=splits, teacher=teacher, proxy_views=proxy_views, refine_views=whole)
+
+
+def _library(job: Job, splits: Splits, teacher: TeacherResult, stages: Stages) -> Library:
+    """The library of the teacher's blocks, with as many training steps as its share of the study's work allows."""
+    augmented = AugmentedImages(splits.train, default_augmentation(job.settings.dataset), job.settings.seed)
+    spec = plan_library(LibrarySpec(seed=job.settings.seed), job.space.analysis, _library_images(job, splits))
+    images = augmented.sample(spec.images + spec.holdout)
+    with stages.stage("library", 3 * len(job.space.blocks)) as advance:
+        return build_library(teacher.network, job.space.analysis, images, spec, job.cache, advance)
+
+
+def _library_images(job: Job, splits: Splits) -> float:
+    """How much the library may cost, in images that the base would see in the meantime (forward alone)."""
+    settings = job.settings
+    share = settings.library_budget / (1 - settings.library_budget)  # of everything else
+    teacher = 0 if job.trained_elsewhere else epochs_of(settings.teacher_epochs, TEACHER, splits, job.device)
+    refine = epochs_of(settings.refine_epochs, REFINE, splits, job.device) * (settings.front + _BASELINES)
+    trials = settings.trials * settings.proxy_epochs * min(settings.proxy_images, len(splits.train))
+    students = _STUDENT * (trials + refine * len(splits.train))
+    return share * _STEP * (teacher * len(splits.train) + students)
 
 
 def _teacher(job: Job, splits: Splits, epochs: int, advance: Advance) -> TeacherResult:

@@ -61,4 +61,5 @@ def _config(job: Job, materials: Materials) -> dict[str, Any]:
         "teacher": materials.teacher.digest,
         "data": materials.splits.digest,
         "proxy images": len(materials.proxy_views),
+        "library": None if job.space.library is None else job.space.library.folder.name,
     }

@@ -15,7 +15,7 @@ from nas_kd.budget import KINDS, Budget
 from nas_kd.errors import GenotypeError
 from nas_kd.search.additive import AdditiveModel, features_of, fit
 from nas_kd.search.space import Space
-from nas_kd.search.starts import prior_damages, smallest_level, solve_in_time
+from nas_kd.search.starts import smallest_level, solve_in_time
 
 _MUTATIONS = 0.2  # share of proposals that vary the front, against interactions that an additive model cannot see
 _TRIES = 64  # to find a genotype that the study has not had
@@ -42,7 +42,8 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
 
     A Bayesian additive model of the score is refitted on the finished trials; one draw from its posterior, and the
     knapsack solved on that draw at a random level up to the budget, is the next genotype. A share of the proposals
-    changes one or two blocks of a genotype on the front instead. `damages` (per block, over its choices) are the prior.
+    changes one or two blocks of a genotype on the front instead. `damages` (per block, over its choices; by
+    default the space's) are the prior.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
         seed: int | None = None,
     ) -> None:
         self.space = space
-        self._damages = list(damages) if damages is not None else prior_damages(space.table)
+        self._damages = list(damages) if damages is not None else space.damages()
         self._features = features_of(space.blocks)
         self._seed = _entropy() if seed is None else seed
         self._generator = np.random.default_rng(self._seed)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
+import numpy as np
 import optuna
+from numpy.typing import NDArray
 from torch import nn
 
 from nas_kd.budget import Budget, Cost, kinds_of, parse_budget, short
@@ -17,7 +19,8 @@ from nas_kd.models.costs import cost_table
 from nas_kd.models.inherit import inherit_student
 from nas_kd.search.options import Options, parse_options, restrict
 from nas_kd.search.solver import solve
-from nas_kd.search.starts import feasible_starts, mixed_starts
+from nas_kd.search.starts import feasible_starts, mixed_starts, prior_damages
+from nas_kd.training.library import Library
 
 Network = TypeVar("Network", bound=nn.Module)
 AnyTrial = optuna.trial.BaseTrial | optuna.trial.FrozenTrial
@@ -27,7 +30,8 @@ _FIELDS = {"width": "width", "kernel": "kernel_size", "conv": "conv", "keep": "k
 class Space(Generic[Network]):
     """What a trained timm CNN may become, within a hard budget.
 
-    Attributes: `base`, the network searched from; `budget`, or None; `blocks` with the choices open to each.
+    Attributes: `base`, the network searched from; `budget`, or None; `blocks` with the choices open to each; `library`,
+    None until there is one (`build_library`): students then start from its weights, and `starts` from its damages.
 
     Example::
 
@@ -58,6 +62,7 @@ class Space(Generic[Network]):
         self.analysis = restrict(analyse(base, self.input_size, name=name, open=options.aspects), options)
         self.table = cost_table(self.analysis, base)
         self.budget = parse_budget(budget, self.table.base()) if isinstance(budget, str) else budget
+        self.library: Library | None = None
         if self.budget is not None:
             self.check_budget(self.budget)
 
@@ -151,18 +156,25 @@ class Space(Generic[Network]):
         return self.table.cost(genotype)
 
     def student(self, source: Genotype | AnyTrial) -> Network:
-        """The student of a genotype or of a trial, with weights inherited from the base.
+        """The student of a genotype or of a trial, with weights inherited from the base, or from the library.
 
-        Raises BudgetError when it is over the budget: nothing over it is ever built.
+        Batch-norm statistics are still the base's: recalibrate them. Raises BudgetError when it is over the budget:
+        nothing over it is ever built.
         """
         genotype = source if isinstance(source, Genotype) else self.genotype(source.params)
         if self.budget is not None and not self.budget.admits(self.cost(genotype)):
             raise BudgetError(self.budget.explain(self.cost(genotype)))
+        if self.library is not None:
+            return cast(Network, self.library.student(genotype))
         return inherit_student(self.base, self.analysis, genotype)
+
+    def damages(self) -> list[NDArray[np.float64]]:
+        """Per block over its choices, how much each hurts: as the library measured it, else a prior."""
+        return prior_damages(self.table) if self.library is None else self.library.damages()
 
     def starts(self, count: int = 8) -> list[Genotype]:
         """Up to `count` genotypes within the budget, from cheap to dear, to begin a search with."""
-        return mixed_starts(self.table, self.budget, count)
+        return mixed_starts(self.table, self.budget, count, None if self.library is None else self.damages())
 
     def enqueue(self, study: optuna.Study, count: int = 8) -> int:
         """Queues `starts` in a study and returns how many; those that it has already are skipped."""

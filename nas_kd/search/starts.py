@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,8 @@ from nas_kd.genotype import CONV_KINDS, Choice, Genotype, group_count
 from nas_kd.models.blocks import WIDTHS, Block
 from nas_kd.models.costs import CostTable
 from nas_kd.search.solver import solve
+
+Damages = Sequence[NDArray[np.float64]]  # per block over its choices
 
 
 def uniform_genotype(blocks: Iterable[Block], width: float, conv: str) -> Genotype:
@@ -77,9 +79,8 @@ def _prior_damage(choice: Choice, default: Choice) -> float:
     return damage + (0.0 if choice.keep else 0.3)
 
 
-def knapsack_starts(table: CostTable, budget: Budget, count: int) -> list[Genotype]:
-    """The genotypes of least expected damage at `count` levels, from near the smallest reachable cost to the budget."""
-    damages = prior_damages(table)
+def knapsack_starts(table: CostTable, budget: Budget, damages: Damages, count: int) -> list[Genotype]:
+    """The genotypes of least total damage at `count` levels, from near the smallest reachable cost to the budget."""
     least = smallest_level(table, budget)
     starts = []
     for share in np.linspace(least, 1, count + 1)[1:] if least < 1 else [1.0]:
@@ -95,7 +96,7 @@ def smallest_level(table: CostTable, budget: Budget) -> float:
     return min(tightness(cost, budget, table.base()) for cost in cheapest)
 
 
-def solve_in_time(table: CostTable, level: Budget, damages: list[NDArray[np.float64]]) -> Genotype | None:
+def solve_in_time(table: CostTable, level: Budget, damages: Damages) -> Genotype | None:
     """What `solve` finds, or None where there is nothing or its time ran out first."""
     try:
         return solve(table, level, damages)
@@ -103,11 +104,15 @@ def solve_in_time(table: CostTable, level: Budget, damages: list[NDArray[np.floa
         return None
 
 
-def mixed_starts(table: CostTable, budget: Budget | None, count: int) -> list[Genotype]:
-    """Up to `count` genotypes within the budget from cheap to dear: half from the knapsack, half uniform ones."""
+def mixed_starts(table: CostTable, budget: Budget | None, count: int, damages: Damages | None = None) -> list[Genotype]:
+    """Up to `count` genotypes within the budget from cheap to dear: from the knapsack on measured damages and a quarter
+    of them uniform; half of each when there is but the prior."""
     if budget is None:
         return feasible_starts(table, None, count)
-    solved = knapsack_starts(table, budget, (count + 1) // 2)
+    if damages is None:
+        solved = knapsack_starts(table, budget, prior_damages(table), (count + 1) // 2)
+    else:
+        solved = knapsack_starts(table, budget, damages, count - count // 4)
     uniform = [genotype for genotype in feasible_starts(table, budget, count) if genotype not in solved]
     spread = np.linspace(0, len(uniform) - 1, min(count - len(solved), len(uniform))).round().astype(int)
     chosen = [*solved, *(uniform[index] for index in dict.fromkeys(spread.tolist()))]

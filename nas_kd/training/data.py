@@ -96,7 +96,8 @@ class _Cut:
 def load_splits(spec: DataSpec, cache_dir: Path) -> Splits:
     """Reads, cuts, decodes and caches the dataset; the second time it is memory-mapped from `cache_dir`.
 
-    Validation is cut from the training split by seed, class by class. Test is the dataset's own test (or else
+    Validation is cut from the training split by seed, class by class. Both come in an order in which the first images,
+    however many, hold the classes in equal parts. Test is the dataset's own test (or else
     validation) split; where there is none it is cut by seed too, and a log line says so. Nothing is downloaded.
     Raises DataError for everything that is wrong with the data, before any image is decoded where that is possible,
     and OutputError when the cache cannot be written.
@@ -135,7 +136,7 @@ def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
 def _digest(spec: DataSpec, source: Source) -> str:
     # neither the folder's place nor the number of workers changes the images
     form = [spec.img_size, spec.in_chans, spec.val_fraction, spec.train_images, spec.seed, TEST_FRACTION]
-    return hashlib.sha256(json.dumps([1, source.fingerprint, form]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([2, source.fingerprint, form]).encode()).hexdigest()
 
 
 def _check_classes(source: Source, spec: DataSpec) -> None:
@@ -175,7 +176,9 @@ def _cut(source: Source, spec: DataSpec) -> _Cut:
         val_images = max(round(spec.train_images / len(pool) * len(val)), len(source.class_names))
         pool = _balanced(pool, labels, spec.train_images, derive_seed(spec.seed, "limit train"))
         val = _balanced(val, labels, val_images, derive_seed(spec.seed, "limit val"))
-    return _Cut(np.sort(pool), np.sort(val), test)
+    # files come sorted by class, but a trial or a calibration takes the first images: any prefix must hold all classes
+    train = _balanced(np.sort(pool), labels, len(pool), derive_seed(spec.seed, "order train"))
+    return _Cut(train, _balanced(np.sort(val), labels, len(val), derive_seed(spec.seed, "order val")), test)
 
 
 def _split(pool: Array, labels: Array, fraction: float, seed: int) -> tuple[Array, Array]:

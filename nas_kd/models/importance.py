@@ -1,0 +1,189 @@
+"""Which channels matter: an order over the labels of a base, by which widths keep some and drop the rest.
+
+By the weights alone (`unit_importance`), or by what the layers that read the channels lose without them, the rest being
+fitted once more (`reconstruction_importance`). docs/results/importance.md compares them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from nas_kd.models.frames import Frame, Passage
+from nas_kd.models.refit import layer_inputs, patch_rows
+from nas_kd.models.structure import Analysis, Block
+
+Scores = NDArray[np.float64]
+_ROWS = 16_384  # positions on which a layer's inputs are correlated
+_RIDGE = 1e-3  # of the mean eigenvalue
+_LARGEST = 1200  # unknowns of a layer for an elimination, which costs their cube
+
+
+def unit_importance(base: nn.Module, analysis: Analysis) -> NDArray[np.float64]:
+    """For each label the norm of the weights that produce it times the norm of those that read it.
+
+    Producers count as their batch norm scales them (γ/σ). On a CIFAR ResNet this keeps better channels than |γ|.
+    """
+    produced, read = np.zeros(analysis.labels), np.zeros(analysis.labels)
+    gains = _norm_gains(base, analysis)
+    parameters = dict(base.named_parameters())
+    for name, axes in analysis.trace.axes.items():
+        weight = parameters.get(name)
+        if weight is None or weight.ndim < 2 or axes[0] is None:
+            continue
+        np.add.at(produced, axes[0], _squared_norms(weight, 0) * gains[axes[0]])
+        if axes[1] is not None:
+            np.add.at(read, axes[1], _squared_norms(weight, 1))
+    read[read == 0] = 1.0
+    importance: NDArray[np.float64] = np.sqrt(produced * read)
+    return importance
+
+
+def _squared_norms(weight: Tensor, dim: int) -> NDArray[np.float64]:
+    others = [other for other in range(weight.ndim) if other != dim]
+    norms: NDArray[np.float64] = torch.linalg.vector_norm(weight.detach(), dim=others).double().square().cpu().numpy()
+    return norms
+
+
+def _norm_gains(base: nn.Module, analysis: Analysis) -> NDArray[np.float64]:
+    gains = np.ones(analysis.labels)
+    for name, module in base.named_modules():
+        if not isinstance(module, nn.BatchNorm2d) or module.running_var is None or module.weight is None:
+            continue
+        labels = analysis.trace.axes.get(f"{name}.weight", (None,))[0]
+        if labels is not None:
+            gain = module.weight.detach().double().square() / (module.running_var.double() + module.eps)
+            gains[labels] = gain.cpu().numpy()
+    return gains
+
+
+@torch.no_grad()
+def reconstruction_importance(
+    base: nn.Module, analysis: Analysis, frames: Mapping[str, Frame], passages: Mapping[str, Passage]
+) -> Scores:
+    """For each label how late a backward elimination drops it; by block, from what passed through its frame.
+
+    Channels go one by one, each time the one whose loss hurts least the outputs of the layers that read it, when the
+    channels that stay are fitted to make up for it by least squares: the structured form of Optimal Brain Surgeon
+    (Hassibi and Stork 1993), with ThiNet's criterion (Luo et al. 2017, equation 6). Where a layer has too many unknowns
+    for that, what a channel contributes by itself decides; where nothing dense reads it, `unit_importance`.
+    """
+    order = unit_importance(base, analysis)
+    for block in analysis.blocks:
+        if block.name in passages:
+            _rank_block(order, base, analysis, block, frames[block.name], passages[block.name])
+    return order
+
+
+def _rank_block(
+    order: Scores, base: nn.Module, analysis: Analysis, block: Block, frame: Frame, passage: Passage
+) -> None:
+    """Replaces the order of a block's own channels."""
+    readers, energies = [], np.zeros_like(order)
+    for path in _dense_readers(base, analysis, frame):
+        layer = base.get_submodule(path)
+        assert isinstance(layer, nn.Conv2d | nn.Linear)
+        labels = analysis.trace.axes[f"{path}.weight"][1]
+        own = [segment for channels in block.channels for segment in channels.segments]
+        if labels is not None and any(np.isin(segment, labels).any() for segment in own):
+            rows = patch_rows(layer, layer_inputs(frame.inside(base), layer, passage), _ROWS)
+            if rows.shape[1] <= min(_LARGEST, len(rows)):
+                readers.append(_reader(layer, rows, labels))
+            else:
+                _add_energies(energies, layer, rows, labels)
+    for channels in block.channels:
+        for segment in channels.segments:
+            mine = [reader for reader in readers if np.isin(segment, reader.labels).all()]
+            if mine:
+                order[segment] = eliminate(mine, segment)
+            elif energies[segment].any():
+                order[segment] = energies[segment]
+
+
+def _add_energies(energies: Scores, layer: nn.Conv2d | nn.Linear, rows: Tensor, labels: NDArray[np.int64]) -> None:
+    """What each input contributes to a layer's outputs by itself: its mean square times its weights' (Sun et al. 2023,
+    Wanda, equation 1, for whole channels)."""
+    each = (rows.square().mean(0) * layer.weight.detach().flatten(1).square().sum(0)).double().cpu().numpy()
+    np.add.at(energies, labels, each.reshape(len(labels), -1).sum(1))
+
+
+def _dense_readers(base: nn.Module, analysis: Analysis, frame: Frame) -> Iterable[str]:
+    for path in frame.edited:
+        layer = base.get_submodule(path)
+        if isinstance(layer, nn.Conv2d | nn.Linear) and f"{path}.weight" in analysis.trace.axes:
+            if isinstance(layer, nn.Linear) or layer.groups == 1:
+                yield path
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Reader:
+    """A layer that reads channels: its weights O×d, the inverse of its inputs' covariance d×d, the label of each of its
+    I inputs (d = I·k²), and the energy of what it writes. The first two change while channels are eliminated."""
+
+    weight: Tensor
+    inverse: Tensor
+    labels: NDArray[np.int64]
+    energy: float
+
+    def columns(self, label: int) -> Tensor:
+        """The entries of d that belong to a label."""
+        taps = self.weight.shape[1] // len(self.labels)
+        first = torch.from_numpy(np.flatnonzero(self.labels == label)) * taps
+        return (first[:, None] + torch.arange(taps)).flatten().to(self.weight.device)
+
+
+def _reader(layer: nn.Conv2d | nn.Linear, rows: Tensor, labels: NDArray[np.int64]) -> Reader:
+    rows = rows - rows.mean(0)
+    covariance = rows.T @ rows / len(rows)
+    weight = layer.weight.detach().flatten(1)
+    ridge = _RIDGE * covariance.diagonal().mean().clamp_min(1e-12) * torch.eye(len(covariance), device=rows.device)
+    energy = float((weight @ covariance * weight).sum())
+    return Reader(
+        weight=weight.clone(), inverse=torch.linalg.inv(covariance + ridge), labels=labels, energy=max(energy, 1e-12)
+    )
+
+
+def eliminate(readers: list[Reader], labels: NDArray[np.int64]) -> Scores:
+    """The step at which a backward elimination over `labels` drops each of them, the last ones being worth most.
+
+    Dropping the inputs c costs a layer W_c·((H⁻¹)_cc)⁻¹·W_cᵀ of squared error, H the covariance of its inputs; the
+    costs of several layers are added as shares of their energies. The readers are used up.
+    """
+    columns = [torch.stack([reader.columns(int(label)) for label in labels]) for reader in readers]
+    steps = np.zeros(len(labels))
+    left = np.ones(len(labels), dtype=bool)
+    for step in range(len(labels)):
+        costs = sum(
+            (_drop_costs(reader, own) / reader.energy for reader, own in zip(readers, columns, strict=True)),
+            torch.zeros(()),
+        )
+        dropped = int(np.where(left, costs.double().cpu().numpy(), np.inf).argmin())
+        steps[dropped], left[dropped] = step, False
+        for reader, own in zip(readers, columns, strict=True):
+            _drop(reader, own[dropped])
+    return steps
+
+
+def _drop_costs(reader: Reader, columns: Tensor) -> Tensor:
+    """What dropping each of C labels costs (C), their columns C×t given."""
+    blocks = reader.inverse[columns[:, :, None], columns[:, None, :]]  # C×t×t
+    weights = reader.weight[:, columns].transpose(0, 1)  # C×O×t
+    if columns.shape[1] == 1:
+        return weights.square().sum((1, 2)) / blocks[:, 0, 0].clamp_min(1e-30)
+    costs: Tensor = (weights @ torch.linalg.pinv(blocks, hermitian=True) * weights).sum((1, 2))
+    return costs
+
+
+def _drop(reader: Reader, columns: Tensor) -> None:
+    """Takes inputs away, the others making up for them."""
+    kernel = torch.linalg.pinv(reader.inverse[columns][:, columns], hermitian=True) @ reader.inverse[columns]
+    reader.weight -= reader.weight[:, columns] @ kernel
+    reader.inverse -= reader.inverse[:, columns] @ kernel
+    reader.weight[:, columns] = 0
+    reader.inverse[columns] = 0
+    reader.inverse[:, columns] = 0

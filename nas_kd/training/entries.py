@@ -1,0 +1,82 @@
+"""The files of a block library: one for each entry, replaced in one step, checked when read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nas_kd.training.resume import replace_file
+
+Tensors = Mapping[str, Tensor]
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One choice of one block: `errors`, (steps trained, normalised squared error) pairs, the first in closed form;
+    `kl`, T²·KL of the logits when it alone is swapped in, None where not measured; the seconds that all of it took."""
+
+    block: str = ""
+    errors: tuple[tuple[int, float], ...] = ((0, 0.0),)
+    kl: float | None = None
+    seconds: float = 0.0
+
+    @property
+    def nmse(self) -> float:
+        """The error as it is now."""
+        return self.errors[-1][1]
+
+    @property
+    def steps(self) -> int:
+        """How many steps it was trained."""
+        return self.errors[-1][0]
+
+    def nmse_after(self, steps: int) -> float:
+        """The error after at most so many steps."""
+        return [error for own, error in self.errors if own <= steps][-1]
+
+
+@dataclass(frozen=True, slots=True)
+class EntryFile:
+    """Where an entry is kept: safetensors, with what is known of it and a SHA-256 of the tensors in the header."""
+
+    path: Path
+
+    def write(self, entry: Entry, tensors: Tensors) -> None:
+        """Keeps an entry and its tensors, by their names in the network. Raises OutputError when that cannot be."""
+        own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        metadata = {"facts": json.dumps(asdict(entry)), "sha256": _digest(own)}
+        replace_file(self.path, lambda draft: save_file(own, draft, metadata=metadata))
+
+    def read(self) -> tuple[Entry, Tensors] | None:
+        """The entry and its tensors, or None when there is none; a damaged one is as good as none, with a warning."""
+        if not self.path.exists():
+            return None
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                metadata = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            if metadata["sha256"] != _digest(tensors):
+                raise ValueError("its checksum is wrong")
+            facts = json.loads(metadata["facts"])
+            facts["errors"] = tuple((int(steps), float(error)) for steps, error in facts["errors"])
+            return Entry(**facts), tensors
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            _logger.warning("the library's file %s is damaged (%s): it will be made again", self.path, error)
+            return None
+
+
+def _digest(tensors: Tensors) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().view(-1).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,503 @@
+"""The block library: every choice of every block distilled once, on its own, against the teacher's block.
+
+An entry is the base with one block changed: inherited in closed form, fitted by least squares (`models.refit`), then,
+if no cheaper choice is better already, trained for some steps to write what the teacher's block writes when it reads
+what the teacher's block reads. Its damage says how far it is from that. A student is assembled from the entries of its
+genotype. Nothing here looks at labels.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from nas_kd.budget import KINDS
+from nas_kd.errors import DataError
+from nas_kd.genotype import Choice
+from nas_kd.models.blocks import Block
+from nas_kd.models.costs import cost_table
+from nas_kd.models.frames import Frame, Passage, disjoint, find_frames, joined, recording, replaying, run_frame, swapped
+from nas_kd.models.importance import reconstruction_importance
+from nas_kd.models.inherit import inherit_student
+from nas_kd.models.refit import batch_statistics, refit
+from nas_kd.models.structure import Analysis
+from nas_kd.training.augment import derive_seed
+from nas_kd.training.entries import Entry, EntryFile, Tensors
+from nas_kd.training.images import Images, normalise
+from nas_kd.training.loop import device_of, even_split
+from nas_kd.training.losses import distillation_loss
+from nas_kd.training.views import weights_digest
+
+_REFIT = 256  # images that a layer is fitted on, at most
+_POSITIONS = 65_536  # and positions in them
+_BATCH_POSITIONS = 16_384  # of one training step, where a batch has more
+_INHERIT_IMAGES = 600  # that a frame sees while an entry of it is fitted and measured, counted as forward passes
+_UNBEATEN = 0.3  # of a block's choices
+_LEAST_STEPS = 8  # that are worth while
+_TEMPERATURE = 4.0  # of the KL that measures damage, as in the distillation that follows
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LibrarySpec:
+    """How much a library learns: from `images` augmented training images and measured on `holdout` others; entries are
+    trained for `rounds` of steps with batches of `batch_size` at a peak learning rate `lr`, fewer entries each round.
+
+    Frames with more than `largest` of the base's MACs are inherited and fitted but not trained. What passes through
+    frames is kept in memory, at most `max_bytes` at once. `key` names what else the images depend on."""
+
+    images: int = 2048
+    holdout: int = 256
+    rounds: tuple[int, ...] = (32, 64)
+    batch_size: int = 64
+    lr: float = 2e-3
+    largest: float = 0.4
+    max_bytes: int = 1 << 30
+    seed: int = 0
+    key: str = ""
+
+
+def plan_library(spec: LibrarySpec, analysis: Analysis, images: float) -> LibrarySpec:
+    """The library that costs at most about as much as `images` forward passes of the base: with fewer steps in each
+    round than `spec`, or none at all. What it costs in closed form is the least that it can."""
+    entries = sum(len(block.choices) - 1 for block in analysis.blocks) / max(
+        1, len(analysis.blocks)
+    )  # in whole networks
+    left = images - entries * _INHERIT_IMAGES
+    share = left / (entries * _UNBEATEN * 3 * spec.batch_size * max(1, sum(spec.rounds)))
+    if share * sum(spec.rounds) < _LEAST_STEPS:
+        return replace(spec, rounds=())
+    return replace(spec, rounds=tuple(max(1, int(min(1.0, share) * steps)) for steps in spec.rounds))
+
+
+class Library:
+    """Initial weights and damages for every choice of every block of a base; reads weights from disk when needed.
+
+    `order` ranks the channels that widths keep; `entries` are by block and position of the choice, the base's left out.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        analysis: Analysis,
+        folder: Path,
+        order: NDArray[np.float64],
+        entries: Mapping[tuple[str, int], Entry],
+    ) -> None:
+        self.base, self.analysis, self.folder = base, analysis, folder
+        self.order, self.entries = order, entries
+
+    @property
+    def seconds(self) -> float:
+        """What building all entries took, whenever that was."""
+        return sum(entry.seconds for entry in self.entries.values())
+
+    def damages(self, measure: str = "kl") -> list[NDArray[np.float64]]:
+        """Per block over its choices: `kl`, T²·KL of the logits when that block alone is swapped in, or `nmse`, the
+        mean squared error of its outputs over their variance. What the base has damages nothing."""
+        if measure == "nmse":
+            return self._table(lambda entry: entry.nmse)
+        sensitivity = {block.name: self._sensitivity(block) for block in self.analysis.blocks}
+        return self._table(lambda entry: entry.nmse * sensitivity[entry.block] if entry.kl is None else entry.kl)
+
+    def _table(self, damage: Callable[[Entry], float]) -> list[NDArray[np.float64]]:
+        return [
+            np.array([0.0, *(damage(self.entries[block.name, index]) for index in range(1, len(block.choices)))])
+            for block in self.analysis.blocks
+        ]
+
+    def _sensitivity(self, block: Block) -> float:
+        """What an nmse of 1 in this block is worth in KL: the median of the entries that were measured."""
+        own = [self.entries[block.name, index] for index in range(1, len(block.choices))]
+        ratios = [entry.kl / entry.nmse for entry in own if entry.kl is not None and entry.nmse > 0]
+        return float(np.median(ratios)) if ratios else 1.0
+
+    def student(self, genotype: Mapping[str, Choice]) -> nn.Module:
+        """The student of `genotype`, assembled from the entries of its blocks; recalibrate its batch norms.
+
+        Raises GenotypeError when the genotype does not fit the base.
+        """
+        student = inherit_student(self.base, self.analysis, genotype, importance=self.order)
+        mask = self.analysis.keep_mask(genotype, self.order)
+        tensors = dict(student.named_parameters(remove_duplicate=False)) | dict(
+            student.named_buffers(remove_duplicate=False)
+        )
+        for block in self.analysis.blocks:
+            index = block.choices.index(genotype[block.name])
+            if index and genotype[block.name].keep:
+                own = self.analysis.keep_mask(swapped(self.analysis, block, genotype[block.name]), self.order)
+                kept = entry_file(self.folder, block, index).read()
+                if kept is not None:  # else what is inherited in closed form has to do
+                    _overlay(tensors, kept[1], self.analysis, own, mask)
+        return student
+
+
+@torch.no_grad()
+def _overlay(
+    student: Mapping[str, Tensor],
+    entry: Tensors,
+    analysis: Analysis,
+    own: NDArray[np.bool_],
+    mask: NDArray[np.bool_],
+) -> None:
+    """Copies the tensors of an entry, which kept the labels `own`, into a student that keeps fewer, `mask`."""
+    for name, tensor in entry.items():
+        target = student.get(name)
+        if target is None:
+            continue
+        for dim, labels in enumerate(analysis.trace.axes.get(name, ())):
+            if labels is not None and not mask[labels].all():
+                left = labels[own[labels]]
+                tensor = tensor.index_select(dim, torch.from_numpy(np.flatnonzero(mask[left])))
+        if tensor.shape == target.shape:  # else a neighbour narrows what a replacement reads: inherited is fine
+            target.copy_(tensor)
+
+
+def build_library(
+    base: nn.Module,
+    analysis: Analysis,
+    images: Images,
+    spec: LibrarySpec,
+    folder: Path,
+    report: Callable[[str], None] = lambda words: None,
+) -> Library:
+    """The library of a trained `base`; entries that `folder` has already are taken from there.
+
+    `images` went through the training augmentation; `spec.images + spec.holdout` of them are used. `report` is called
+    after each block of each stage. A damaged file is made again with a warning. Raises DataError for too few images.
+    """
+    builder = _Builder(base, analysis, images, spec, folder)
+    builder.inherit(report)
+    builder.train(report)
+    builder.measure(report)
+    return Library(base, analysis, builder.folder, builder.order, builder.entries)
+
+
+class _Builder:
+    """The state of a library that is being built."""
+
+    def __init__(
+        self,
+        base: nn.Module,
+        analysis: Analysis,
+        images: Images,
+        spec: LibrarySpec,
+        folder: Path,
+    ) -> None:
+        self.base, self.analysis, self.table = base.eval(), analysis, cost_table(analysis, base)
+        self.holdout = min(spec.holdout, len(images) // 3)
+        if self.holdout < 2:
+            raise DataError(f"a library needs at least 6 images, got {len(images)}")
+        self.spec = replace(spec, images=min(spec.images, len(images) - self.holdout))
+        self.images = images[: self.spec.images + self.holdout]
+        self.device = device_of(base)
+        self.frames = find_frames(base, analysis, self._pixels(slice(0, 2)))
+        self.folder = folder / f"library-{self._digest()}"
+        self.entries: dict[tuple[str, int], Entry] = {}
+        self.order = self._importance()
+        self.logits = self._held_out_logits()
+
+    def _digest(self) -> str:
+        facts = (
+            f"1 {weights_digest(self.base)} {self.analysis.input_size} {self.spec} {self.images.mean} {self.images.std}"
+        )
+        choices = [(block.name, block.choices) for block in self.analysis.blocks]
+        digest = hashlib.sha256(f"{facts} {choices}".encode())
+        digest.update(np.ascontiguousarray(self.images.pixels.cpu().numpy()).data)
+        return digest.hexdigest()[:16]
+
+    def _pixels(self, part: slice) -> Tensor:
+        images = self.images[part]
+        return normalise(images.pixels, images.mean, images.std, self.device)
+
+    def _held_out(self) -> slice:
+        return slice(len(self.images) - self.holdout, None)
+
+    @torch.no_grad()
+    def _held_out_logits(self) -> Tensor:
+        logits: Tensor = self.base(self._pixels(self._held_out()))
+        return logits
+
+    def _importance(self) -> NDArray[np.float64]:
+        file = EntryFile(self.folder / "importance.safetensors")
+        kept = file.read()
+        if kept is not None:
+            order: NDArray[np.float64] = kept[1]["order"].numpy()
+            return order
+        passages: dict[str, Passage] = {}
+        for names, count in self._groups(_REFIT):
+            passages |= {name: seen[: _images_for(seen)] for name, seen in self._record(names, count).items()}
+        order = reconstruction_importance(self.base, self.analysis, self.frames, passages)
+        file.write(Entry(), {"order": torch.from_numpy(order)})
+        return order
+
+    def _groups(self, count: int) -> Iterator[tuple[list[str], int]]:
+        """Blocks, in the base's order, whose frames' passages fit the memory together; of `count` images, or of fewer
+        where those of a single frame would not."""
+        each = {name: passage.bytes // 2 for name, passage in self._record(list(self.frames), 2).items()}
+        group: list[str] = []
+        for name in self.frames:
+            if group and sum(each[other] for other in (*group, name)) * (count + self.holdout) > self.spec.max_bytes:
+                yield group, self._fitting(count, each, group)
+                group = []
+            group.append(name)
+        yield group, self._fitting(count, each, group)
+
+    def _fitting(self, count: int, each: Mapping[str, int], group: Sequence[str]) -> int:
+        room = self.spec.max_bytes // sum(each[name] for name in group) - self.holdout
+        return min(count, self.spec.images, max(room, 2 * self.spec.batch_size))
+
+    @torch.no_grad()
+    def _record(self, names: Sequence[str], count: int, *, held_out: bool = False) -> dict[str, Passage]:
+        """What passes through the frames of these blocks for the first `count` images (or the held out ones)."""
+        images = self.images[self._held_out() if held_out else slice(0, count)]
+        with recording(self.base, {name: self.frames[name] for name in names}) as passages:
+            for pixels in torch.split(images.pixels, 256):
+                self.base(normalise(pixels, images.mean, images.std, self.device))
+        return {name: joined(parts) for name, parts in passages.items()}
+
+    # closed forms
+
+    def inherit(self, report: Callable[[str], None]) -> None:
+        """Every entry in closed form, with its damage."""
+        for names, count in self._groups(_REFIT):
+            seen, held = self._record(names, count), self._record(names, 0, held_out=True)
+            for name in names:
+                block = self.analysis.block(name)
+                for index in range(1, len(block.choices)):
+                    kept = entry_file(self.folder, block, index).read()
+                    if kept is not None:
+                        self.entries[name, index] = kept[0]
+                    else:
+                        self._inherit(block, index, seen[name], held[name])
+                report(f"{name}: {len(block.choices) - 1} choices inherited")
+
+    def _inherit(self, block: Block, index: int, seen: Passage, held: Passage) -> None:
+        started = time.monotonic()
+        student = self._student(block, index)
+        module = self.frames[block.name].inside(student)
+        if block.choices[index].keep:
+            few = seen[: _images_for(seen)]
+            refit(student, self.base, self.analysis, self.frames[block.name], self._mask(block, index), few)
+            recalibrate_frame(module, few)
+        error = self._nmse(module, held)
+        entry = Entry(block=block.name, errors=((0, error),), seconds=time.monotonic() - started)
+        self._keep(block, index, entry, self._own_tensors(module, block))
+
+    def _keep(self, block: Block, index: int, entry: Entry, tensors: Tensors) -> None:
+        entry_file(self.folder, block, index).write(entry, tensors)
+        self.entries[block.name, index] = entry
+
+    def _student(self, block: Block, index: int) -> nn.Module:
+        genotype = swapped(self.analysis, block, block.choices[index])
+        return inherit_student(self.base, self.analysis, genotype, importance=self.order)
+
+    def _mask(self, block: Block, index: int) -> NDArray[np.bool_]:
+        return self.analysis.keep_mask(swapped(self.analysis, block, block.choices[index]), self.order)
+
+    @torch.no_grad()
+    def _nmse(self, module: nn.Module, held: Passage) -> float:
+        """How far the outputs of a frame are from the base's on the held out images."""
+        few = held[: _images_for(held)]
+        return sum(
+            float((got - wanted).square().mean() / wanted.var().clamp_min(1e-12))
+            for got, wanted in zip(run_frame(module.eval(), few), few.outputs, strict=True)
+        )
+
+    def _own_tensors(self, module: nn.Module, block: Block) -> Tensors:
+        """The tensors of a frame that may differ from the base's in the entries of its block."""
+        prefix = self.frames[block.name].prefix
+        state = {f"{prefix}{name}": tensor for name, tensor in module.state_dict().items()}
+        return {name: tensor for name, tensor in state.items() if self._is_own(block, name)}
+
+    def _is_own(self, block: Block, tensor: str) -> bool:
+        """Whether a tensor may differ from the base's in the entries of a block."""
+        norms = self.analysis.trace.norms
+        modules = {block.name, *self.frames[block.name].edited}
+        modules |= {norms[path] for path in modules if path in norms}
+        return any(tensor.startswith(f"{path}.") for path in modules)
+
+    # training
+
+    def train(self, report: Callable[[str], None]) -> None:
+        """Trains the entries that are worth it, fewer of them in each round."""
+        for names, count in self._groups(self.spec.images):
+            due = [name for name in names if self._is_trainable(name) and self._due(self.analysis.block(name))]
+            if not due:
+                continue
+            seen, held = self._record(due, count), self._record(due, 0, held_out=True)
+            for name in due:
+                block = self.analysis.block(name)
+                for number in range(len(self.spec.rounds)):
+                    self._round(block, number, seen[name], held[name])
+                report(f"{name}: choices trained")
+
+    def _is_trainable(self, name: str) -> bool:
+        """Whether a frame is small enough to be trained on its own."""
+        frame, calls = self.frames[name], self.analysis.trace.calls
+        paths = frame.paths(self.base)
+        macs = [call.factor * math.prod(map(len, call.axes)) for call in calls]
+        inside = sum(own for own, call in zip(macs, calls, strict=True) if call.module in paths)
+        return not frame.is_whole and inside <= self.spec.largest * sum(macs)
+
+    def _due(self, block: Block) -> bool:
+        """Whether some entry of a block is still to be trained."""
+        return any(self._left(block, number) for number in range(len(self.spec.rounds)))
+
+    def _left(self, block: Block, number: int) -> list[int]:
+        """The entries that a round still has to train; who is in it was decided by the errors before it."""
+        before, after = sum(self.spec.rounds[:number]), sum(self.spec.rounds[: number + 1])
+        return [
+            index
+            for index in self._unbeaten(block, before)
+            if block.choices[index].keep and self.entries[block.name, index].steps < after
+        ]
+
+    def _round(self, block: Block, number: int, seen: Passage, held: Passage) -> None:
+        steps = sum(self.spec.rounds[: number + 1])
+        for index in self._left(block, number):
+            old = self.entries[block.name, index]
+            started = time.monotonic()
+            module = self._restored(block, index)
+            before = copy.deepcopy(self._own_tensors(module, block))
+            own = [parameter for name, parameter in self._named(module, block) if self._is_own(block, name)]
+            seed = derive_seed(self.spec.seed, f"{block.name} {index}", number)
+            distil_frame(module, own, seen, steps=self.spec.rounds[number], spec=self.spec, seed=seed)
+            recalibrate_frame(module, seen[: _images_for(seen)])
+            error, tensors = self._nmse(module, held), self._own_tensors(module, block)
+            if not error < old.nmse:  # what was nearly perfect may get worse
+                error, tensors = old.nmse, before
+            seconds = old.seconds + time.monotonic() - started
+            entry = replace(old, errors=(*old.errors, (steps, error)), seconds=seconds, kl=None)
+            self._keep(block, index, entry, tensors)
+
+    def _restored(self, block: Block, index: int) -> nn.Module:
+        """The frame of an entry as a module, with its tensors."""
+        student = self._student(block, index)
+        kept = entry_file(self.folder, block, index).read()
+        if kept is not None:
+            student.load_state_dict(dict(kept[1]), strict=False)
+        return self.frames[block.name].inside(student)
+
+    def _named(self, module: nn.Module, block: Block) -> Iterator[tuple[str, nn.Parameter]]:
+        prefix = self.frames[block.name].prefix
+        return ((f"{prefix}{name}", parameter) for name, parameter in module.named_parameters())
+
+    def _unbeaten(self, block: Block, steps: int) -> list[int]:
+        """The choices that no other one beats after so many steps: none is cheaper in params and MACs and closer to the
+        base."""
+        rows = np.tile(self.table.indices(self.analysis.identity), (len(block.choices), 1))
+        rows[:, self.analysis.blocks.index(block)] = np.arange(len(block.choices))
+        totals = self.table.many(rows, KINDS)
+        damage = [0.0, *(self.entries[block.name, index].nmse_after(steps) for index in range(1, len(rows)))]
+        values = np.column_stack([*(totals[kind] for kind in KINDS), damage])
+        no_worse, better = values[None] <= values[:, None], values[None] < values[:, None]
+        beaten = np.any(no_worse.all(axis=2) & better.any(axis=2), axis=1)
+        return [index for index in range(1, len(rows)) if not beaten[index]]
+
+    # damages
+
+    def measure(self, report: Callable[[str], None]) -> None:
+        """The KL of the logits with each unbeaten entry swapped in."""
+        for names, _ in self._groups(0):
+            held = self._record(names, 0, held_out=True)
+            for name in names:
+                block = self.analysis.block(name)
+                earlier = self._earlier(name, [other for other in names if other in held])
+                recorded = {frame: held[other].outputs for other, frame in earlier.items()}
+                for index in self._unbeaten(block, sum(self.spec.rounds)):
+                    entry = self.entries[name, index]
+                    if entry.kl is None:
+                        started = time.monotonic()
+                        module = self._restored(block, index)
+                        loss = self._kl(module, self.frames[name], held[name], recorded)
+                        seconds = entry.seconds + time.monotonic() - started
+                        measured = replace(entry, kl=loss, seconds=seconds)
+                        self._keep(block, index, measured, self._own_tensors(module, block))
+                report(f"{name}: damages measured")
+
+    def _earlier(self, name: str, names: Sequence[str]) -> dict[str, Frame]:
+        """The frames that run before a block's and share nothing with it or each other."""
+        before = names[: names.index(name) + 1]
+        kept = disjoint(self.frames[other] for other in before)
+        return {other: self.frames[other] for other in before if self.frames[other] in kept and other != name}
+
+    @torch.no_grad()
+    def _kl(
+        self, module: nn.Module, frame: Frame, held: Passage, recorded: Mapping[Frame, tuple[Tensor, ...]]
+    ) -> float:
+        """T²·KL of the base's logits with a frame's module in its place; `recorded` are outputs of earlier frames."""
+        outputs = run_frame(module.eval(), held)
+        if frame.is_whole:
+            logits = outputs[0]
+        else:
+            with replaying(self.base, {**recorded, frame: outputs}):
+                logits = self.base(self._pixels(self._held_out()))
+        return float(distillation_loss(logits.float(), self.logits.float(), temperature=_TEMPERATURE))
+
+
+def entry_file(folder: Path, block: Block, index: int) -> EntryFile:
+    """The file of a block's choice at a position."""
+    return EntryFile(folder / f"{block.name}-{index:03d}.safetensors")
+
+
+def _images_for(passage: Passage, positions: int = _POSITIONS, most: int = _REFIT) -> int:
+    """How many images have so many positions in the outputs of a frame: an eighth of `most` to `most`."""
+    each = min(tensor[0, 0].numel() if tensor.ndim == 4 else tensor[0].numel() for tensor in passage.outputs)
+    return max(most // 8, min(most, -(-positions // each)))
+
+
+@torch.no_grad()
+def recalibrate_frame(module: nn.Module, passage: Passage) -> None:
+    """Recomputes the running statistics of a frame's batch norms as averages over a passage; ends in eval mode."""
+    module.eval()
+    norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum, norm.training = None, True
+    for part in even_split(torch.arange(len(passage)), 128):
+        run_frame(module, passage[part])
+    for norm in norms:
+        norm.momentum, norm.training = 0.1, False
+
+
+def distil_frame(
+    module: nn.Module, parameters: Sequence[nn.Parameter], passage: Passage, *, steps: int, spec: LibrarySpec, seed: int
+) -> None:
+    """Trains a frame's own parameters to write what the teacher's writes: mean squared error over the variance of each
+    output, Adam with a cosine schedule; batch norms on batch statistics."""
+    scales = [1 / output.var().clamp_min(1e-12) for output in passage.outputs]
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(parameters, lr=spec.lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    batch_size = _images_for(passage, _BATCH_POSITIONS, spec.batch_size)
+    order = torch.empty(0, dtype=torch.int64)
+    module.eval()
+    with batch_statistics(module):
+        for _ in range(steps):
+            if len(order) < batch_size:
+                order = torch.randperm(len(passage), generator=generator)
+            batch, order = passage[order[:batch_size]], order[batch_size:]
+            outputs = run_frame(module, batch)
+            loss = sum(
+                (
+                    (got - wanted).square().mean() * scale
+                    for got, wanted, scale in zip(outputs, batch.outputs, scales, strict=True)
+                ),
+                torch.zeros((), device=scales[0].device),
+            )
+            optimizer.zero_grad(set_to_none=True)
+            torch.autograd.backward(loss)
+            optimizer.step()
+            schedule.step()

@@ -1,0 +1,199 @@
+"""The block library on a small real network: what it learns, that it resumes, and what becomes of damaged files."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+from nas_kd.genotype import Genotype
+from nas_kd.models.blocks import analyse
+from nas_kd.models.inherit import inherit_student
+from nas_kd.models.structure import Analysis
+from nas_kd.training import library as module
+from nas_kd.training.augment import default_augmentation
+from nas_kd.training.data import Splits
+from nas_kd.training.entries import Entry, EntryFile
+from nas_kd.training.images import AugmentedImages, Images
+from nas_kd.training.library import Library, LibrarySpec, build_library, plan_library
+from nas_kd.training.loop import evaluate, recalibrate, train
+from nas_kd.training.recipe import Recipe
+
+Build = Callable[[Path], Library]
+SPEC = LibrarySpec(images=64, holdout=32, rounds=(4, 4), batch_size=16)
+
+
+@pytest.fixture(scope="module")
+def images(digits: Splits) -> Images:
+    return AugmentedImages(digits.train, default_augmentation("digits"), 0).sample(96)
+
+
+@pytest.fixture(scope="module")
+def teacher(digits: Splits) -> nn.Module:
+    torch.manual_seed(0)
+    network: nn.Module = timm.create_model("test_resnet", in_chans=1, num_classes=10)
+    data = AugmentedImages(digits.train, default_augmentation("digits"), 0)
+    train(network, data, Recipe(epochs=12, batch_size=16, lr=0.05, distill_weight=0.0))
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def analysis(teacher: nn.Module) -> Analysis:
+    return analyse(teacher, (1, 32, 32), open=("width", "conv"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("library")
+
+
+@pytest.fixture(scope="module")
+def build(teacher: nn.Module, analysis: Analysis, images: Images) -> Build:
+    return lambda folder: build_library(teacher, analysis, images, SPEC, folder)
+
+
+@pytest.fixture(scope="module")
+def library(build: Build, folder: Path) -> Library:
+    return build(folder)
+
+
+def test_every_choice_has_an_entry_and_a_damage(library: Library, analysis: Analysis) -> None:
+    for measure in ("kl", "nmse"):
+        for block, damages in zip(analysis.blocks, library.damages(measure), strict=True):
+            assert len(damages) == len(block.choices)
+            assert damages[0] == 0
+            assert (damages[1:] > 0).all()
+            assert np.isfinite(damages).all()
+    assert library.seconds > 0
+
+
+def test_narrower_hurts_more(library: Library, analysis: Analysis) -> None:
+    for block, damages in zip(analysis.blocks, library.damages("nmse"), strict=True):
+        plain = [i for i, choice in enumerate(block.choices) if choice.conv == block.default.conv]
+        widest, narrowest = plain[1], plain[-1]
+        assert block.choices[narrowest].width < block.choices[widest].width
+        assert damages[widest] < damages[narrowest]
+
+
+def test_training_goes_to_the_unbeaten_and_brings_them_closer(library: Library) -> None:
+    trained = [entry for entry in library.entries.values() if entry.steps]
+    assert 0 < len(trained) < len(library.entries)
+    assert all(entry.nmse <= entry.errors[0][1] for entry in trained)
+    assert sum(entry.nmse < entry.errors[0][1] for entry in trained) > len(trained) / 2
+    assert all(entry.kl is not None for entry in library.entries.values() if entry.steps == 8)
+
+
+def test_the_identity_is_the_teacher(library: Library, teacher: nn.Module, analysis: Analysis) -> None:
+    student = library.student(analysis.identity)
+    for name, tensor in teacher.state_dict().items():
+        assert torch.equal(student.state_dict()[name], tensor), name
+
+
+def test_a_student_is_assembled_from_its_entries(library: Library, analysis: Analysis) -> None:
+    genotype = Genotype.of({block.name: block.choices[len(block.choices) // 2] for block in analysis.blocks})
+    state = library.student(genotype).state_dict()
+    copied = 0
+    for block in analysis.blocks:
+        index = block.choices.index(genotype[block.name])
+        kept = module.entry_file(library.folder, block, index).read()
+        assert kept is not None
+        for name, tensor in kept[1].items():
+            if state[name].shape == tensor.shape:
+                copied += 1
+                assert torch.equal(state[name], tensor), name
+    assert copied > 2 * len(analysis.blocks)
+
+
+def test_library_students_begin_better_than_inherited_ones(
+    library: Library, teacher: nn.Module, analysis: Analysis, images: Images, digits: Splits
+) -> None:
+    half = [next(i for i, c in enumerate(b.choices) if c.width <= 0.5) for b in analysis.blocks]
+    genotype = Genotype.of({b.name: b.choices[i] for b, i in zip(analysis.blocks, half, strict=True)})
+    accuracies = []
+    for student in (inherit_student(teacher, analysis, genotype), library.student(genotype)):
+        recalibrate(student, images)
+        accuracies.append(evaluate(student, digits.test))
+    assert accuracies[1] > accuracies[0]
+
+
+def test_a_second_build_makes_nothing_again(library: Library, build: Build, folder: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    again = build(folder)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert again.entries == library.entries
+
+
+@pytest.mark.parametrize("after", [3, 40, 90])
+def test_a_killed_build_goes_on_and_ends_the_same(
+    library: Library, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    written: list[Path] = []
+    write = EntryFile.write
+
+    def killed(self: EntryFile, *arguments: object) -> None:
+        if len(written) == after:
+            raise KeyboardInterrupt
+        written.append(self.path)
+        write(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(EntryFile, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path)
+    monkeypatch.undo()
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert kept
+    resumed = build(tmp_path)
+    for key, entry in resumed.entries.items():
+        assert entry.errors == library.entries[key].errors
+        assert entry.kl == library.entries[key].kl
+    for measure in ("kl", "nmse"):
+        assert all(map(np.array_equal, resumed.damages(measure), library.damages(measure)))
+
+
+@pytest.mark.parametrize("harm", ["cut", "flipped"])
+def test_a_damaged_file_is_made_again_with_a_warning(
+    library: Library, build: Build, analysis: Analysis, caplog: pytest.LogCaptureFixture, harm: str
+) -> None:
+    block = analysis.blocks[0]
+    path = module.entry_file(library.folder, block, 1).path
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if harm == "cut" else whole[:-3] + bytes([whole[-3] ^ 0xFF]) + whole[-2:])
+    with caplog.at_level(logging.WARNING, logger="nas_kd"):
+        again = build(library.folder.parent)
+    assert any(str(path) in record.getMessage() for record in caplog.records)
+    assert again.entries[block.name, 1].errors == library.entries[block.name, 1].errors
+
+
+def test_another_teacher_or_other_images_have_a_library_of_their_own(
+    library: Library, teacher: nn.Module, analysis: Analysis, images: Images, tmp_path: Path
+) -> None:
+    few = LibrarySpec(images=8, holdout=4, rounds=(), batch_size=4)
+    first = build_library(teacher, analysis, images, few, tmp_path)
+    other = build_library(teacher, analysis, images[8:], few, tmp_path)
+    assert first.folder != other.folder
+
+
+def test_the_plan_spends_no_more_than_it_may(analysis: Analysis) -> None:
+    rich = plan_library(LibrarySpec(), analysis, 1e9)
+    assert rich.rounds == LibrarySpec().rounds
+    sums = [sum(plan_library(LibrarySpec(), analysis, images).rounds) for images in (0, 1e5, 2e5, 4e5, 1e9)]
+    assert sums == sorted(sums)
+    assert sums[0] == 0
+
+
+def test_an_entry_survives_its_file(tmp_path: Path) -> None:
+    entry = Entry(block="layer1.0", errors=((0, 0.5), (8, 0.25)), kl=None, seconds=1.5)
+    file = EntryFile(tmp_path / "entry.safetensors")
+    assert file.read() is None
+    file.write(entry, {"weight": torch.arange(3.0)})
+    kept = file.read()
+    assert kept is not None
+    assert kept[0] == entry
+    assert torch.equal(kept[1]["weight"], torch.arange(3.0))
+    assert (entry.nmse, entry.nmse_after(7), entry.steps) == (0.25, 0.5, 8)
