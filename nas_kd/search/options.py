@@ -112,7 +112,18 @@ def restrict(analysis: Analysis, options: Options) -> Analysis:
             names = [block.name for block in analysis.blocks]
             hint = nearest(pin.pattern, names)
             raise GenotypeError(f"the pin {pin.text!r} fits no block{hint}; blocks are {', '.join(names)}")
+    for name, values in options.open.items():
+        _check_offered(analysis, name, values)
     return replace(analysis, blocks=tuple(_restrict_block(block, options) for block in analysis.blocks))
+
+
+def _check_offered(analysis: Analysis, name: str, values: Sequence[object]) -> None:
+    """Raises GenotypeError for a listed value that no block offers: it would be passed over in silence."""
+    offered = dict.fromkeys(_FIELDS[name](choice) for block in analysis.blocks for choice in block.choices)
+    for value in values:
+        if value not in offered:
+            known = ", ".join(str(other) for other in offered if other is not None)
+            raise GenotypeError(f"no block of {analysis.name} offers {name}={value}: use {known}")
 
 
 def _restrict_block(block: Block, options: Options) -> Block:

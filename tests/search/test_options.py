@@ -97,3 +97,19 @@ def test_a_space_offers_what_its_options_leave() -> None:
     space = Space(network, img_size=32, options=parse_options("width", ["layer1.0:width=1"]))
     assert all(name.endswith(".width") for name in space.distributions)
     assert "layer1.0.width" not in space.distributions
+
+
+@pytest.mark.parametrize(
+    ("space", "words"),
+    [
+        ("width=0", r"no block of \w+ offers width=0\.0: use 1\.0, 0\.75"),
+        ("width=0.5/nan", "offers width=nan"),
+        ("width=-1", r"offers width=-1\.0"),
+        ("kernel=4", "offers kernel=4: use 3"),
+        ("conv=group3", "offers conv=group3: use standard"),
+        ("keep=no", "offers keep=False"),
+    ],
+)
+def test_a_value_that_no_block_offers_is_refused(analysis: Analysis, space: str, words: str) -> None:
+    with pytest.raises(GenotypeError, match=words):
+        restrict(analysis, parse_options(space))
