@@ -6,10 +6,11 @@ Every arm gets the same teacher, images, teacher logits (cached views), recipe a
 weights get their batch norms recalibrated first. Phases, each going on from what is on disk (`runs.jsonl`):
 
 - `screen`: each torch-pruning method once, 6,400 images, seed 0, 30 % of the base's MACs; the best go on
-- `lr`: each arm at several learning rates, seed 0, 30 %, 25,600 images; the best stays
+- `lr`: each arm, and the best method, at several learning rates, seed 0, 30 %, 25,600 images; the best rate stays, and
+  at it the best method that narrows residual streams, and the best that does not
 - `short`: 25,600 images, three budgets, three seeds
-- `untrained`: no training at all, 70 % of the MACs
-- `long`: ten times the images, 30 %, the two best torch-pruning methods
+- `untrained`: no training at all, 70 % of the MACs; all methods
+- `long`: ten times the images, 30 %
 
 What goes on is decided on the validation split. A run is tested at its end and only the table shows it. `--smoke` takes
 a minute. The table (docs/results/pruning.md) is written from all lines after every run.
@@ -21,6 +22,8 @@ import argparse
 import dataclasses
 import datetime
 import fnmatch
+import functools
+import itertools
 import json
 import math
 import platform
@@ -47,6 +50,7 @@ from nas_kd.training.augment import Augmentation, derive_seed
 from nas_kd.training.checkpoint import load_checkpoint
 from nas_kd.training.data import DataSpec, load_splits
 from nas_kd.training.images import Images
+from nas_kd.training.library import Library, LibrarySpec, build_library
 from nas_kd.training.loop import evaluate, recalibrate, train
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.views import Views, ViewSpec, build_views
@@ -55,11 +59,11 @@ PHASES = ("screen", "lr", "short", "untrained", "long")
 PRUNED = {str(method): method for method in METHODS}
 OURS, CLOSED = "ours", "ours, closed form"
 SCRATCH, NO_TEACHER = "scratch + KD", "scratch, no teacher"
-ARMS = (CLOSED, "uniform", *PRUNED)
-RATES = {SCRATCH: (0.1, 0.05, 0.2), NO_TEACHER: (0.1, 0.05, 0.2)}  # the first goes where none was chosen
+ARMS = (OURS, CLOSED, "uniform", SCRATCH, NO_TEACHER, *PRUNED)
+RATES = {SCRATCH: (0.1, 0.2), NO_TEACHER: (0.1, 0.2)}  # the first goes where none was chosen
 INHERITED = (0.05, 0.015)
 SCREENED, UNTRAINED = 30, 70  # % of the base's MACs
-KEPT, LONG = 2, 2  # torch-pruning methods that go on, of each part; that get the long run
+KEPT, FINAL = 2, 1  # torch-pruning methods of each part that go on after the screening; after the learning rates
 CALIBRATION = 512
 EPOCHS = 6  # of the long run
 COLUMNS = ("arm", "test", "seeds", "MACs", "params", "lr", "training s", "preparation s")
@@ -113,7 +117,6 @@ class Study:
         config, cache = self.base.pretrained_cfg, self.folder / "cache"
         form = {"img_size": self.size[1], "mean": config["mean"], "std": config["std"], "val_fraction": 0.1}
         splits = load_splits(DataSpec(dataset="folder", data_dir=self.arguments.data_dir, **form), cache)
-        # image folders come sorted by class: without this the first images, and a calibration, were of one class
         generator = torch.Generator().manual_seed(0)
         train, val, test = (
             part[torch.randperm(len(part), generator=generator)] for part in (splits.train, splits.val, splits.test)
@@ -139,9 +142,10 @@ class Study:
         if key in self.runs:
             return
         views = self.shown(key.seed, key.images)
+        spent = self.library_seconds() if key.arm == OURS else 0.0
         started = time.process_time()
         student = self._student(key, views.sample(CALIBRATION))
-        preparation = time.process_time() - started
+        preparation = spent + time.process_time() - started
         run = Run(key=key, preparation=preparation)
         if student is not None:
             cost = measure(student, self.size)
@@ -150,7 +154,8 @@ class Study:
             if key.images:
                 train(student, views, self._recipe(key))
             seconds = time.process_time() - started
-            val = evaluate(student, self.val)
+            decides = (key.seed, key.budget) == (0, SCREENED)
+            val = evaluate(student, self.val) if decides else math.nan
             test = math.nan if key.images == self.screening else evaluate(student, self.test)
             run = dataclasses.replace(run, val=val, test=test, macs=cost.macs, params=cost.params, seconds=seconds)
         self.runs[key] = run
@@ -172,21 +177,38 @@ class Study:
             if key.arm in (SCRATCH, NO_TEACHER):
                 torch.manual_seed(derive_seed(key.seed, "fresh weights"))
                 return build_student(timm.create_model(self.arguments.model), space.analysis, genotype)
-            student = space.student(genotype)
+            student = (self.library if key.arm == OURS else space).student(genotype)
         if student is not None:
             recalibrate(student, calibration)
         return student
 
     def _solution(self, key: Key) -> tuple[Space[nn.Module], Genotype]:
-        budget = f"macs={key.budget}%"
+        options = parse_options("width", search_stages=True) if key.arm == "uniform" else None
+        space = Space(self.base, options=options)
+        budget = parse_budget(f"macs={key.budget}%", space.table.base())
         if key.arm == "uniform":
-            space = Space(self.base, budget=budget, options=parse_options("width", search_stages=True))
-            genotype = uniform_width_student(space.table, parse_budget(budget, space.table.base()))
+            genotype = uniform_width_student(space.table, budget)
         else:
-            space = Space(self.base, budget=budget)
-            genotype = solve(space.table, parse_budget(budget, space.table.base()), prior_damages(space.table))
+            damages = prior_damages(space.table) if key.arm == CLOSED else self.library.damages()
+            genotype = solve(space.table, budget, damages, seconds=60)
         assert genotype is not None
         return space, genotype
+
+    @functools.cached_property
+    def library(self) -> Library:
+        """The library of the base, built once for all budgets and seeds; its CPU time is kept beside it."""
+        started, note = time.process_time(), self.folder / "library.json"
+        space, spec = Space(self.base), LibrarySpec()
+        images = self.views.sample(spec.images + spec.holdout)
+        library = build_library(self.base, space.analysis, images, spec, self.folder / "cache")
+        if not note.exists():
+            note.write_text(json.dumps(time.process_time() - started))
+        return library
+
+    def library_seconds(self) -> float:
+        """CPU seconds that the library took when it was built."""
+        _ = self.library
+        return float(json.loads((self.folder / "library.json").read_text()))
 
     def best(self, arms: Iterable[str], count: int, images: int) -> list[str]:
         """The arms with the best validation accuracy of seed 0 at the screened budget after so many images."""
@@ -194,8 +216,8 @@ class Study:
         return sorted((arm for arm in found if found[arm] >= 0), key=lambda arm: -found[arm])[:count]
 
     def lr(self, arm: str) -> float:
-        """The learning rate chosen for an arm."""
-        runs = self.decisive(arm, self.short)
+        """The learning rate chosen for an arm; torch-pruning's methods share one."""
+        runs = [run for other in (PRUNED if arm in PRUNED else (arm,)) for run in self.decisive(other, self.short)]
         return max(runs, key=lambda run: run.val).key.lr if runs else RATES.get(arm, INHERITED)[0]
 
     def decisive(self, arm: str, images: int) -> list[Run]:
@@ -203,34 +225,35 @@ class Study:
         runs = [run for key, run in self.runs.items() if (key.arm, key.budget, key.seed) == (arm, SCREENED, 0)]
         return [run for run in runs if run.key.images == images and run.macs]
 
-    def kept(self) -> list[str]:
-        """The torch-pruning methods that go on: the best that leave the streams alone, and the best that do not."""
-        parts = ("inner", "whole")
-        return [
-            arm for part in parts for arm in self.best([a for a in PRUNED if a.endswith(part)], KEPT, self.screening)
-        ]
+    def kept(self, count: int, images: int) -> list[str]:
+        """The best torch-pruning methods that leave the streams alone, and as many that do not."""
+        parts = [[arm for arm in PRUNED if arm.endswith(part)] for part in ("inner", "whole")]
+        return [arm for part in parts for arm in self.best(part, count, images)]
 
     def plan(self, phase: str) -> Iterator[Key]:
         """The runs of a phase, of the arms asked for. What went on is looked up when it is needed."""
-        arms = [arm for arm in ARMS if fnmatch.fnmatch(arm, self.arguments.arms)]
+        arms = [arm for arm in ARMS if any(fnmatch.fnmatch(arm, pattern) for pattern in self.arguments.arms)]
         seeds = self.arguments.seeds
         others = [arm for arm in arms if arm not in PRUNED]
         if phase == "screen":
             yield from (Key(arm, SCREENED, self.screening, 0, INHERITED[0]) for arm in arms if arm in PRUNED)
             return
         if phase == "untrained":
-            yield from (Key(arm, UNTRAINED, 0, seed, 0.0) for arm in arms if "scratch" not in arm for seed in seeds)
+            for arm in arms:
+                often = seeds if arm not in PRUNED or arm in self.kept(FINAL, self.short) else seeds[:1]
+                yield from (Key(arm, UNTRAINED, 0, seed, 0.0) for seed in often if "scratch" not in arm)
             return
-        chosen = [*others, *(arm for arm in self.kept() if arm in arms)]
         if phase == "lr":
-            for arm in chosen:
+            kept = [arm for arm in self.kept(KEPT, self.screening) if arm in arms]
+            for arm in [*others, *kept[:1]]:
                 yield from (Key(arm, SCREENED, self.short, 0, lr) for lr in RATES.get(arm, INHERITED))
-        if phase == "short":
-            for budget in self.arguments.budgets:
-                yield from (Key(arm, budget, self.short, seed, self.lr(arm)) for arm in chosen for seed in seeds)
-        if phase == "long":
-            longest = [*others, *(arm for arm in self.best(PRUNED, LONG, self.short) if arm in arms)]
-            yield from (Key(arm, SCREENED, self.long, seed, self.lr(arm)) for seed in seeds for arm in longest)
+            yield from (Key(arm, SCREENED, self.short, 0, self.lr(arm)) for arm in kept[1:])
+            return
+        final = [*others, *(arm for arm in self.kept(FINAL, self.short) if arm in arms)]
+        budgets = self.arguments.budgets if phase == "short" else (SCREENED,)
+        images = self.short if phase == "short" else self.long
+        for budget, seed in itertools.product(budgets, seeds):
+            yield from (Key(arm, budget, images, seed, self.lr(arm)) for arm in final)
 
 
 def read(path: Path) -> Iterator[Run]:
@@ -309,7 +332,7 @@ def parse() -> argparse.Namespace:
     add("--out", default="results/pruning", help="where runs.jsonl and the caches are kept")
     add("--report", default="docs/results/pruning.md", help="the table")
     add("--phases", nargs="+", default=PHASES, choices=PHASES)
-    add("--arms", default="*", help="only arms that fit, e.g. 'torch-pruning*'")
+    add("--arms", nargs="+", default=("*",), help="only arms that fit, e.g. 'torch-pruning*'")
     add("--budgets", nargs="+", type=int, default=(30, 15, 50), help="of the short runs, in percent of the base's MACs")
     add("--seeds", nargs="+", type=int, default=(0, 1, 2))
     add("--smoke", action="store_true", help="a minute: few images, three arms")
