@@ -68,7 +68,7 @@ def check(settings: RankSettings, stages: Stages) -> tuple[RankCheck, Job]:
         groups["near"] = near_optimum(
             ground.space.table,
             job.budget,
-            ground.library.damages("kl") if ground.library is not None else prior_damages(ground.space.table),
+            ground.space.damages(),
             band=settings.band,
             count=settings.near,
             seed=settings.study.seed,
@@ -203,7 +203,7 @@ def _conclude(settings: RankSettings, ground: Ground, groups: Mapping[str, Seque
         truth_steps=portion_steps * ground.truth_portions,
         truth_images=ground.portions.count * ground.truth_portions,
         truth_seconds=float(np.mean([truth["seconds"] for truth in truths])),
-        library_seconds=None if library is None else float(library.seconds),
+        library_seconds=None if library is None else library.seconds,
         default=(SCORE, ground.starts[-1], portion_steps * RUNGS[-1]),
         groups=tuple(_group(name, ground, entries) for name, entries in groups.items()),
         environment=environment_of(job),

@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +22,7 @@ from nas_kd.pipeline.models import fresh_student
 from nas_kd.pipeline.records import Record
 from nas_kd.search.space import Space
 from nas_kd.training.images import normalise
+from nas_kd.training.library import Library
 from nas_kd.training.loop import Task, evaluate, fit, recalibrate, train
 from nas_kd.training.losses import student_loss
 from nas_kd.training.portions import Portions
@@ -56,9 +56,9 @@ class Ground:
         return (FRESH, CLOSED_FORM) if self.library is None else (FRESH, CLOSED_FORM, LIBRARY)
 
     @property
-    def library(self) -> Any:
+    def library(self) -> Library | None:
         """The space's library of trained block choices, or None."""
-        return getattr(self.space, "library", None)
+        return self.space.library
 
     def recipe(self, start: str, portions: int) -> Recipe:
         """How a student is trained from this start: gently where it inherits."""
@@ -77,7 +77,7 @@ class Ground:
         if start == LIBRARY or self.library is None:
             return self.space
         space = copy.copy(self.space)
-        space.library = None  # type: ignore[attr-defined, unused-ignore]
+        space.library = None
         return space
 
 
@@ -107,7 +107,7 @@ def parts_of(ground: Ground) -> tuple[Part, ...]:
 
 
 def _library_key(ground: Ground, start: str) -> str:
-    return str(ground.library.folder.name) if start == LIBRARY else ""
+    return ground.library.folder.name if start == LIBRARY and ground.library is not None else ""
 
 
 def _digest(text: str) -> str:
