@@ -203,9 +203,9 @@ def _add_recipe(add: Callable[..., object]) -> None:
     add(
         "--lr",
         type=number(1e-9, float, math.inf),
-        default=0.015,
+        default=0.005,
         metavar="F",
-        help="peak learning rate of students (0.015)",
+        help="peak learning rate of students (0.005)",
     )
     add("--views", type=number(1), default=8, metavar="N", help="augmented views with cached teacher logits (8)")
     add("--device", metavar="D", help="cpu, cuda, cuda:1, … (cuda where there is one)")

@@ -153,7 +153,7 @@ def _add_recipe(add: Callable[..., object]) -> None:
     positive = number(1e-9, float, math.inf)
     add("--epochs", type=number(1), metavar="N", help="epochs (by the data's size)")
     add("--batch-size", type=number(2), default=64, metavar="N", help="images per step (64)")
-    add("--lr", type=positive, metavar="F", help="peak learning rate (0.015 from given weights, 0.03 from scratch)")
+    add("--lr", type=positive, metavar="F", help="peak learning rate (0.005 from given weights, 0.03 from scratch)")
     add("--optimizer", choices=("sgd", "adamw"), default="sgd", help="(sgd)")
     add("--schedule", choices=("one-cycle", "cosine", "step", "constant"), default="one-cycle", help="(one-cycle)")
     add("--weight-decay", type=number(0, float, math.inf), default=5e-4, metavar="F", help="(5e-4)")

@@ -121,3 +121,16 @@ def test_the_readme_s_snippet_runs_as_it_stands(tmp_path: Path, monkeypatch: pyt
     exec(compile(snippet, "README.md", "exec"), names)  # the README is ours
     loaded = timm.create_model("local-dir:small", pretrained=True)
     assert sum(parameter.numel() for parameter in loaded.parameters()) <= 1_000_000
+
+
+def test_a_space_takes_a_library(digits: tuple[Tensor, Tensor], teacher: nn.Module, tmp_path: Path) -> None:
+    space = nas_kd.Space(teacher, budget="params=50%", img_size=32)
+    images = nas_kd.Images((digits[0][:96] * 255).byte(), digits[1][:96], (0.0,), (1.0,))
+    without = space.student(space.starts(1)[0])
+    spec = nas_kd.LibrarySpec(images=64, holdout=32, rounds=(2,), batch_size=16)
+    space.library = nas_kd.build_library(teacher, space.analysis, images, spec, tmp_path)
+    study = optuna.create_study()
+    assert space.enqueue(study) > 3
+    study.optimize(lambda trial: float(sum(p.numel() for p in space.suggest(trial).parameters())), n_trials=3)
+    assert all(trial.value <= space.cost(space.analysis.identity).params / 2 for trial in study.trials[:3])
+    assert type(space.student(space.starts(1)[0])) is type(without) is type(teacher)

@@ -53,6 +53,20 @@ class Frame:
         inside = self.inside(network)
         return frozenset(f"{self.prefix}{name}".rstrip(".") for name, _ in inside.named_modules())
 
+    def outside(self, network: nn.Module) -> list[nn.Module]:
+        """The largest modules of a network that hold nothing of the frame."""
+        found, left = [], [network]
+        inside = {id(module) for module in self.inside(network).modules()}
+        while left:
+            module = left.pop()
+            if id(module) in inside:
+                continue
+            if any(id(part) in inside for part in module.modules()):
+                left += module.children()
+            else:
+                found.append(module)
+        return found
+
     def ends(self, network: nn.Module) -> tuple[nn.Module, nn.Module]:
         """The modules of a network that read the frame's input and write its output."""
         if not self.first:

@@ -7,7 +7,7 @@ Nothing is trained here and no image is needed. Batch-norm statistics still desc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TypeVar
 
 import numpy as np
@@ -31,14 +31,20 @@ Mask = NDArray[np.bool_]
 
 
 def inherit_student(
-    base: Network, analysis: Analysis, genotype: Mapping[str, Choice], *, importance: NDArray[np.float64] | None = None
+    base: Network,
+    analysis: Analysis,
+    genotype: Mapping[str, Choice],
+    *,
+    importance: NDArray[np.float64] | None = None,
+    shared: Collection[nn.Module] = (),
 ) -> Network:
     """The student of `genotype` with weights inherited from `base`; a fraction of a second.
 
-    `importance` is `unit_importance(base, analysis)`, for callers who make many students of one base.
+    For callers who make many students of one base: `importance` orders the channels, by default
+    `unit_importance(base, analysis)`; `shared` modules, which the genotype leaves alone, stay the base's own.
     Raises GenotypeError when the genotype does not fit the analysed base.
     """
-    student = build_student(base, analysis, genotype)
+    student = build_student(base, analysis, genotype, shared=shared)
     mask = analysis.keep_mask(genotype, unit_importance(base, analysis) if importance is None else importance)
     inherit_tensors(student, base, analysis, mask)
     for block in analysis.blocks:
@@ -107,7 +113,7 @@ def inherit_tensors(student: nn.Module, base: nn.Module, analysis: Analysis, mas
     new = dict(student.named_parameters(remove_duplicate=False)) | dict(student.named_buffers(remove_duplicate=False))
     for name, target in new.items():
         source = old.get(name)
-        if source is None:
+        if source is None or source is target:
             continue
         for dim, labels in enumerate(analysis.trace.axes.get(name, ())):
             if labels is not None and not mask[labels].all():

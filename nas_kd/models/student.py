@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -21,30 +21,35 @@ Mask = NDArray[np.bool_]
 Shapes = Mapping[str, tuple[tuple[int, int], ...]]  # per tensor the dimensions that change, and their new lengths
 
 
-def build_student(base: Network, analysis: Analysis, genotype: Mapping[str, Choice]) -> Network:
+def build_student(
+    base: Network, analysis: Analysis, genotype: Mapping[str, Choice], *, shared: Collection[nn.Module] = ()
+) -> Network:
     """A copy of `base` in the shape of `genotype`: the base's class, its weights cut to their first channels.
 
-    The identity genotype gives the base's own keys and outputs. `inherit` gives the others better weights.
+    Modules in `shared`, which the genotype must leave alone, are not copied but the base's own. The identity genotype gives the base's own keys and outputs. `inherit` gives the others better weights.
     The plan that makes it is kept as `student.nas_kd_plan`. Raises GenotypeError when the genotype does not fit.
     """
     analysis.check(genotype)
     plan = student_plan(base, analysis, genotype)
-    student: Any = _patched_copy(base, plan)
+    student: Any = _patched_copy(base, plan, shared)
     student.nas_kd_plan = plan_of(base).then(plan)
     return cast(Network, student)
 
 
-def _patched_copy(base: nn.Module, plan: Plan) -> nn.Module:
+def _patched_copy(base: nn.Module, plan: Plan, alike: Collection[nn.Module]) -> nn.Module:
     """A copy of `base` changed by `plan`; a tensor that the plan cuts is never copied whole."""
-    views: dict[int, Any] = {}
-    for tensor in (*base.parameters(), *base.buffers()):
+    hidden = {id(part) for module in alike for part in module.modules()}
+    modules = [module for module in base.modules() if id(module) not in hidden]
+    views: dict[int, Any] = {}  # what `deepcopy` takes for a copy of the object with this id
+    for tensor in (t for m in modules for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))):
         view = tensor.detach()
         is_parameter = isinstance(tensor, nn.Parameter)
         views[id(tensor)] = nn.Parameter(view, requires_grad=tensor.requires_grad) if is_parameter else view
     shared = {id(view) for view in views.values()}
-    for module in base.modules():  # what a module has computed and kept, as efficientformer its attention bias
+    for module in modules:  # what a module has computed and kept, as efficientformer its attention bias
         views |= {id(t): t.detach().clone() for t in tensors(vars(module)) if not t.is_leaf}
-    student = apply_plan(copy.deepcopy(base, dict(views)), plan)
+    own = {id(module): module for module in alike}
+    student = apply_plan(copy.deepcopy(base, {**views, **own}), plan)
     for tensor in (*student.parameters(), *student.buffers()):
         if id(tensor) in shared:
             tensor.data = tensor.detach().clone()

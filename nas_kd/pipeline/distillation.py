@@ -39,7 +39,7 @@ from nas_kd.training.teacher import Teacher, TeacherCache, TeacherResult, adopt_
 from nas_kd.training.views import OnlineViews, Views, ViewSpec, build_views, views_bytes, weights_digest
 
 FILE = "distill.json"
-_STUDENT_LR = 0.015  # from given weights: larger steps destroy them
+_STUDENT_LR = 0.005  # from given weights: larger steps destroy them
 _REPORTS = 20  # times that a training is evaluated and its state kept
 _CALIBRATION = 512  # images through which batch norms are recalibrated
 

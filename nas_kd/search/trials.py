@@ -173,8 +173,8 @@ def importances(study: optuna.Study) -> tuple[tuple[str, float], ...]:
     if len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))) < 4:
         return ()
     try:
-        with warnings.catch_warnings():  # Optuna reminds of the sign that is given here
-            warnings.filterwarnings("ignore", message="PedAnova", category=UserWarning)
+        with warnings.catch_warnings():  # of the sign, which is given here, and of equal importances after few trials
+            warnings.simplefilter("ignore", UserWarning)
             shares = optuna.importance.get_param_importances(study, target=lambda trial: -trial.values[0])
     except (ValueError, RuntimeError) as error:
         _logger.warning("no parameter importances: %s", error)

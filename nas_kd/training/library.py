@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import logging
 import math
 import time
@@ -37,6 +38,7 @@ from nas_kd.training.entries import Entry, EntryFile, Tensors
 from nas_kd.training.images import Images, normalise
 from nas_kd.training.loop import device_of, even_split
 from nas_kd.training.losses import distillation_loss
+from nas_kd.training.resume import replace_file
 from nas_kd.training.views import weights_digest
 
 _REFIT = 256  # images that a layer is fitted on, at most
@@ -133,14 +135,21 @@ class Library:
         tensors = dict(student.named_parameters(remove_duplicate=False)) | dict(
             student.named_buffers(remove_duplicate=False)
         )
+        entries = list(self._entries_of(genotype))
+        for is_own in (False, True):  # what two blocks' entries hold both comes from the block that it belongs to
+            for block, kept, own in entries:
+                chosen = {name: t for name, t in kept.items() if name.startswith(f"{block.name}.") == is_own}
+                _overlay(tensors, chosen, self.analysis, own, mask)
+        return student
+
+    def _entries_of(self, genotype: Mapping[str, Choice]) -> Iterator[tuple[Block, Tensors, NDArray[np.bool_]]]:
+        """For each changed block of a genotype the tensors of its entry, and the labels that these kept."""
         for block in self.analysis.blocks:
             index = block.choices.index(genotype[block.name])
-            if index and genotype[block.name].keep:
-                own = self.analysis.keep_mask(swapped(self.analysis, block, genotype[block.name]), self.order)
-                kept = entry_file(self.folder, block, index).read()
-                if kept is not None:  # else what is inherited in closed form has to do
-                    _overlay(tensors, kept[1], self.analysis, own, mask)
-        return student
+            kept = entry_file(self.folder, block, index).read() if index and genotype[block.name].keep else None
+            if kept is not None:  # a file that went bad: what is inherited in closed form has to do
+                alone = swapped(self.analysis, block, genotype[block.name])
+                yield block, kept[1], self.analysis.keep_mask(alone, self.order)
 
 
 @torch.no_grad()
@@ -151,17 +160,27 @@ def _overlay(
     own: NDArray[np.bool_],
     mask: NDArray[np.bool_],
 ) -> None:
-    """Copies the tensors of an entry, which kept the labels `own`, into a student that keeps fewer, `mask`."""
-    for name, tensor in entry.items():
-        target = student.get(name)
-        if target is None:
-            continue
-        for dim, labels in enumerate(analysis.trace.axes.get(name, ())):
-            if labels is not None and not mask[labels].all():
-                left = labels[own[labels]]
-                tensor = tensor.index_select(dim, torch.from_numpy(np.flatnonzero(mask[left])))
-        if tensor.shape == target.shape:  # else a neighbour narrows what a replacement reads: inherited is fine
-            target.copy_(tensor)
+    """Copies the tensors of an entry, which kept the labels `own`, into a student that keeps fewer, `mask`.
+
+    Where a neighbour narrows what a replacement reads, the whole replacement stays as it was inherited."""
+    cut = {name: _cut(tensor, name, analysis, own, mask) for name, tensor in entry.items() if name in student}
+    misfits = {_layer(name) for name, tensor in cut.items() if tensor.shape != student[name].shape}
+    for name, tensor in cut.items():
+        if _layer(name) not in misfits:
+            student[name].copy_(tensor)
+
+
+def _cut(tensor: Tensor, name: str, analysis: Analysis, own: NDArray[np.bool_], mask: NDArray[np.bool_]) -> Tensor:
+    for dim, labels in enumerate(analysis.trace.axes.get(name, ())):
+        if labels is not None and not mask[labels].all():
+            tensor = tensor.index_select(dim, torch.from_numpy(np.flatnonzero(mask[labels[own[labels]]])))
+    return tensor
+
+
+def _layer(tensor: str) -> str:
+    """The convolution that a tensor of a replacement (`….conv1.spatial.weight`) stands for; of others what holds it."""
+    parts = tensor.split(".")
+    return ".".join(parts[:-2] if parts[-2:-1] in (["spatial"], ["pointwise"]) else parts)
 
 
 def build_library(
@@ -204,18 +223,27 @@ class _Builder:
         self.device = device_of(base)
         self.frames = find_frames(base, analysis, self._pixels(slice(0, 2)))
         self.folder = folder / f"library-{self._digest()}"
+        self.spec = replace(self.spec, rounds=self._rounds())
         self.entries: dict[tuple[str, int], Entry] = {}
         self.order = self._importance()
         self.logits = self._held_out_logits()
 
     def _digest(self) -> str:
-        facts = (
-            f"1 {weights_digest(self.base)} {self.analysis.input_size} {self.spec} {self.images.mean} {self.images.std}"
-        )
+        spec = replace(self.spec, rounds=())
+        facts = f"1 {weights_digest(self.base)} {self.analysis.input_size} {spec} {self.images.mean} {self.images.std}"
         choices = [(block.name, block.choices) for block in self.analysis.blocks]
         digest = hashlib.sha256(f"{facts} {choices}".encode())
         digest.update(np.ascontiguousarray(self.images.pixels.cpu().numpy()).data)
         return digest.hexdigest()[:16]
+
+    def _rounds(self) -> tuple[int, ...]:
+        """The rounds with which this library was begun: it stays the same when more is spent on its study later."""
+        plan = self.folder / "rounds.json"
+        try:
+            return tuple(int(steps) for steps in json.loads(plan.read_text()))
+        except (OSError, ValueError, TypeError):
+            replace_file(plan, lambda draft: draft.write_text(json.dumps(self.spec.rounds)))
+            return self.spec.rounds
 
     def _pixels(self, part: slice) -> Tensor:
         images = self.images[part]
@@ -300,8 +328,10 @@ class _Builder:
         self.entries[block.name, index] = entry
 
     def _student(self, block: Block, index: int) -> nn.Module:
+        """The base with one block changed; what lies outside its frame is not copied."""
         genotype = swapped(self.analysis, block, block.choices[index])
-        return inherit_student(self.base, self.analysis, genotype, importance=self.order)
+        outside = self.frames[block.name].outside(self.base)
+        return inherit_student(self.base, self.analysis, genotype, importance=self.order, shared=outside)
 
     def _mask(self, block: Block, index: int) -> NDArray[np.bool_]:
         return self.analysis.keep_mask(swapped(self.analysis, block, block.choices[index]), self.order)

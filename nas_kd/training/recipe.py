@@ -21,7 +21,7 @@ SCHEDULES = ("one-cycle", "cosine", "step", "constant")
 class Recipe:
     """Every number of a training, the seed included; the device and the data are not part of it.
 
-    `lr` is the peak; students that inherit weights need a small one (0.015 with SGD), at 0.05 and more what they
+    `lr` is the peak; students that inherit weights need a small one (0.005 with SGD), at 0.05 and more what they
     inherited is destroyed. `warmup` is the share of the steps in which a one-cycle schedule rises; `step` is ×0.1 at
     one half and at three quarters of the steps. `distill` names the soft loss (`losses.soft_loss`), `dkd_alpha`,
     `dkd_beta` and `class_mean` are its options; `distill_weight` is its share: 0 is plain training, 1 looks at the
@@ -34,7 +34,7 @@ class Recipe:
 
     epochs: int
     batch_size: int = 64
-    lr: float = 0.015
+    lr: float = 0.005
     optimizer: str = "sgd"
     momentum: float = 0.9
     weight_decay: float = 5e-4

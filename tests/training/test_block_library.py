@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ import torch
 from torch import nn
 
 from nas_kd.genotype import Genotype
-from nas_kd.models.blocks import analyse
 from nas_kd.models.inherit import inherit_student
 from nas_kd.models.structure import Analysis
+from nas_kd.search.options import parse_options
+from nas_kd.search.space import Space
 from nas_kd.training import library as module
 from nas_kd.training.augment import default_augmentation
 from nas_kd.training.data import Splits
@@ -45,7 +47,8 @@ def teacher(digits: Splits) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def analysis(teacher: nn.Module) -> Analysis:
-    return analyse(teacher, (1, 32, 32), open=("width", "conv"))
+    options = parse_options("width=1/0.5/0.25,conv=standard/depthwise/group4")
+    return Space(teacher, img_size=32, options=options).analysis
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +79,7 @@ def test_every_choice_has_an_entry_and_a_damage(library: Library, analysis: Anal
 def test_narrower_hurts_more(library: Library, analysis: Analysis) -> None:
     for block, damages in zip(analysis.blocks, library.damages("nmse"), strict=True):
         plain = [i for i, choice in enumerate(block.choices) if choice.conv == block.default.conv]
-        widest, narrowest = plain[1], plain[-1]
-        assert block.choices[narrowest].width < block.choices[widest].width
-        assert damages[widest] < damages[narrowest]
+        assert list(damages[plain]) == sorted(damages[plain]), block.name  # choices go from wide to narrow
 
 
 def test_training_goes_to_the_unbeaten_and_brings_them_closer(library: Library) -> None:
@@ -104,7 +105,7 @@ def test_a_student_is_assembled_from_its_entries(library: Library, analysis: Ana
         kept = module.entry_file(library.folder, block, index).read()
         assert kept is not None
         for name, tensor in kept[1].items():
-            if state[name].shape == tensor.shape:
+            if name in state and state[name].shape == tensor.shape and name.startswith(f"{block.name}."):
                 copied += 1
                 assert torch.equal(state[name], tensor), name
     assert copied > 2 * len(analysis.blocks)
@@ -129,7 +130,7 @@ def test_a_second_build_makes_nothing_again(library: Library, build: Build, fold
     assert again.entries == library.entries
 
 
-@pytest.mark.parametrize("after", [3, 40, 90])
+@pytest.mark.parametrize("after", [3, 60])
 def test_a_killed_build_goes_on_and_ends_the_same(
     library: Library, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
@@ -168,6 +169,15 @@ def test_a_damaged_file_is_made_again_with_a_warning(
         again = build(library.folder.parent)
     assert any(str(path) in record.getMessage() for record in caplog.records)
     assert again.entries[block.name, 1].errors == library.entries[block.name, 1].errors
+
+
+def test_a_library_keeps_the_rounds_with_which_it_was_begun(
+    library: Library, teacher: nn.Module, analysis: Analysis, images: Images, folder: Path
+) -> None:
+    longer = build_library(teacher, analysis, images, replace(SPEC, rounds=(4, 4, 8)), folder)
+    assert longer.folder == library.folder
+    steps = {key: entry.steps for key, entry in library.entries.items()}  # a study may get more trials
+    assert {key: entry.steps for key, entry in longer.entries.items()} == steps
 
 
 def test_another_teacher_or_other_images_have_a_library_of_their_own(
