@@ -10,6 +10,7 @@ from nas_kd import __version__
 
 COMMANDS = {
     "study": "search a family of smaller models within a budget",
+    "worker": "join a running study from another machine",
     "rank_check": "tell how far the ranking of short trainings can be trusted",
     "distill": "train one small model, online with its peers or beside a teacher",
     "space": "show what a model may become and what that costs",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 import sys
 import traceback
@@ -13,8 +14,9 @@ from typing import Any
 
 from nas_kd import __version__
 from nas_kd.budget import parse_budget
-from nas_kd.errors import NasKdError
+from nas_kd.errors import NasKdError, without_password
 
+STORAGE = "NAS_KD_STORAGE"  # environment variable: a URL with a password is not for every eye on the machine
 DISTILLATIONS = ("kd", "dkd", "online")
 SAMPLERS = ("knapsack", "tpe", "nsgaii", "nsgaiii", "random")
 
@@ -60,6 +62,10 @@ class Settings:
     storage: str | None
     quiet: bool
     debug: bool
+    jobs: int = 1
+    artifacts: str | None = None
+    grace_period: int = 120
+    new_study: bool = False
     command: str = ""
 
     @property
@@ -217,7 +223,26 @@ def _add_recipe(add: Callable[..., object]) -> None:
 def _add_output(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
     _add_report(add)
-    add("--storage", metavar="URL", help="Optuna storage (study.db in the output folder)")
+    add("--new-study", action="store_true", help="begin anew under this name; the study that had it is kept")
+    add("--storage", metavar="URL", help="Optuna storage (study.db in the output folder, or $NAS_KD_STORAGE)")
+    _add_workers(parser)
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("workers (docs/workers.md)").add_argument
+    add("--jobs", type=number(1), default=1, metavar="N", help="processes that train trials, spread over the GPUs (1)")
+    add(
+        "--artifacts",
+        metavar="STORE",
+        help="where workers on other machines fetch the teacher, views and library: FOLDER, s3://… or gs://…",
+    )
+    add(
+        "--grace-period",
+        type=number(4),
+        default=120,
+        metavar="S",
+        help="seconds of silence after which a worker is dead and its trial goes to another (120)",
+    )
 
 
 def _add_report(add: Callable[..., object]) -> None:
@@ -230,8 +255,58 @@ def _add_report(add: Callable[..., object]) -> None:
 def parse_study(argv: Sequence[str]) -> Settings:
     """Reads the arguments of the main command. Raises NasKdError for bad ones."""
     arguments = vars(study_parser().parse_args(argv))
-    arguments["command"] = " ".join(["python -m nas_kd.study", *argv])
+    # starting over is done once: the same command again resumes
+    again = (without_password(argument) for argument in argv if argument != "--new-study")
+    arguments["command"] = " ".join(["python -m nas_kd.study", *again])
+    arguments["storage"] = arguments["storage"] or os.environ.get(STORAGE)
     return _settings(arguments)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSettings:
+    """The arguments of `python -m nas_kd.worker`. With `leash` it ends when its standard input does."""
+
+    storage: str
+    study_name: str
+    device: str | None
+    out: str | None
+    artifacts: str | None
+    jobs: int
+    grace_period: int
+    wait: int
+    leash: bool
+    quiet: bool
+    debug: bool
+
+
+def worker_parser(prog: str = "python -m nas_kd.worker") -> argparse.ArgumentParser:
+    """The parser of the command that joins a study."""
+    parser = Parser(
+        prog=prog,
+        description="Joins a running study: trains trials beside its other workers until it has what it wants.",
+        epilog=f"example: {prog} --storage postgresql+psycopg://me@db/nas --study-name resnet18-digits-params1M",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--storage", metavar="URL", default=os.environ.get(STORAGE), help="the study's storage ($NAS_KD_STORAGE)")
+    add("--study-name", metavar="NAME", help="the study (the only one in the storage)")
+    add("--device", metavar="D", help="cpu, cuda, cuda:1, … (cuda where there is one)")
+    add("--out", metavar="DIR", help="folder for what is fetched (the study's own where it is on this machine)")
+    add("--wait", type=number(0), default=0, metavar="S", help="wait so many seconds for the study to begin (0)")
+    _add_workers(parser)
+    add("--leash", action="store_true", help=argparse.SUPPRESS)
+    add("-q", "--quiet", action="store_true", help="print nothing but errors")
+    add("--debug", action="store_true", help="tracebacks and debug messages")
+    return parser
+
+
+def parse_worker(argv: Sequence[str]) -> WorkerSettings:
+    """Reads the arguments of a worker. Raises NasKdError for bad ones."""
+    arguments = vars(worker_parser().parse_args(argv))
+    if not arguments["storage"]:
+        raise NasKdError("a worker needs the study's storage: give --storage URL, or set NAS_KD_STORAGE")
+    return WorkerSettings(**{**arguments, "study_name": arguments["study_name"] or ""})
 
 
 def _settings(arguments: dict[str, Any]) -> Settings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -42,12 +43,25 @@ class OutputError(NasKdError, OSError):
     """The output folder or the storage cannot be written."""
 
 
+class ArtifactError(NasKdError, OSError):
+    """A file that a worker needs is missing, was altered, or cannot be fetched."""
+
+
 class TrainingError(NasKdError, RuntimeError):
     """Training cannot go on, e.g. because the loss is no longer finite."""
 
 
 class StudyError(NasKdError, ValueError):
     """A study in the storage does not fit what was asked for."""
+
+
+def without_password(text: str) -> str:
+    """A text in which URLs have lost their passwords.
+
+    >>> without_password("--storage=postgresql://me:secret@host/db")
+    '--storage=postgresql://me:***@host/db'
+    """
+    return re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:***@", text)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

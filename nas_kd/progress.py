@@ -6,18 +6,49 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TextIO
+from dataclasses import dataclass
+from typing import Protocol, TextIO
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 _PIPE_WIDTH = 400  # columns: nothing is cut where no terminal sets a width
 _QUIET_SECONDS = 5.0  # between two plain lines of one stage
 
+_WORKERS_SECONDS = 30.0  # between two plain lines of one worker
+
 Advance = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerLine:
+    """What a worker is at: `done` of `total` epochs of a trial, and words on it."""
+
+    done: int
+    total: int
+    words: str
+
+
+class Board(Protocol):
+    """A stage with workers: the steps that are done, and what each worker is at."""
+
+    @property
+    def advance(self) -> Advance:
+        """Called after each step, with a few words on it."""
+
+    def show(self, workers: Mapping[str, WorkerLine]) -> None:
+        """The workers by their names, as they are now."""
 
 
 class Stages:
@@ -37,7 +68,27 @@ class Stages:
         self.seconds[name] = self.seconds.get(name, 0.0) + self.clock() - started
 
     @contextmanager
+    def board(self, name: str, total: int) -> Iterator[Board]:
+        """A stage on which several workers are: a `Board` to tell who does what, beside the steps."""
+        started = self.clock()
+        if self.console.is_terminal and not self.quiet:
+            with self._progress() as progress:
+                task = progress.add_task(name, total=total, words="")
+                yield _BarBoard(progress, task)
+                progress.update(task, completed=total)
+        else:
+            with self._lines(name, total) as advance:
+                yield _LineBoard(advance, self._print, self.clock)
+        self.seconds[name] = self.seconds.get(name, 0.0) + self.clock() - started
+
+    @contextmanager
     def _bar(self, name: str, total: int) -> Iterator[Advance]:
+        with self._progress() as progress:
+            task = progress.add_task(name, total=total, words="")
+            yield lambda words: progress.update(task, advance=1, words=words)
+            progress.update(task, completed=total)
+
+    def _progress(self) -> Progress:
         columns = (
             TextColumn("{task.description:<10}"),
             BarColumn(bar_width=24),
@@ -47,10 +98,7 @@ class Stages:
             TimeRemainingColumn(),
             TextColumn("{task.fields[words]}"),
         )
-        with Progress(*columns, console=self.console) as progress:
-            task = progress.add_task(name, total=total, words="")
-            yield lambda words: progress.update(task, advance=1, words=words)
-            progress.update(task, completed=total)
+        return Progress(*columns, console=self.console)
 
     @contextmanager
     def _lines(self, name: str, total: int) -> Iterator[Advance]:
@@ -73,6 +121,39 @@ class Stages:
     def _print(self, line: str) -> None:
         if not self.quiet:
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+class _BarBoard:
+    """A bar for the stage and a live line for each worker."""
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self.progress, self.task = progress, task
+        self.lines: dict[str, TaskID] = {}
+
+    def advance(self, words: str) -> None:
+        self.progress.update(self.task, advance=1, words=words)
+
+    def show(self, workers: Mapping[str, WorkerLine]) -> None:
+        for name in self.lines.keys() - workers.keys():
+            self.progress.remove_task(self.lines.pop(name))
+        for name, line in workers.items():
+            if name not in self.lines:
+                self.lines[name] = self.progress.add_task(name, total=line.total, words="")
+            self.progress.update(self.lines[name], completed=line.done, total=line.total, words=line.words)
+
+
+class _LineBoard:
+    """Plain lines: one for each worker now and then."""
+
+    def __init__(self, advance: Advance, write: Callable[[str], None], clock: Callable[[], float]) -> None:
+        self.advance, self.write, self.clock = advance, write, clock
+        self.last = clock()
+
+    def show(self, workers: Mapping[str, WorkerLine]) -> None:
+        if self.clock() - self.last >= _WORKERS_SECONDS:
+            self.last = self.clock()
+            for name, line in workers.items():
+                self.write(f"  {name}: {line.words}, {line.done}/{line.total}")
 
 
 def configure_logging(console: Console, *, quiet: bool, debug: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from nas_kd.models.hub import create_base
 from nas_kd.models.reduction import reduce_stride
 from nas_kd.search.options import parse_options
 from nas_kd.search.space import Space
-from nas_kd.search.storage import check_study, open_storage, sqlite_url
+from nas_kd.search.storage import check_study, open_storage, set_aside, sqlite_url
 from nas_kd.training.augment import derive_seed
 from nas_kd.training.checkpoint import load_checkpoint
 from nas_kd.training.data import DIGITS, DataSpec, Splits
@@ -31,6 +32,7 @@ DIGITS_SIZE = 16  # at the base's own stride: measured, docs/decisions.md
 TEACHER, REFINE = (60_000, 20), (60_000, 15)
 _GPU = 10
 TEACHER_LR = 0.03
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -60,21 +62,15 @@ def prepare(settings: Settings, storage: BaseStorage | None = None) -> Job:
     """
     device = choose_device(settings.device)
     out = open_folder(Path(settings.out or Path("results") / settings.name))
-    digits = settings.dataset == DIGITS
-    in_chans = settings.in_chans or (1 if digits else 3)
     source = open_source(settings.dataset, settings.data_dir)
-    base = make_base(settings, settings.num_classes or len(source.class_names), in_chans)
+    base = make_base(settings, settings.num_classes or len(source.class_names), in_chans_of(settings))
     if settings.initial_checkpoint:
         load_checkpoint(base, Path(settings.initial_checkpoint))
-    space = Space(
-        base,
-        budget=settings.budget,
-        img_size=settings.img_size or (DIGITS_SIZE if digits else None),
-        options=parse_options(settings.space, settings.pin, search_stages=settings.search_stages),
-        name=settings.model,
-    )
+    space = make_space(settings, base)
     assert space.budget is not None
-    storage = storage or open_storage(settings.storage or sqlite_url(out / "study.db"))
+    storage = storage or open_storage(storage_url(settings, out), grace=settings.grace_period)
+    if settings.new_study and (kept := set_aside(storage, settings.name)):
+        _logger.warning("the study that was %r is now %r", settings.name, kept)
     check_study(storage, settings.name, choices_made(settings, space.budget))
     return Job(
         settings=settings,
@@ -85,6 +81,27 @@ def prepare(settings: Settings, storage: BaseStorage | None = None) -> Job:
         data=_data_spec(settings, space, base),
         trained_elsewhere=_is_trained(settings, base),
         storage=storage,
+    )
+
+
+def in_chans_of(settings: Settings) -> int:
+    """The channels of the images: as given, or what the dataset has."""
+    return settings.in_chans or (1 if settings.dataset == DIGITS else 3)
+
+
+def storage_url(settings: Settings, out: Path) -> str:
+    """Where the study lives: as given, or a file in the output folder."""
+    return settings.storage or sqlite_url(out / "study.db")
+
+
+def make_space(settings: Settings, base: nn.Module) -> Space[nn.Module]:
+    """What the base may become within the budget. Raises as `Space` does."""
+    return Space(
+        base,
+        budget=settings.budget,
+        img_size=settings.img_size or (DIGITS_SIZE if settings.dataset == DIGITS else None),
+        options=parse_options(settings.space, settings.pin, search_stages=settings.search_stages),
+        name=settings.model,
     )
 
 

@@ -2,32 +2,50 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial
 
-from nas_kd.budget import short
+from nas_kd.pipeline.crew import advance_by, crew_of, run_crew
 from nas_kd.pipeline.job import Job, choices_made, recipe_of
+from nas_kd.pipeline.kit import checkpoints, publish
 from nas_kd.pipeline.materials import Materials
 from nas_kd.progress import Stages
 from nas_kd.search.sampler import make_sampler
-from nas_kd.search.storage import open_study, retry_dead_trials
-from nas_kd.search.trials import (
-    Objective,
-    Proxy,
-    best_score,
-    cost_of,
-    count_trained,
-    is_trained,
-    objectives,
-    run_trials,
-)
+from nas_kd.search.storage import open_study, storage_errors
+from nas_kd.search.trials import Objective, Proxy, count_trained, objectives
+from nas_kd.search.work import Limits, settle, work
+from nas_kd.search.workers import retry_dead_trials
 
 
 def search(job: Job, materials: Materials, stages: Stages) -> optuna.Study:
-    """Trains proxies of genotypes within the budget until `--trials` of them have been trained."""
+    """Trains proxies of genotypes within the budget until `--trials` of them have been trained: here, or by `--jobs`
+    processes; workers may join on other machines."""
+    settings = job.settings
+    with storage_errors(f"use the study {settings.name!r} in its storage"):
+        study = _open(job, materials)
+        kit = publish(job, materials, study)
+        retry_dead_trials(study)
+        job.space.enqueue(study)
+        with stages.board("search", max(1, settings.trials - count_trained(study))) as board:
+            if settings.jobs > 1:
+                run_crew(crew_of(settings, job.out, kit), study, board)
+            else:
+                recipe = recipe_of(settings, settings.proxy_epochs)
+                proxy = Proxy(
+                    views=materials.proxy_views,
+                    val=materials.splits.val,
+                    recipe=recipe,
+                    device=str(job.device),
+                    checkpoints=checkpoints(kit, job.cache),
+                )
+                limits = Limits(target=lambda: settings.trials, grace=settings.grace_period)
+                work(study, Objective(job.space, proxy), limits, lambda trial: advance_by(board, trial))
+            settle(study, settings.grace_period)
+    return study
+
+
+def _open(job: Job, materials: Materials) -> optuna.Study:
     settings = job.settings
     study = open_study(
         job.storage,
@@ -37,20 +55,6 @@ def search(job: Job, materials: Materials, stages: Stages) -> optuna.Study:
         sampler=make_sampler(settings.sampler, job.space, settings.seed),
     )
     study.set_metric_names(list(objectives(job.space.budget)))
-    retry_dead_trials(study)
-    job.space.enqueue(study)
-    recipe = recipe_of(settings, settings.proxy_epochs)
-    proxy = Proxy(views=materials.proxy_views, val=materials.splits.val, recipe=recipe, device=str(job.device))
-    objective = Objective(job.space, proxy)
-    with stages.stage("search", max(1, settings.trials - count_trained(study))) as advance:
-
-        def tick(trial: FrozenTrial) -> None:
-            if is_trained(trial):
-                score = best_score(trial)
-                words = "stopped, its loss is not finite" if math.isnan(score) else f"{100 * score:.1f} %"
-                advance(f"trial {trial.number}: {words} at {short(cost_of(trial).params)}")
-
-        run_trials(study, objective, trained=settings.trials, tick=tick)
     return study
 
 

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import datetime
 import json
-import os
-import socket
-from collections.abc import Mapping, Sequence
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import optuna
 import sqlalchemy
-from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
-from optuna.trial import FrozenTrial, TrialState
+from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning, StorageInternalError
+from optuna.storages import BaseStorage, RDBStorage
 from sqlalchemy.exc import SQLAlchemyError
 
-from nas_kd.errors import OutputError, StudyError
+from nas_kd.errors import OutputError, StudyError, without_password
+from nas_kd.search.workers import GRACE, requeue, running
 
 Direction = Literal["minimize", "maximize"]
 CONFIG = "nas_kd"  # the study's user attribute that holds what it was begun with
-WORKER = "worker"  # the user attribute of a trial that names the process which runs it
-_HEARTBEAT = 30  # seconds; a trial that was silent for four of them is dead and retried
+PROXY = "grpc://"  # how the URL of Optuna's gRPC proxy begins
+_PROXY_SECONDS = 30  # to wait until a proxy answers
+_CREATOR_SECONDS = 5.0  # to wait until who created a study has said what it is
 
 
 def sqlite_url(path: Path) -> str:
@@ -28,22 +32,66 @@ def sqlite_url(path: Path) -> str:
     return f"sqlite:///{path}"
 
 
-def open_storage(url: str) -> BaseStorage:
-    """Opens or creates an Optuna storage. Raises OutputError when it cannot be reached or written."""
-    wal = url.startswith("sqlite")
+def open_storage(url: str, *, grace: float = GRACE) -> BaseStorage:
+    """Opens or creates an Optuna storage; `grpc://HOST:PORT` is a proxy in front of one. A trial whose worker is silent
+    for `grace` seconds will be retried. Raises OutputError when it cannot be reached or written."""
+    if url.startswith(PROXY):
+        return _open_proxy(url)
     try:
-        storage = RDBStorage(
-            url,
-            heartbeat_interval=_HEARTBEAT,
-            grace_period=4 * _HEARTBEAT,
-            heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=2),
-            engine_kwargs={"connect_args": {"timeout": 60}} if wal else None,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)  # optuna: heartbeat
+            storage = RDBStorage(
+                url,
+                heartbeat_interval=max(1, int(grace) // 4),
+                grace_period=max(2, int(grace)),
+                heartbeat_stale_trial_callback=requeue,
+                engine_kwargs=_engine_arguments(url),
+            )
     except (SQLAlchemyError, ImportError, ValueError, RuntimeError) as error:
-        raise OutputError(f"cannot open the storage {url}: {_reason(error)}") from error
-    if wal:
+        raise OutputError(f"cannot open the storage {without_password(url)}: {reason(error)}") from error
+    if url.startswith("sqlite"):
         _use_wal(storage)
     return storage
+
+
+def _engine_arguments(url: str) -> dict[str, Any] | None:
+    if url.startswith("sqlite"):
+        return {"connect_args": {"timeout": 60}}
+    if url.startswith("postgresql"):  # a connection that a restarted server has forgotten is made again
+        return {"connect_args": {"connect_timeout": 10}, "pool_pre_ping": True}
+    return None
+
+
+def _open_proxy(url: str) -> BaseStorage:
+    host, _, port = url.removeprefix(PROXY).rstrip("/").rpartition(":")
+    if not host or not port.isdecimal():
+        raise OutputError(f"cannot open the storage {url}: write a proxy's address like {PROXY}HOST:PORT")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            proxy = optuna.storages.GrpcStorageProxy(host=host.strip("[]"), port=int(port))
+            proxy.wait_server_ready(timeout=_PROXY_SECONDS)
+    except ImportError as error:
+        raise OutputError(f"cannot open the storage {url}: pip install grpcio protobuf") from error
+    except ConnectionError as error:
+        raise OutputError(f"cannot open the storage {url}: nobody answered for {_PROXY_SECONDS} s") from error
+    return proxy
+
+
+def has_heartbeat(storage: BaseStorage) -> bool:
+    """Whether `study.optimize` tells this storage that its trials are alive."""
+    interval = getattr(storage, "get_heartbeat_interval", None)
+    return interval is not None and interval() is not None
+
+
+def close_storage(storage: BaseStorage) -> None:
+    """Gives back the connections of a storage."""
+    with suppress(Exception):  # nothing is lost with them
+        if isinstance(storage, RDBStorage):
+            storage.remove_session()
+            storage.engine.dispose()
+        elif isinstance(storage, optuna.storages.GrpcStorageProxy):
+            storage.close()
 
 
 def _use_wal(storage: RDBStorage) -> None:
@@ -59,10 +107,35 @@ def _use_wal(storage: RDBStorage) -> None:
     storage.engine.dispose()
 
 
-def _reason(error: Exception) -> str:
-    cause: BaseException = getattr(error, "orig", None) or error
-    text = str(cause).strip().splitlines() or [type(cause).__name__]
-    return text[0][:200]
+def reason(error: BaseException) -> str:
+    """Why a storage failed, in one line."""
+    cause: Any = error
+    while cause.__cause__ is not None and isinstance(cause, StorageInternalError):
+        cause = cause.__cause__
+    cause = getattr(cause, "orig", None) or cause
+    text = (cause.details() if _is_proxy_error(cause) else str(cause)) or ""
+    lines = text.strip().splitlines() or [type(cause).__name__]
+    return lines[0][:200]
+
+
+def _is_proxy_error(error: BaseException) -> bool:
+    return hasattr(error, "details") and type(error).__module__.startswith("grpc")
+
+
+def is_storage_error(error: BaseException) -> bool:
+    """Whether an error came from the storage: a database or proxy that cannot be reached or written."""
+    return isinstance(error, SQLAlchemyError | StorageInternalError) or _is_proxy_error(error)
+
+
+@contextmanager
+def storage_errors(what: str) -> Iterator[None]:
+    """Turns what a database or proxy raises inside the block into an OutputError: `what` failed, and why."""
+    try:
+        yield
+    except Exception as error:
+        if not is_storage_error(error):
+            raise
+        raise OutputError(f"cannot {what}: {reason(error)}") from error
 
 
 def open_study(
@@ -75,38 +148,52 @@ def open_study(
 ) -> optuna.Study:
     """Creates a study, or goes on with the one of this name if it was begun with the same `config` (JSON values).
 
-    Raises StudyError, and says what changed, when it was not.
+    Of several processes that open it at once, one creates it. Raises StudyError, and says what changed, when it was
+    begun with something else.
     """
-    try:
-        study = optuna.create_study(
-            storage=storage,
-            study_name=name,
-            directions=directions,
-            sampler=sampler,
-            pruner=optuna.pruners.NopPruner(),
-            load_if_exists=True,
-        )
+    with storage_errors(f"use the study {name!r} in its storage"):
+        study, created = _create_or_load(storage, name, directions, sampler)
+        if [direction.name.lower() for direction in study.directions] != list(directions):
+            raise StudyError(f"the study {name!r} has other objectives: choose another --study-name")
+        if not created:
+            _wait_for_creator(study)
         begun = _begun_with(study)
         if begun is None:
             study.set_user_attr(CONFIG, _plain(config))
         else:
             _check_config(name, begun, _plain(config))
-    except SQLAlchemyError as error:
-        raise OutputError(f"cannot use the study {name!r} in its storage: {_reason(error)}") from error
-    except optuna.exceptions.StorageInternalError as error:
-        raise OutputError(f"cannot write the study {name!r}: {_reason(error)}") from error
-    if [direction.name.lower() for direction in study.directions] != list(directions):
-        raise StudyError(f"the study {name!r} has other objectives: choose another --study-name")
     return study
+
+
+def _create_or_load(
+    storage: BaseStorage, name: str, directions: Sequence[Direction], sampler: optuna.samplers.BaseSampler
+) -> tuple[optuna.Study, bool]:
+    """The study, and whether it is new."""
+    pruner = optuna.pruners.NopPruner()
+    try:
+        study = optuna.create_study(
+            storage=storage, study_name=name, directions=directions, sampler=sampler, pruner=pruner
+        )
+    except DuplicatedStudyError:
+        return optuna.load_study(storage=storage, study_name=name, sampler=sampler, pruner=pruner), False
+    return study, True
+
+
+def _wait_for_creator(study: optuna.Study) -> None:
+    """Until who created a study just now has said what it is; one that stays silent was killed before it could."""
+    deadline = time.monotonic() + _CREATOR_SECONDS
+    while CONFIG not in study.user_attrs and not study.get_trials(deepcopy=False) and time.monotonic() < deadline:
+        time.sleep(0.1)
 
 
 def check_study(storage: BaseStorage, name: str, config: Mapping[str, Any]) -> None:
     """Raises StudyError when the study of this name, if there is one, was not made by nas_kd or was begun with other
     values of `config`, which may be a part of its configuration: known before anything is trained."""
-    if name in optuna.get_all_study_names(storage):
-        begun = _begun_with(optuna.load_study(study_name=name, storage=storage))
-        if begun is not None:
-            _check_config(name, {key: begun.get(key) for key in config}, _plain(config))
+    with storage_errors(f"use the study {name!r} in its storage"):
+        if name in optuna.get_all_study_names(storage):
+            begun = _begun_with(optuna.load_study(study_name=name, storage=storage))
+            if begun is not None:
+                _check_config(name, {key: begun.get(key) for key in config}, _plain(config))
 
 
 def _begun_with(study: optuna.Study) -> dict[str, Any] | None:
@@ -124,43 +211,33 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_config(name: str, begun: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    changed = [key for key in sorted({*begun, *config}) if begun.get(key) != config.get(key)]
+    # what follows from something else comes last
+    keys = sorted({*begun, *config}, key=lambda key: (key != "version", key == "library", key))
+    changed = [key for key in keys if begun.get(key) != config.get(key)]
     if changed:
         key = changed[0]
         more = f" (and {', '.join(changed[1:])})" if len(changed) > 1 else ""
         raise StudyError(
             f"the study {name!r} was begun with {key} {begun.get(key)!r}, not {config.get(key)!r}{more}: "
-            "its trials cannot be compared; choose another --study-name or --out"
+            "its trials cannot be compared; choose another --study-name or --out, or start over with --new-study"
         )
 
 
-def worker_name() -> str:
-    """Names this process among all that run trials of a study."""
-    return f"{socket.gethostname()}:{os.getpid()}"
+def set_aside(storage: BaseStorage, name: str, now: Callable[[], datetime.datetime] = datetime.datetime.now) -> str:
+    """Renames the study of this name, so that another can begin under it, and returns the new name; nothing is lost.
 
-
-def retry_dead_trials(study: optuna.Study) -> int:
-    """Queues the trials again that a killed run on this machine left behind, and returns how many.
-
-    Those of other machines are found by their silent heartbeat, but only after minutes.
+    Empty when there is none. Raises StudyError while workers are at it.
     """
-    dead = [trial for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if _is_dead(trial)]
-    for trial in dead:
-        study.tell(trial.number, state=TrialState.FAIL)
-        source = trial.user_attrs.get("source", "sampler")
-        attributes = {"source": source, "retry of": trial.number}
-        study.enqueue_trial(trial.system_attrs.get("fixed_params", trial.params), user_attrs=attributes)
-    return len(dead)
-
-
-def _is_dead(trial: FrozenTrial) -> bool:
-    host, _, process = trial.user_attrs.get(WORKER, "").rpartition(":")
-    if os.name != "posix" or host != socket.gethostname():
-        return False
-    try:
-        os.kill(int(process), 0)  # sends nothing: asks whether the process is there
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
+    with storage_errors(f"set the study {name!r} aside"):
+        if name not in optuna.get_all_study_names(storage):
+            return ""
+        old = optuna.load_study(study_name=name, storage=storage)
+        if busy := running(old):
+            raise StudyError(
+                f"{len(busy)} trials of the study {name!r} are running: stop its workers before --new-study, or wait "
+                "until they are found dead"
+            )
+        kept = f"{name} until {now():%Y-%m-%d %H:%M:%S}"
+        optuna.copy_study(from_study_name=name, from_storage=storage, to_storage=storage, to_study_name=kept)
+        optuna.delete_study(study_name=name, storage=storage)
+    return kept

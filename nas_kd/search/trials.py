@@ -7,8 +7,10 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -18,16 +20,18 @@ from torch import nn
 from nas_kd.budget import BOUNDABLE, KINDS, Budget, Cost, kinds_of
 from nas_kd.errors import TrainingError
 from nas_kd.genotype import Genotype
+from nas_kd.search.claims import REUSED, RUNG, claim
+from nas_kd.search.claims import is_trained as is_trained
 from nas_kd.search.rungs import RungScore, deficit, rung_epochs
 from nas_kd.search.space import Space
-from nas_kd.search.storage import WORKER, Direction, worker_name
+from nas_kd.search.storage import Direction
+from nas_kd.search.workers import WORKER, worker_name
 from nas_kd.training.images import Images
-from nas_kd.training.loop import recalibrate, train
+from nas_kd.training.loop import Run, recalibrate, train
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.views import OnlineViews, Views
 
 SCORE = "accuracy"  # the name of the first objective
-RUNG = "rung"  # the constraint of a trial that stopped at a rung
 _CALIBRATION = 512  # images through which batch norms are recalibrated
 _logger = logging.getLogger(__name__)
 
@@ -44,12 +48,15 @@ def objectives(budget: Budget | None) -> dict[str, Direction]:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Proxy:
-    """What every trial trains on and how: the same images in the same order for every genotype."""
+    """What every trial trains on and how: the same images in the same order for every genotype.
+
+    Where there are `checkpoints`, a folder, a trial that was killed goes on from its last rung."""
 
     views: Views | OnlineViews
     val: Images
     recipe: Recipe
     device: str = "cpu"
+    checkpoints: Path | None = None
 
     def prepare(self, student: nn.Module) -> nn.Module:
         """Moves a student to the device and recalibrates its batch norms on augmented training images."""
@@ -59,33 +66,45 @@ class Proxy:
 
 
 class Objective:
-    """Called with a trial, gives its score and costs; for `study.optimize` of a study with `DIRECTIONS`."""
+    """Called with a trial, gives its score and costs; for `study.optimize` of a study with `DIRECTIONS`.
+
+    `running` is the id of the trial that it is at, None between two.
+    """
 
     def __init__(self, space: Space[Any], proxy: Proxy, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.space, self.proxy, self.clock = space, proxy, clock
         rungs = rung_epochs(proxy.recipe.epochs)
         self.recipe = dataclasses.replace(proxy.recipe, eval_epochs=rungs)
+        self.running: int | None = None
 
     def __call__(self, trial: optuna.Trial) -> tuple[float, ...]:
+        self.running = trial._trial_id
         trial.set_user_attr(WORKER, worker_name())
         genotype = self.space.suggest_genotype(trial)
         trial.set_user_attr("genotype", genotype.to_json())
         cost = self.space.admit(trial, genotype)
-        known = self._known(trial, genotype)
+        known = claim(trial, genotype.digest)
         if known is not None:
-            trial.set_user_attr("reused", known.number)
-            trial.set_constraint(RUNG, 0.0)
-            return tuple(known.values)
+            return _reuse(trial, known)
         started = self.clock()
-        score = self._train(trial, genotype, cost)
+        with self._checkpoint(genotype) as checkpoint:
+            score = self._train(trial, genotype, cost, Run(checkpoint=checkpoint))
         trial.set_user_attr("seconds", round(self.clock() - started, 3))
         return (score, *(float(cost[kind]) for kind in kinds_of(self.space.budget)))
 
-    def _known(self, trial: optuna.Trial, genotype: Genotype) -> FrozenTrial | None:
-        finished = trial.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        return next((other for other in finished if other.user_attrs.get("digest") == genotype.digest), None)
+    @contextmanager
+    def _checkpoint(self, genotype: Genotype) -> Iterator[Path | None]:
+        """Where the trial's state is kept; a trial that ends needs it no more, one that is interrupted does."""
+        folder = self.proxy.checkpoints
+        path = None if folder is None else folder / f"{genotype.digest}.resume"
+        try:
+            yield path
+        except optuna.TrialPruned:
+            _remove(path)
+            raise
+        _remove(path)
 
-    def _train(self, trial: optuna.Trial, genotype: Genotype, cost: Cost) -> float:
+    def _train(self, trial: optuna.Trial, genotype: Genotype, cost: Cost, run: Run) -> float:
         student = self.proxy.prepare(self.space.student(genotype))
 
         def report(epoch: int, accuracy: float) -> None:
@@ -94,7 +113,7 @@ class Objective:
                 self._stop_if_behind(trial, epoch, RungScore(cost=cost, score=accuracy))
 
         try:
-            result = train(student, self.proxy.views, self.recipe, val=self.proxy.val, report=report)
+            result = train(student, self.proxy.views, self.recipe, val=self.proxy.val, report=report, run=run)
         except TrainingError as error:
             trial.set_user_attr("reason", str(error))
             trial.set_constraint(RUNG, 1.0)
@@ -111,13 +130,33 @@ class Objective:
             raise optuna.TrialPruned(reason)
 
 
+def _remove(path: Path | None) -> None:
+    if path is not None:
+        path.unlink(missing_ok=True)
+
+
+def _reuse(trial: optuna.Trial, known: FrozenTrial) -> tuple[float, ...]:
+    """The result of the trial that trained the same genotype; where there is none, the trial is pruned."""
+    trial.set_user_attr(REUSED, known.number)
+    trial.set_constraint(RUNG, known.constraints.get(RUNG, 0.0))
+    if known.state == TrialState.COMPLETE:
+        return tuple(known.values)
+    what = "was stopped with" if known.state.is_finished() else "trains"
+    reason = f"trial {known.number} {what} the same student"
+    trial.set_user_attr("reason", reason)
+    raise optuna.TrialPruned(reason)
+
+
 def _rung_scores(trial: optuna.Trial, epoch: int) -> list[RungScore]:
-    """What the study's other trials scored at this rung."""
-    return [
-        RungScore(cost=cost_of(other), score=other.user_attrs[f"rung/{epoch}"])
+    """What the study's other students scored at this rung, each once, however often its trial was interrupted."""
+    rung, own = f"rung/{epoch}", trial.user_attrs.get("digest")
+    scores = {
+        other.user_attrs["digest"]: RungScore(cost=cost_of(other), score=other.user_attrs[rung])
         for other in trial.study.get_trials(deepcopy=False)
-        if other.number != trial.number and f"rung/{epoch}" in other.user_attrs
-    ]
+        if other.number != trial.number and {rung, "digest"} <= other.user_attrs.keys()
+    }
+    scores.pop(own, None)
+    return list(scores.values())
 
 
 def cost_of(trial: FrozenTrial) -> Cost:
@@ -125,39 +164,9 @@ def cost_of(trial: FrozenTrial) -> Cost:
     return Cost(**{kind: int(trial.user_attrs[kind]) for kind in BOUNDABLE if kind in trial.user_attrs})
 
 
-def is_trained(trial: FrozenTrial) -> bool:
-    """Whether a trial trained anything, were it in vain: it is finished, was within budget and did not reuse another's
-    result."""
-    finished = trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
-    return finished and RUNG in trial.constraints and "reused" not in trial.user_attrs
-
-
 def count_trained(study: optuna.Study) -> int:
     """How many trials of a study trained a student; over-budget ones are free."""
     return sum(map(is_trained, study.get_trials(deepcopy=False)))
-
-
-def run_trials(
-    study: optuna.Study,
-    objective: Objective,
-    *,
-    trained: int,
-    tick: Callable[[FrozenTrial], None] = lambda trial: None,
-    cap: int = 50,
-) -> None:
-    """Runs trials until `trained` of the study have trained a student, or `cap` times as many were asked for now."""
-    missing = trained - count_trained(study)
-    if missing <= 0:
-        return
-
-    def after(study: optuna.Study, trial: FrozenTrial) -> None:
-        tick(trial)
-        if count_trained(study) >= trained:
-            study.stop()
-
-    study.optimize(objective, n_trials=missing * cap, callbacks=[after], gc_after_trial=False)
-    if (done := count_trained(study)) < trained:
-        _logger.warning("only %d of %d trials trained: the sampler found too few students within budget", done, trained)
 
 
 def best_score(trial: FrozenTrial) -> float:

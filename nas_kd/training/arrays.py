@@ -8,7 +8,7 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -109,8 +109,8 @@ def finish(draft: Path, files: Mapping[str, ArrayFile], extra: Mapping[str, Any]
     (draft / _SIDECAR).write_text(json.dumps(meta, sort_keys=True), encoding="utf-8")
 
 
-def load(folder: Path) -> tuple[dict[str, Array], dict[str, Any]] | None:
-    """The memory-mapped arrays of `folder` and its extra values; None when there is no such folder.
+def load(folder: Path, only: Collection[str] | None = None) -> tuple[dict[str, Array], dict[str, Any]] | None:
+    """The memory-mapped arrays of `folder`, `only` those named, and its extra values; None where there is no folder.
 
     A damaged folder is removed with a warning, so that the caller builds it again.
     """
@@ -118,7 +118,8 @@ def load(folder: Path) -> tuple[dict[str, Array], dict[str, Any]] | None:
         return None
     try:
         meta = json.loads((folder / _SIDECAR).read_text(encoding="utf-8"))
-        return {name: _open(folder / f"{name}.npy", about) for name, about in meta["arrays"].items()}, meta["extra"]
+        wanted = {name: about for name, about in meta["arrays"].items() if only is None or name in only}
+        return {name: _open(folder / f"{name}.npy", about) for name, about in wanted.items()}, meta["extra"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         _logger.warning("the cache %s is damaged (%s): building it again", folder, error)
         _discard(folder)

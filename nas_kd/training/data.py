@@ -72,7 +72,8 @@ class DataSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Splits:
-    """The images to train on, to select on and (once) to test on. `digest` names their content, form and cut."""
+    """The images to train on, to select on and (once) to test on. `digest` names their content, form and cut; `folder`
+    is where they are cached, if they are."""
 
     train: Images
     val: Images
@@ -82,6 +83,7 @@ class Splits:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     digest: str
+    folder: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +115,10 @@ def load_splits(spec: DataSpec, cache_dir: Path) -> Splits:
         if loaded is None:
             raise DataError(f"the images in {folder} were damaged while they were written: check the disk")
     arrays, extra = loaded
-    return _splits(arrays, extra, spec, source)
+    return _splits(arrays, extra, spec, source, folder)
 
 
-def _splits(arrays: dict[str, Array], extra: dict[str, Any], spec: DataSpec, source: Source) -> Splits:
+def _splits(arrays: dict[str, Array], extra: dict[str, Any], spec: DataSpec, source: Source, folder: Path) -> Splits:
     mean = _per_channel(spec.mean if spec.mean is not None else tuple(extra["mean"]), spec.in_chans)
     std = _per_channel(spec.std if spec.std is not None else tuple(extra["std"]), spec.in_chans)
     parts = {
@@ -126,7 +128,17 @@ def _splits(arrays: dict[str, Array], extra: dict[str, Any], spec: DataSpec, sou
     digest = hashlib.sha256(json.dumps([_digest(spec, source), mean, std]).encode()).hexdigest()[:16]
     num_classes = spec.num_classes or len(source.class_names)
     names = source.class_names
-    return Splits(**parts, class_names=names, num_classes=num_classes, mean=mean, std=std, digest=digest)
+    return Splits(
+        train=parts["train"],
+        val=parts["val"],
+        test=parts["test"],
+        class_names=names,
+        num_classes=num_classes,
+        mean=mean,
+        std=std,
+        digest=digest,
+        folder=folder,
+    )
 
 
 def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,13 +44,14 @@ class ViewSpec:
 @dataclass(frozen=True, slots=True, eq=False)
 class Views:
     """V augmented views of N images: `pixels` V×N×C×H×W uint8, `labels` N int64, the teacher's `logits` V×N×K float16
-    (None without a teacher). Memory-mapped and shared by every process that opens them."""
+    (None without a teacher). Memory-mapped from `folder` and shared by every process that opens them."""
 
     pixels: Tensor
     labels: Tensor
     logits: Tensor | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    folder: Path | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -138,9 +139,21 @@ def build_views(train: Images, teacher: nn.Module | None, spec: ViewSpec, folder
         loaded = load(path)
         if loaded is None:
             raise DataError(f"the views in {path} were damaged while they were written: check the disk")
-    arrays, _ = loaded
+    return _views(path, loaded[0], train.labels, train.mean, train.std)
+
+
+def open_views(path: Path, labels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Views | None:
+    """The views that `build_views` left in a folder, of images with these labels (N); None when they are not there or
+    damaged."""
+    loaded = load(path)
+    return None if loaded is None else _views(path, loaded[0], labels, mean, std)
+
+
+def _views(
+    path: Path, arrays: Mapping[str, Array], labels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Views:
     logits = torch.from_numpy(arrays["logits"]) if "logits" in arrays else None
-    return Views(torch.from_numpy(arrays["pixels"]), train.labels, logits, train.mean, train.std)
+    return Views(torch.from_numpy(arrays["pixels"]), labels, logits, mean, std, path)
 
 
 def views_bytes(train: Images, spec: ViewSpec, classes: int) -> int:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import secrets
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from torch import nn
 from nas_kd.genotype import Genotype
 from nas_kd.search.sampler import make_optuna_sampler
 from nas_kd.search.space import Space
-from nas_kd.search.storage import WORKER, open_storage, open_study, retry_dead_trials, sqlite_url, worker_name
+from nas_kd.search.storage import close_storage, open_storage, open_study, sqlite_url
 from nas_kd.search.trials import (
     DIRECTIONS,
     OBJECTIVES,
@@ -29,8 +30,9 @@ from nas_kd.search.trials import (
     count_trained,
     importances,
     is_trained,
-    run_trials,
 )
+from nas_kd.search.work import run_trials
+from nas_kd.search.workers import WORKER, retry_dead_trials, worker_name
 
 MakeProxy = Callable[..., Proxy]
 
@@ -41,7 +43,7 @@ def new_study(seed: int = 0, sampler: str = "random") -> optuna.Study:
 
 def finished(space: Space[nn.Module], *, params: int, score: float, state: TrialState = TrialState.COMPLETE) -> Any:
     """Another trial as it is found in the storage."""
-    attributes = {"digest": f"{params}{score}", "params": params, "macs": params, "rung/1": score}
+    attributes = {"digest": secrets.token_hex(4), "params": params, "macs": params, "rung/1": score}
     values = [score, params, params] if state == TrialState.COMPLETE else None
     return create_trial(state=state, values=values, user_attrs=attributes)
 
@@ -218,7 +220,6 @@ def test_what_a_dead_process_left_running_is_queued_again(small: Space[nn.Module
     assert states == [TrialState.FAIL, TrialState.RUNNING, TrialState.WAITING]
     again = study.ask()
     assert small.suggest_genotype(again) == small.starts(2)[0]
-    assert again.user_attrs == {"source": "warm start", "retry of": dead.number}
+    assert again.user_attrs == {"source": "warm start", "retry of": dead.number, "retries": 1}
     assert retry_dead_trials(study) == 0
-    storage.remove_session()
-    storage.engine.dispose()  # type: ignore[attr-defined]
+    close_storage(storage)

@@ -1,0 +1,214 @@
+"""`--jobs N`: worker processes on this machine, each the same as one that joins from another, and what they are at."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import optuna
+import torch
+from optuna.trial import FrozenTrial
+
+from nas_kd.arguments import STORAGE, Settings
+from nas_kd.budget import short
+from nas_kd.errors import NasKdError, StudyError
+from nas_kd.pipeline.job import storage_url
+from nas_kd.pipeline.kit import Kit
+from nas_kd.progress import Board, WorkerLine
+from nas_kd.search.claims import is_trained
+from nas_kd.search.storage import has_heartbeat
+from nas_kd.search.trials import best_score, cost_of, count_trained
+from nas_kd.search.work import retry_abandoned
+from nas_kd.search.workers import WORKER, Watch, running
+
+_POLL = 0.5  # seconds between two looks
+_STOP_SECONDS = 30.0  # for a worker to put its trial back, before it is killed
+_RESTARTS = 5  # of workers in a row without a finished trial
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crew:
+    """Workers to start: `commands`, one for each; they share `environment`, the study wants `trials` of `epochs`."""
+
+    commands: tuple[tuple[str, ...], ...]
+    environment: dict[str, str]
+    trials: int
+    epochs: int
+    grace: int
+
+
+def crew_of(settings: Settings, out: Path, kit: Kit) -> Crew:
+    """The workers that a study's settings ask for: spread over the GPUs, or each with its share of the threads."""
+    command = [sys.executable, "-m", "nas_kd.worker", "--leash", "--quiet", "--study-name", settings.name]
+    command += ["--out", str(out), "--grace-period", str(settings.grace_period)]
+    devices = devices_for(settings.device, settings.jobs)
+    return Crew(
+        commands=tuple((*command, "--device", device) for device in devices),
+        environment=environment(storage_url(settings, out), settings.jobs),
+        trials=settings.trials,
+        epochs=settings.proxy_epochs,
+        grace=settings.grace_period,
+    )
+
+
+def devices_for(device: str | None, jobs: int, gpus: int | None = None) -> list[str]:
+    """The device of each worker: the one that is asked for, else the GPUs in turn, or the CPU where there is none."""
+    gpus = torch.cuda.device_count() if gpus is None else gpus
+    if device in (None, "cuda") and gpus:
+        return [f"cuda:{index % gpus}" for index in range(jobs)]
+    return [device or "cpu"] * jobs
+
+
+def environment(url: str, jobs: int) -> dict[str, str]:
+    """The environment of a worker: the storage, whose URL is for no command line, and a share of the threads."""
+    threads = max(1, torch.get_num_threads() // jobs)
+    return {**os.environ, STORAGE: url, "OMP_NUM_THREADS": str(threads)}
+
+
+def run_crew(crew: Crew, study: optuna.Study, board: Board, sleep: Callable[[float], None] = time.sleep) -> None:
+    """Runs workers until the study has what it wants; a worker that dies is replaced and its trial retried.
+
+    Raises what a worker ended with when that is a mistake of the user's, StudyError when workers die again and again.
+    Ctrl-C lets each put its trial back.
+    """
+    workers = [_Process(command, crew.environment) for command in crew.commands]
+    watch = Watch(heartbeat=has_heartbeat(study._storage), grace=crew.grace)
+    seen = {trial.number for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()}
+    deaths = 0
+    try:
+        for worker in workers:
+            worker.start()
+        while any(worker.is_alive() for worker in workers):
+            sleep(_POLL)
+            retry_abandoned(study, watch)
+            if count_trained(study) < crew.trials:
+                deaths += _replace_dead(workers)
+            if _show_progress(study, seen, crew, board):
+                deaths = 0
+            if deaths > _RESTARTS:
+                raise StudyError(f"{deaths} workers died in a row: the last warning says how")
+        _show_progress(study, seen, crew, board)
+    finally:
+        stop_all(workers)
+    if (done := count_trained(study)) < crew.trials:
+        _logger.warning("only %d of %d trials trained: the sampler found too few students", done, crew.trials)
+
+
+def _replace_dead(workers: Sequence[_Process]) -> int:
+    """Starts those workers anew that were killed, and returns how many. Raises NasKdError when one met a mistake."""
+    dead = 0
+    for worker in workers:
+        code = worker.code()
+        if code == 2:
+            raise NasKdError(worker.words())
+        if code not in (None, 0):
+            _logger.warning("a worker died (%s): its trial goes to another one", worker.words())
+            worker.start()
+            dead += 1
+    return dead
+
+
+def stop_all(workers: Sequence[_Process]) -> None:
+    """Asks every worker to put its trial back and waits; kills those that do not end."""
+    for worker in workers:
+        worker.ask_to_stop()
+    deadline = time.monotonic() + _STOP_SECONDS
+    for worker in workers:
+        worker.wait(max(0.0, deadline - time.monotonic()))
+
+
+def _show_progress(study: optuna.Study, seen: set[int], crew: Crew, board: Board) -> int:
+    """Shows trials that finished since the last look, and what each worker is at; returns how many finished."""
+    finished = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished() and t.number not in seen]
+    for trial in finished:
+        seen.add(trial.number)
+        advance_by(board, trial)
+    board.show({str(trial.user_attrs.get(WORKER, "?")): line_of(trial, crew.epochs) for trial in running(study)})
+    return sum(map(is_trained, finished))
+
+
+def line_of(trial: FrozenTrial, epochs: int) -> WorkerLine:
+    """What is known of a running trial."""
+    rungs = [int(name.split("/")[1]) for name in trial.user_attrs if name.startswith("rung/")]
+    score = best_score(trial)
+    size = f", {short(cost_of(trial).params)}" if "params" in trial.user_attrs else ""
+    words = "" if math.isnan(score) else f": {100 * score:.1f} %"
+    return WorkerLine(done=max(rungs, default=0), total=epochs, words=f"trial {trial.number}{size}{words}")
+
+
+def advance_by(board: Board, trial: FrozenTrial) -> None:
+    """Tells of a finished trial, if it trained."""
+    if is_trained(trial):
+        score = best_score(trial)
+        words = "stopped, its loss is not finite" if math.isnan(score) else f"{100 * score:.1f} %"
+        board.advance(f"trial {trial.number}: {words} at {short(cost_of(trial).params)}")
+
+
+class _Process:
+    """A worker process. It ends by itself when this one does: its standard input is a pipe that then closes."""
+
+    def __init__(self, command: Sequence[str], environment: dict[str, str]) -> None:
+        self.command, self.environment = command, environment
+        self.process: subprocess.Popen[bytes] | None = None
+        self.errors: IO[Any] = tempfile.TemporaryFile()
+
+    def start(self) -> None:
+        """Starts it, again if it has ended."""
+        self.errors.close()
+        self.errors = tempfile.TemporaryFile()
+        self.process = subprocess.Popen(
+            self.command,
+            env=self.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=self.errors,
+            start_new_session=True,  # Ctrl-C in the terminal reaches this process alone, which passes it on
+        )
+
+    def code(self) -> int | None:
+        """Its exit code; None while it runs."""
+        return None if self.process is None else self.process.poll()
+
+    def is_alive(self) -> bool:
+        """Whether it runs."""
+        return self.process is not None and self.process.poll() is None
+
+    def words(self) -> str:
+        """What it said last, else how it ended."""
+        self.errors.seek(0)
+        lines = self.errors.read().decode(errors="replace").strip().splitlines()
+        code = self.code()
+        if lines and code is not None and code > 0:
+            return str(lines[-1].removeprefix("nas_kd: "))
+        return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+
+    def ask_to_stop(self) -> None:
+        """Sends what Ctrl-C would."""
+        if self.process is not None and self.is_alive():
+            with suppress(ProcessLookupError):
+                self.process.send_signal(signal.SIGINT)
+
+    def wait(self, seconds: float) -> None:
+        """Waits so long for its end, then kills it."""
+        if self.process is None:
+            return
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        self.errors.close()

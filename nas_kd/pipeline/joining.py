@@ -1,0 +1,95 @@
+"""A worker that joins a study: everything it needs comes from the study and its artifacts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import optuna
+from optuna.storages import BaseStorage
+
+from nas_kd.arguments import WorkerSettings
+from nas_kd.errors import StudyError, nearest
+from nas_kd.pipeline.crew import advance_by
+from nas_kd.pipeline.job import choose_device
+from nas_kd.pipeline.kit import Kit, check_space, equip, locate, read_kit
+from nas_kd.progress import Stages
+from nas_kd.search.sampler import KnapsackSampler, make_sampler
+from nas_kd.search.storage import CONFIG, close_storage, open_storage, storage_errors
+from nas_kd.search.trials import Objective, count_trained
+from nas_kd.search.work import Limits, work
+
+_POLL = 1.0  # seconds between two looks for a study that is to begin
+
+
+def join(settings: WorkerSettings, stages: Stages, sleep: Callable[[float], None] = time.sleep) -> int:
+    """Trains trials of a running study until it has what it wants; returns how many of them were this worker's.
+
+    Raises a NasKdError for everything that is wrong with the storage, the study or its files.
+    """
+    device = choose_device(settings.device)
+    storage = open_storage(settings.storage, grace=settings.grace_period)
+    try:
+        with storage_errors("use the study in its storage"):
+            study, kit = _find(storage, settings, sleep)
+            with stages.stage("files"):
+                cache = locate(kit, settings.out, settings.artifacts)
+            with stages.stage("model"):
+                space, proxy = equip(kit, cache, device)
+                check_space(study, kit, space)
+            study.sampler = make_sampler(str(kit.settings["sampler"]), space, int(kit.settings["seed"]))
+            if not isinstance(study.sampler, KnapsackSampler):  # which draws from each trial's own number
+                study.sampler.reseed_rng()
+            return _work(study, Objective(space, proxy), settings, stages)
+    finally:
+        close_storage(storage)
+
+
+def _work(study: optuna.Study, objective: Objective, settings: WorkerSettings, stages: Stages) -> int:
+    own: list[int] = []
+    with stages.board("search", max(1, _wanted(study) - count_trained(study))) as board:
+
+        def tick(trial: optuna.trial.FrozenTrial) -> None:
+            own.append(trial.number)
+            advance_by(board, trial)
+
+        work(study, objective, Limits(target=lambda: _wanted(study), grace=settings.grace_period), tick)
+    return len(own)
+
+
+def _wanted(study: optuna.Study) -> int:
+    """How many trained trials the study wants by now: its command may have been given again with more."""
+    kit = read_kit(study)
+    return int(kit.settings["trials"]) if kit is not None else 0
+
+
+def _find(storage: BaseStorage, settings: WorkerSettings, sleep: Callable[[float], None]) -> tuple[optuna.Study, Kit]:
+    """The study to join and what it notes for its workers; waits for it to begin if asked to."""
+    deadline = time.monotonic() + settings.wait
+    while True:
+        study = _named(storage, settings.study_name)
+        kit = None if study is None else read_kit(study)
+        if study is not None and kit is not None:
+            return study, kit
+        if time.monotonic() >= deadline:
+            raise StudyError(_absent(storage, settings.study_name))
+        sleep(_POLL)
+
+
+def _named(storage: BaseStorage, name: str) -> optuna.Study | None:
+    names = [other for other in optuna.get_all_study_names(storage) if not name or other == name]
+    if len(names) > 1:
+        raise StudyError(f"the storage holds {len(names)} studies: give --study-name, e.g. {sorted(names)[0]!r}")
+    if not names:
+        return None
+    study = optuna.load_study(study_name=names[0], storage=storage, pruner=optuna.pruners.NopPruner())
+    return study if CONFIG in study.user_attrs or study.get_trials(deepcopy=False) else None
+
+
+def _absent(storage: BaseStorage, name: str) -> str:
+    known = optuna.get_all_study_names(storage)
+    if not known:
+        return "the storage holds no study yet: start python -m nas_kd.study on it first, or --wait for that"
+    if name in known or not name:
+        return "the study's trials have not begun: wait until its teacher and library are done, e.g. with --wait 3600"
+    return f"the storage holds no study {name!r}{nearest(name, known)}"

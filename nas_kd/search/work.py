@@ -1,0 +1,204 @@
+"""What a worker does: one trial after the other, beside others, until the study has what it wants."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from types import FrameType
+
+import optuna
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, TrialState
+
+from nas_kd.search.storage import has_heartbeat, is_storage_error
+from nas_kd.search.trials import Objective, count_trained
+from nas_kd.search.workers import (
+    GRACE,
+    WORKER,
+    Watch,
+    beating,
+    release_own_trials,
+    requeue,
+    retry_dead_trials,
+    running,
+    worker_name,
+)
+
+_POLL = 0.5  # seconds between two looks at what others do
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C; clusters ask with the other one before they kill
+_logger = logging.getLogger(__name__)
+
+
+def ignore(trial: FrozenTrial) -> None:
+    """The tick that tells nobody."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """When a worker's trials end: when the study has trained `target()` students, or after `cap` times as many asks as
+    were missing. `grace` is the silence, in seconds, after which another worker is taken for dead; `sleep` waits."""
+
+    target: Callable[[], int]
+    cap: int = 50
+    grace: float = GRACE
+    sleep: Callable[[float], None] = time.sleep
+
+
+def run_trials(
+    study: optuna.Study,
+    objective: Objective,
+    *,
+    trained: int,
+    tick: Callable[[FrozenTrial], None] = ignore,
+    cap: int = 50,
+) -> None:
+    """Runs trials until `trained` of the study have trained a student, or `cap` times as many were asked for now."""
+    work(study, objective, Limits(target=lambda: trained, cap=cap), tick)
+
+
+def work(
+    study: optuna.Study, objective: Objective, limits: Limits, tick: Callable[[FrozenTrial], None] = ignore
+) -> None:
+    """Runs trials of a study, beside other workers, as many as are still missing.
+
+    While others run the last missing ones it waits, to take over what they leave. Ctrl-C and SIGTERM end it with
+    KeyboardInterrupt; the trial that it was at is queued again and goes on from its last rung.
+    """
+    worker = _Worker(study, objective, limits, tick)
+    asks = max(0, limits.target() - count_trained(study)) * limits.cap
+    try:
+        with worker.interruptible():
+            while worker.asked < asks and worker.may_start():
+                worker.optimize(asks - worker.asked)
+    except KeyboardInterrupt:
+        worker.release()
+        raise
+    if (done := count_trained(study)) < (wanted := limits.target()):
+        _logger.warning("only %d of %d trials trained: the sampler found too few students within budget", done, wanted)
+
+
+def settle(study: optuna.Study, grace: float, sleep: Callable[[float], None] = time.sleep) -> None:
+    """Waits until no trial is running: others bring theirs to an end, those of the dead are given up."""
+    watch = Watch(heartbeat=has_heartbeat(study._storage), grace=grace)
+    while running(study):
+        retry_abandoned(study, watch)
+        if running(study):
+            sleep(_POLL)
+
+
+def retry_abandoned(study: optuna.Study, watch: Watch) -> None:
+    """Queues the trials again whose workers died: on this machine, or silent for too long."""
+    retry_dead_trials(study)
+    watch.retry_silent_trials(study)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        optuna.storages.fail_stale_trials(study)
+
+
+class _Worker:
+    """The state of a worker: how many trials it `asked` for, the one that it is `at`, and whether it is to stop."""
+
+    def __init__(
+        self, study: optuna.Study, objective: Objective, limits: Limits, tick: Callable[[FrozenTrial], None]
+    ) -> None:
+        self.study, self.objective, self.limits, self.tick = study, objective, limits, tick
+        self.watch = Watch(heartbeat=has_heartbeat(study._storage), grace=limits.grace)
+        self.asked, self.at = 0, -1
+        self.training = self.stopping = False
+        self.error: BaseException | None = None
+
+    def optimize(self, asks: int) -> None:
+        """Runs up to `asks` trials; ends early when nothing is missing, or when a trial was taken away."""
+        try:
+            self.study.optimize(self._run, n_trials=asks, callbacks=[self._after], gc_after_trial=False)
+        except Exception as error:
+            if not self._was_taken(error):
+                raise
+            _logger.warning("trial %d was given to another worker: this one was silent for too long", self._number())
+
+    def _run(self, trial: optuna.Trial) -> tuple[float, ...]:
+        self.asked, self.at, self.error = self.asked + 1, trial._trial_id, None
+        self.training = True  # from here on a signal interrupts at once
+        try:
+            if self.stopping:
+                raise KeyboardInterrupt
+            with self._beats(trial):
+                return self.objective(trial)
+        except BaseException as error:
+            self.error = error
+            raise
+        finally:
+            self.training = False
+
+    def _beats(self, trial: optuna.Trial) -> AbstractContextManager[None]:
+        return nullcontext() if self.watch.heartbeat else beating(trial, self.limits.grace / 4)
+
+    def _after(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        self.tick(trial)
+        if self.stopping:
+            raise KeyboardInterrupt
+        if not self.may_start():
+            study.stop()
+
+    def may_start(self) -> bool:
+        """Whether another trial is wanted; waits while those that others run may be enough."""
+        while True:
+            trained, target = count_trained(self.study), self.limits.target()
+            if trained >= target:
+                return False
+            retry_abandoned(self.study, self.watch)
+            others = [trial for trial in running(self.study) if self._is_anothers(trial)]
+            if trained + len(others) < target:
+                return True
+            self.limits.sleep(_POLL)
+            if self.stopping:
+                raise KeyboardInterrupt
+
+    def _is_anothers(self, trial: FrozenTrial) -> bool:
+        return str(trial.user_attrs.get(WORKER, worker_name())) != worker_name()
+
+    def _was_taken(self, error: Exception) -> bool:
+        """Whether an error means that another worker has ended this one's trial, taking it for dead."""
+        if isinstance(self.error, UpdateFinishedTrialError):
+            return True
+        if error is self.error or is_storage_error(error):
+            return False
+        state: TrialState = self._trial().state
+        return state == TrialState.FAIL
+
+    def _trial(self) -> FrozenTrial:
+        return self.study._storage.get_trial(self.at)
+
+    def _number(self) -> int:
+        return self._trial().number
+
+    def release(self) -> None:
+        """Queues the interrupted trial again."""
+        release_own_trials(self.study)
+        if isinstance(self.error, KeyboardInterrupt) and self._trial().state == TrialState.FAIL:
+            requeue(self.study, self._trial(), died=False)
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Signals end a training at once and anything else, such as a write to the storage between two, when it is
+        done. Does nothing outside of the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._stop) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        again, self.stopping = self.stopping, True
+        if self.training or again:
+            raise KeyboardInterrupt
