@@ -18,6 +18,7 @@ from nas_kd.errors import NasKdError, without_password
 
 STORAGE = "NAS_KD_STORAGE"  # environment variable: a URL with a password is not for every eye on the machine
 DISTILLATIONS = ("kd", "dkd", "online")
+RUNTIMES = ("torch", "onnx")  # that time a network
 SAMPLERS = ("knapsack", "tpe", "nsgaii", "nsgaiii", "random")
 
 
@@ -37,6 +38,11 @@ class Settings:
     train_images: int | None
     val_fraction: float
     budget: str
+    latency_runtime: str
+    latency_device: str
+    latency_batch: int
+    latency_threads: int
+    latency_command: str
     trials: int
     space: str
     search_stages: bool
@@ -153,7 +159,13 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 def _add_search(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("search")
     add = group.add_argument
-    add("--budget", required=True, metavar="B", help="hard upper bounds: params=1M,macs=30M or macs=50%% of the base")
+    add(
+        "--budget",
+        required=True,
+        metavar="B",
+        help="hard upper bounds: params=1M,macs=30M,latency=4ms or macs=50%% of the base",
+    )
+    _add_latency(add)
     add("--trials", type=number(1), default=20, metavar="N", help="students to train; over-budget ones are free (20)")
     _add_choices(add)
     add(
@@ -164,6 +176,19 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     )
     _add_library(add)
     add("--front", type=number(1), default=8, metavar="N", help="refine at most so many students of the front (8)")
+
+
+def _add_latency(add: Callable[..., object]) -> None:
+    add("--latency-runtime", choices=RUNTIMES, default="torch", help="what runs a network while it is timed (torch)")
+    add("--latency-device", default="cpu", metavar="D", help="where it is timed: cpu, cuda, cuda:1, … (cpu)")
+    add("--latency-batch", type=number(1), default=1, metavar="N", help="images that go through it at once (1)")
+    add("--latency-threads", type=number(1), default=1, metavar="N", help="CPU threads that it may use (1)")
+    add(
+        "--latency-command",
+        default="",
+        metavar="CMD",
+        help="a command of yours that is given an ONNX file and prints the milliseconds of one forward pass",
+    )
 
 
 def _add_library(add: Callable[..., object]) -> None:

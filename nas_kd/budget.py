@@ -9,9 +9,12 @@ from dataclasses import dataclass, field
 from nas_kd.errors import BudgetError, nearest
 
 KINDS = ("params", "macs")  # what students are compared by, in the order of every table
-BOUNDABLE = (*KINDS, "size", "peak_memory")  # what a budget can bound
+COUNTED = (*KINDS, "size", "peak_memory")  # exact, in closed form
+LATENCY = "latency"  # measured
+BOUNDABLE = (*COUNTED, LATENCY)  # what a budget can bound
 _SUFFIX = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
-_AMOUNT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(?:(%)|([KMG]?))", re.IGNORECASE)
+_NANOSECONDS = {"ns": 1, "us": 10**3, "µs": 10**3, "μs": 10**3, "ms": 10**6, "s": 10**9}
+_AMOUNT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(%|[KMG]|[nuµμm]?s)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,13 +23,15 @@ class Cost:
 
     `params`, learnable scalars; `macs`, multiply-accumulates of convolutions and linear layers for one image; `size`,
     bytes of the exported weights; `peak_memory`, bytes of the activations that are alive at once for one image (both
-    at float32, see `nas_kd.models.memory`; 0 where they were not counted). Costs are equal when params and macs are.
+    at float32, see `nas_kd.models.memory`; 0 where they were not counted); `latency`, nanoseconds of one forward pass
+    (measured, see `nas_kd.models.latency_table`; 0 where it was not). Costs are equal when params and macs are.
     """
 
     params: int
     macs: int
     size: int = field(default=0, compare=False)
     peak_memory: int = field(default=0, compare=False)
+    latency: int = field(default=0, compare=False)
 
     def __getitem__(self, kind: str) -> int:
         if kind not in BOUNDABLE:
@@ -63,15 +68,15 @@ class Budget(Mapping[str, float]):
         return len(self.bounds)
 
     def __str__(self) -> str:
-        return ",".join(f"{kind}={short(bound)}" for kind, bound in self.bounds)
+        return ",".join(f"{kind}={amount(kind, bound)}" for kind, bound in self.bounds)
 
     def excess(self, cost: Cost) -> dict[str, float]:
         """For each bound, how far `cost` is over it as a fraction; ≤ 0 is within."""
         return {kind: cost[kind] / bound - 1 for kind, bound in self.bounds}
 
     def admits(self, cost: Cost) -> bool:
-        """Whether `cost` is within every bound."""
-        return all(cost[kind] <= bound for kind, bound in self.bounds)
+        """Whether `cost` is within every bound; a latency that was not measured is not."""
+        return all(cost[kind] <= bound and (kind != LATENCY or cost[kind] > 0) for kind, bound in self.bounds)
 
     def scaled(self, share: float) -> Budget:
         """The same kinds, every bound at this share of what it is."""
@@ -80,7 +85,7 @@ class Budget(Mapping[str, float]):
     def explain(self, cost: Cost) -> str:
         """In plain words, which bounds `cost` breaks and by how much; empty when it is within."""
         broken = [
-            f"{kind} {short(cost[kind])} is {excess:.0%} over {short(self[kind])}"
+            f"{kind} {amount(kind, cost[kind])} is {_percent(excess)} over {amount(kind, self[kind])}"
             for kind, excess in self.excess(cost).items()
             if excess > 0
         ]
@@ -95,12 +100,14 @@ def kinds_of(budget: Budget | None) -> tuple[str, ...]:
 def _check_kind(kind: str) -> None:
     if kind not in BOUNDABLE:
         hint = nearest(kind, BOUNDABLE)
-        raise BudgetError(f"a budget cannot bound {kind!r}: use params or macs{hint} (or size, peak_memory: in bytes)")
+        raise BudgetError(
+            f"a budget cannot bound {kind!r}: use params or macs{hint} (or size, peak_memory: in bytes; latency: in ms)"
+        )
 
 
 def parse_budget(text: str, base: Cost | None = None) -> Budget:
-    """Reads `params=1M,macs=30%`: amounts with K, M or G (thousands, also of bytes), or a percentage of the `base`
-    cost.
+    """Reads `params=1M,macs=30%,latency=4ms`: amounts with K, M or G (thousands, also of bytes), times with us, ms or
+    s, or a percentage of the `base` cost.
 
     Without `base`, percentages are checked but resolve as if the base cost 100 of each: enough to refuse bad input
     before a model is built. Raises BudgetError and says how to write it.
@@ -111,20 +118,37 @@ def parse_budget(text: str, base: Cost | None = None) -> Budget:
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts:
         raise BudgetError("the budget is empty: write it like params=1M or params=1M,macs=30%")
-    return Budget(tuple(_bound(part, base or Cost(params=100, macs=100, size=100, peak_memory=100)) for part in parts))
+    base = base or Cost(params=100, macs=100, size=100, peak_memory=100, latency=100)
+    return Budget(tuple(_bound(part, base) for part in parts))
 
 
 def _bound(part: str, base: Cost) -> tuple[str, float]:
-    kind, equals, amount = (piece.strip() for piece in part.partition("="))
-    match = _AMOUNT.fullmatch(amount)
+    kind, equals, text = (piece.strip() for piece in part.partition("="))
+    match = _AMOUNT.fullmatch(text)
     _check_kind(kind)
-    if not equals or match is None:
-        raise BudgetError(f"cannot read the budget {part!r}: write it like {kind}=1M, {kind}=250K or {kind}=30%")
-    number, percent, suffix = match.groups()
-    value = float(number)
-    if percent:
-        return kind, value / 100 * base[kind]
-    return kind, value * _SUFFIX[suffix.upper()]
+    units = _NANOSECONDS if kind == LATENCY else _SUFFIX
+    number, unit = match.groups(default="") if match else ("", "")
+    unit = unit.lower() if kind == LATENCY else unit.upper()
+    if not equals or match is None or (unit != "%" and unit not in units):
+        like = "4ms, 500us" if kind == LATENCY else f"1M, {kind}=250K"
+        raise BudgetError(f"cannot read the budget {part!r}: write it like {kind}={like} or {kind}=30%")
+    return kind, float(number) / 100 * base[kind] if unit == "%" else float(number) * units[unit]
+
+
+def _percent(excess: float) -> str:
+    return f"{excess:.0%}" if excess >= 0.01 else f"{excess:.1%}" if excess >= 0.001 else "< 0.1%"
+
+
+def amount(kind: str, value: float) -> str:
+    """An amount of this kind of cost as a person writes it, and as `parse_budget` reads it.
+
+    >>> amount("params", 980_123), amount("latency", 3_500_000), amount("latency", 72_340)
+    ('980.1K', '3.5ms', '72.34us')
+    """
+    if kind != LATENCY:
+        return short(value)
+    unit = next((unit for unit in ("s", "ms", "us") if value >= _NANOSECONDS[unit]), "ns")
+    return f"{value / _NANOSECONDS[unit]:.4g}{unit}"
 
 
 def short(amount: float) -> str:

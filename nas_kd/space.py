@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from nas_kd.arguments import SpaceSettings, guarded, parse_space
-from nas_kd.budget import BOUNDABLE, KINDS, Budget, parse_budget, short
+from nas_kd.budget import COUNTED, KINDS, Budget, parse_budget, short
 from nas_kd.errors import BudgetError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def describe(space: Space[Any], prices: Sequence[BlockPrices], budget: Budget | 
         "genotypes": math.prod(len(block.choices) for block in space.blocks),
         "left_alone": [{"module": module, "reason": reason} for module, reason in space.analysis.left_alone],
     }
-    for kind in BOUNDABLE:
+    for kind in COUNTED:
         facts[kind] = base[kind]
         facts[f"min_{kind}"] = space.table.cost(space.table.cheapest(kind))[kind]
     if budget is not None:

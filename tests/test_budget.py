@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nas_kd.budget import KINDS, Budget, Cost, parse_budget, short
+from nas_kd.budget import KINDS, Budget, Cost, amount, parse_budget, short
 from nas_kd.errors import BudgetError
 
 AMOUNTS = st.floats(1e-3, 1e12)
@@ -25,10 +25,15 @@ COSTS = st.builds(Cost, params=st.integers(0, 10**12), macs=st.integers(0, 10**1
         ("params=1.M", {"params": 1e6}),
         ("macs=30%", {"macs": 300}),
         ("macs=12.5%,params=100%", {"macs": 125, "params": 11}),
+        ("latency=4ms", {"latency": 4e6}),
+        ("latency=0.5 s,params=42", {"latency": 5e8, "params": 42}),
+        ("latency=350us", {"latency": 350e3}),
+        ("latency=350µs", {"latency": 350e3}),
+        ("latency=50%", {"latency": 1e6}),
     ],
 )
 def test_parsing(text: str, bounds: dict[str, float]) -> None:
-    assert dict(parse_budget(text, Cost(params=11, macs=1000))) == bounds
+    assert dict(parse_budget(text, Cost(params=11, macs=1000, latency=2 * 10**6))) == bounds
 
 
 @given(kind=st.sampled_from(KINDS), number=st.integers(1, 10**6), suffix=st.sampled_from("KMG"))
@@ -51,6 +56,10 @@ def test_suffixes_multiply(kind: str, number: int, suffix: str) -> None:
         ("params=1M%", "cannot read the budget"),
         ("params=0", r"the bound on params must be positive, got 0\.0"),
         ("params=0%", "the bound on params must be positive"),
+        ("latency=4", "cannot read the budget 'latency=4': write it like latency=4ms, 500us or latency=30%"),
+        ("latency=4M", "cannot read the budget"),
+        ("params=4ms", "cannot read the budget"),
+        ("latency=0ms", "the bound on latency must be positive"),
         ("params=1M,params=2M", "bounds the same cost twice: give each once"),
     ],
 )
@@ -108,3 +117,17 @@ def test_costs_are_read_by_kind() -> None:
 )
 def test_short(amount: float, text: str) -> None:
     assert short(amount) == text
+
+
+def test_times_are_printed_with_their_unit() -> None:
+    budget = parse_budget("latency=4.5ms,params=1M")
+    assert str(budget) == "latency=4.5ms,params=1M"
+    over = budget.explain(Cost(params=10**6, macs=1, latency=5_400_000))
+    assert over == "over budget: latency 5.4ms is 20% over 4.5ms"
+    assert amount("latency", 350) == "350ns"
+    assert amount("latency", 2.5e9) == "2.5s"
+
+
+def test_a_latency_that_was_not_measured_is_not_within() -> None:
+    assert not parse_budget("latency=4ms").admits(Cost(params=1, macs=1))
+    assert parse_budget("latency=4ms").admits(Cost(params=1, macs=1, latency=1))

@@ -12,7 +12,7 @@ import timm
 import torch
 from models.families import CIFAR, COVERED
 
-from nas_kd.budget import BOUNDABLE
+from nas_kd.budget import COUNTED
 from nas_kd.models.blocks import analyse
 from nas_kd.models.costs import cost_table
 
@@ -29,7 +29,7 @@ def _entry(name: str) -> dict[str, int | list[int]]:
     size = network.pretrained_cfg["input_size"]
     table = cost_table(analyse(network, size, name=name), network)
     entry: dict[str, int | list[int]] = {"input_size": list(size)}
-    for kind in BOUNDABLE:
+    for kind in COUNTED:
         entry[kind] = table.base()[kind]
         entry[f"min_{kind}"] = table.cost(table.cheapest(kind))[kind]
     return entry

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from nas_kd.budget import BOUNDABLE, Cost
+from nas_kd.budget import COUNTED, LATENCY, Cost
 from nas_kd.genotype import Choice, Genotype
 from nas_kd.models.convs import ConvCost, conv_cost
 from nas_kd.models.labels import Labels
@@ -24,7 +24,7 @@ from nas_kd.models.schedule import FLOAT_BYTES, bytes_of
 from nas_kd.models.structure import Analysis, Block, Site, Widths, is_replaced
 
 Vector = NDArray[np.float64]
-SUMS = ("params", "macs", "size")  # the costs that are sums; `peak_memory` is a maximum
+SUMS = ("params", "macs", "size")  # the counted costs that are sums; `peak_memory` is a maximum
 _ORDER_BYTES = 8  # a shift saves for each channel which one it is
 
 
@@ -72,7 +72,7 @@ def _outer(one: int, vector: Vector, two: int, other: Vector) -> _Sum:
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CostTable:
     """Costs of every genotype of a base: per kind of sum a constant, a vector per block, and a matrix per pair of
-    blocks; and `memory`, the moments whose largest is the peak.
+    blocks; and `memory`, the moments whose largest is the peak. Latency is a sum too, where it was measured.
 
     Vectors and matrices are indexed by the position of a choice in `block.choices`.
     """
@@ -82,6 +82,20 @@ class CostTable:
     single: Mapping[str, tuple[NDArray[np.int64], ...]]
     pairs: Mapping[str, Mapping[tuple[int, int], NDArray[np.int64]]]
     memory: MemoryTable
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of cost that this table tells."""
+        return (*COUNTED, LATENCY) if LATENCY in self.single else COUNTED
+
+    def with_latency(self, constant: int, single: Sequence[NDArray[np.int64]]) -> CostTable:
+        """This table with a latency (nanoseconds): a constant plus a number per choice of each block."""
+        return replace(
+            self,
+            constants={**self.constants, LATENCY: constant},
+            single={**self.single, LATENCY: tuple(single)},
+            pairs={**self.pairs, LATENCY: {}},
+        )
 
     def indices(self, genotype: Mapping[str, Choice]) -> NDArray[np.int64]:
         """The position of each block's choice: one row for `many`."""
@@ -93,23 +107,23 @@ class CostTable:
         return Genotype.of({block.name: block.choices[index] for block, index in chosen})
 
     def cost(self, genotype: Mapping[str, Choice]) -> Cost:
-        """The cost of one genotype, equal to the unit to what the built student counts."""
+        """The cost of one genotype, equal to the unit to what the built student counts; a latency is expected."""
         totals = self.many(self.indices(genotype)[None])
-        return Cost(**{kind: int(totals[kind][0]) for kind in BOUNDABLE})
+        return Cost(**{kind: int(total[0]) for kind, total in totals.items()})
 
-    def many(self, indices: NDArray[np.int64], kinds: Iterable[str] = BOUNDABLE) -> dict[str, NDArray[np.int64]]:
-        """The costs of N genotypes, given as N × blocks positions: per kind an array of N."""
-        return {kind: self._total(kind, indices) for kind in kinds}
+    def many(self, indices: NDArray[np.int64], kinds: Iterable[str] | None = None) -> dict[str, NDArray[np.int64]]:
+        """The costs of N genotypes, given as N × blocks positions: per kind, by default all, an array of N."""
+        return {kind: self._total(kind, indices) for kind in (self.kinds if kinds is None else kinds)}
 
     def _total(self, kind: str, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        if kind not in SUMS:
+        if not is_sum(kind):
             return self.memory.many(indices)
         total = np.full(len(indices), self.constants[kind], dtype=np.int64)
         for column, vector in enumerate(self.single[kind]):
             total += vector[indices[:, column]]
         for (one, two), matrix in self.pairs[kind].items():
             total += matrix[indices[:, one], indices[:, two]]
-        return total
+        return np.maximum(total, 1) if kind == LATENCY else total  # a sum of differences may be none
 
     def base(self) -> Cost:
         """The cost of the base itself."""
@@ -120,14 +134,17 @@ class CostTable:
 
         Every cost grows with every width, and at given widths each block's kernel and kind count for themselves, so
         the narrowest choice of each block that is cheapest beside the narrowest others is the cheapest of all. Of a
-        peak the moments in which a block's own kinds run count alone: others may hide them.
+        peak the moments in which a block's own kinds run count alone: others may hide them. A latency is a sum over
+        blocks, each of which counts for itself.
         """
+        if kind == LATENCY:
+            return self.genotype([int(vector.argmin()) for vector in self.single[kind]])
         narrowest = [min(range(len(b.choices)), key=lambda i, b=b: b.choices[i].width) for b in self.blocks]  # type: ignore[misc]
         chosen = list(narrowest)
         for column, block in enumerate(self.blocks):
             rows = np.tile(np.array(narrowest), (len(block.choices), 1))
             rows[:, column] = np.arange(len(block.choices))
-            totals = self._total(kind, rows) if kind in SUMS else self._own_peak(column, rows)
+            totals = self._total(kind, rows) if is_sum(kind) else self._own_peak(column, rows)
             chosen[column] = int(totals.argmin())
         return self.genotype(chosen)
 
@@ -138,6 +155,11 @@ class CostTable:
         totals = self.memory.many(rows, owner=column)
         wide = np.array([choice.width > least and choice.keep for choice in choices])
         return np.where(wide, np.iinfo(np.int64).max, totals)
+
+
+def is_sum(kind: str) -> bool:
+    """Whether a kind of cost is a sum over blocks and pairs of blocks."""
+    return kind != "peak_memory"
 
 
 def cost_table(analysis: Analysis, network: nn.Module) -> CostTable:

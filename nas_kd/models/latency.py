@@ -1,4 +1,4 @@
-"""How long a model takes for one image on this machine."""
+"""How long a model takes on this machine: medians of runs in turns, until they are stable."""
 
 from __future__ import annotations
 
@@ -72,18 +72,18 @@ def measure_together(
     The models take turns, so a machine that slows down or speeds up meanwhile treats all alike, and their ratios hold.
     Arguments and errors are those of `measure_latency`; it ends when the medians of all models are stable.
     """
-    place, timing = _existing(device), timing or Timing()
+    place, timing = existing(device), timing or Timing()
     image = _image(input_size)
     copies = {name: copy.deepcopy(model).to(place).eval() for name, model in models.items()}
-    with torch.inference_mode(), _threads(threads):
+    with torch.inference_mode(), limited_threads(threads):
         runs = {name: _ready(name, model, image.to(place), timing.warmup) for name, model in copies.items()}
-        times = _take_turns(runs, timing, _synchronised(clock, place))
-    return {name: 1000 * statistics.median(seconds) for name, seconds in times.items()}
+        return take_turns(runs, timing, synchronised(clock, place))
 
 
-def _take_turns(
-    runs: Mapping[str, Callable[[], object]], timing: Timing, clock: Callable[[], float]
-) -> dict[str, list[float]]:
+def take_turns(
+    runs: Mapping[str, Callable[[], object]], timing: Timing, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
+    """The median milliseconds of each of `runs`, called turn by turn until all medians are stable (see `Timing`)."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     medians: dict[str, list[float]] = {name: [] for name in runs}
     end = clock() + timing.limit_s * len(runs)
@@ -96,7 +96,7 @@ def _take_turns(
         if clock() >= end:
             _log.debug("latency not stable within %s s per model", timing.limit_s)
             break
-    return times
+    return {name: 1000 * statistics.median(seconds) for name, seconds in times.items()}
 
 
 def _turn(run: Callable[[], object], repeats: int, clock: Callable[[], float]) -> list[float]:
@@ -134,14 +134,16 @@ def _image(input_size: tuple[int, int, int]) -> Tensor:
     return torch.randn(1, *input_size, generator=torch.Generator().manual_seed(0))
 
 
-def _existing(device: torch.device | str) -> torch.device:
+def existing(device: torch.device | str) -> torch.device:
+    """The device of this name. Raises DeviceError when it is a GPU that is not there."""
     place = torch.device(device)
     if place.type == "cuda" and not torch.cuda.is_available():
         raise DeviceError(f"cannot measure on {place}: no CUDA device was found; use --device cpu")
     return place
 
 
-def _synchronised(clock: Callable[[], float], place: torch.device) -> Callable[[], float]:
+def synchronised(clock: Callable[[], float], place: torch.device) -> Callable[[], float]:
+    """A clock that is read when all work on a device is done."""
     if place.type == "cpu":
         return clock
 
@@ -153,7 +155,8 @@ def _synchronised(clock: Callable[[], float], place: torch.device) -> Callable[[
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def limited_threads(count: int | None) -> Iterator[None]:
+    """Inside the block torch uses so many threads on the CPU (None: as many as before)."""
     before = torch.get_num_threads()
     if count is not None:
         torch.set_num_threads(count)

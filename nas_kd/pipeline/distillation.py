@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nas_kd.budget import BOUNDABLE, Cost
+from nas_kd.budget import COUNTED, Cost
 from nas_kd.distill_arguments import DistillSettings
 from nas_kd.errors import ModelError
 from nas_kd.models.blocks import analyse
@@ -317,7 +317,7 @@ def _facts(settings: DistillSettings, cost: Cost, refined: Refined, quotes_val: 
     val = {"val accuracy": round(refined.val_accuracy, 4)} if quotes_val else {}
     return {
         "distillation": settings.mode,
-        **{kind: cost[kind] for kind in BOUNDABLE},
+        **{kind: cost[kind] for kind in COUNTED},
         **val,
         "test accuracy": round(refined.test_accuracy, 4),
         "command": settings.command,

@@ -14,10 +14,11 @@ from torch import nn
 
 from nas_kd import __version__
 from nas_kd.arguments import Settings
-from nas_kd.budget import Budget
+from nas_kd.budget import LATENCY, Budget, parse_budget
 from nas_kd.errors import DeviceError, OutputError
 from nas_kd.models.hub import create_base
 from nas_kd.models.reduction import reduce_stride
+from nas_kd.pipeline.latency import latency_facts, make_meter
 from nas_kd.search.options import parse_options
 from nas_kd.search.space import Space
 from nas_kd.search.storage import check_study, open_storage, set_aside, sqlite_url
@@ -102,6 +103,7 @@ def make_space(settings: Settings, base: nn.Module) -> Space[nn.Module]:
         img_size=settings.img_size or (DIGITS_SIZE if settings.dataset == DIGITS else None),
         options=parse_options(settings.space, settings.pin, search_stages=settings.search_stages),
         name=settings.model,
+        meter=make_meter(settings) if LATENCY in parse_budget(settings.budget) else None,
     )
 
 
@@ -172,6 +174,7 @@ def choices_made(settings: Settings, budget: Budget) -> dict[str, Any]:
     return {
         "model": settings.model,
         "budget": str(budget),
+        **latency_facts(settings, budget),
         **space_of(settings),
         "proxy": repr(recipe_of(settings, settings.proxy_epochs)),
         "version": __version__,

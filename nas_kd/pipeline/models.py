@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,21 +14,23 @@ from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 
 from nas_kd.arguments import Settings
-from nas_kd.budget import BOUNDABLE, Cost
+from nas_kd.budget import COUNTED, LATENCY, Budget, Cost, amount
 from nas_kd.errors import ModelError, TrainingError
 from nas_kd.genotype import Genotype
+from nas_kd.models.latency_table import LatencyTable, Meter
 from nas_kd.models.student import build_student
 from nas_kd.pipeline.job import REFINE, TEACHER_LR, Job, epochs_of, make_base, recipe_of
+from nas_kd.pipeline.latency import latency_spec, make_meter
 from nas_kd.pipeline.materials import Materials
 from nas_kd.progress import Advance, Stages
 from nas_kd.results.export import Card, export
 from nas_kd.results.front import front
-from nas_kd.results.latency import measure_together
 from nas_kd.results.refine import Candidate, Refined, Refinement, refine
 from nas_kd.results.rows import ModelRow, Role
 from nas_kd.search.options import parse_options
 from nas_kd.search.space import Space
-from nas_kd.search.starts import random_genotype, uniform_width_student
+from nas_kd.search.starts import random_genotype, uniform_width_student, uniform_width_students
+from nas_kd.search.trials import cost_of
 from nas_kd.training.augment import default_augmentation, derive_seed
 from nas_kd.training.images import AugmentedImages
 from nas_kd.training.loop import evaluate, recalibrate
@@ -35,6 +38,7 @@ from nas_kd.training.recipe import Recipe
 
 _logger = logging.getLogger(__name__)
 _LEAST_FRONT = 5  # models that a study gives, from the layers behind the front if need be
+_ATTEMPTS = 5  # to draw a random student that is as fast as its blocks promise
 _CALIBRATION = 512  # images through which batch norms are recalibrated
 
 
@@ -58,35 +62,59 @@ class Model:
 
 
 def take_home(job: Job, study: optuna.Study, materials: Materials, stages: Stages) -> list[ModelRow]:
-    """Refines the front and the baselines, tests each once, measures latency, and exports."""
-    chosen = choose_front(study, job.settings.front)
-    plan = [_Wanted(role="front", genotype=genotype, space=job.space) for genotype in chosen]
-    plan += _baselines(job, chosen[0])
+    """Chooses the front and its baselines, measures latency, refines, tests each once, and exports.
+
+    What turns out slower than the budget allows is left out before it is refined.
+    """
+    with stages.stage("latency"):
+        chosen = choose_front(study, job.settings.front, job.budget)
+        plan = [_Wanted(role="front", genotype=genotype, space=job.space) for genotype in chosen]
+        plan += _baselines(job, chosen[0])
+        latencies = _latencies(job, plan)
     epochs = epochs_of(job.settings.refine_epochs, REFINE, materials.splits, job.device)
-    models = [_teacher_model(job, materials)]
+    models = [_timed(_teacher_model(job, materials), latencies[0])]
     with stages.stage("refine", len(plan) * epochs) as advance:
-        for wanted in plan:
+        for wanted, latency in zip(plan, latencies[1:], strict=True):
             refined = _refine(job, wanted, materials, epochs, advance)
             cost = wanted.space.cost(wanted.genotype)
-            models.append(Model(role=wanted.role, genotype=wanted.genotype, cost=cost, refined=refined))
-    with stages.stage("latency"):
-        named = {str(index): model.refined.network for index, model in enumerate(models)}
-        latencies = measure_together(named, job.space.input_size, device=str(job.device))
+            model = Model(role=wanted.role, genotype=wanted.genotype, cost=cost, refined=refined)
+            models.append(_timed(model, latency))
     with stages.stage("export", len(models)) as advance:
         rows = []
-        for index, model in enumerate(models):
-            rows.append(_export(job, model, latencies[str(index)], materials))
+        for model in models:
+            rows.append(_export(job, model, materials))
             advance(rows[-1].name)
     return rows
 
 
-def choose_front(study: optuna.Study, count: int) -> list[Genotype]:
-    """The genotypes of the study's front: the best score among them, the others evenly over their parameters.
+def _timed(model: Model, nanoseconds: int) -> Model:
+    return dataclasses.replace(model, cost=dataclasses.replace(model.cost, latency=nanoseconds))
+
+
+def _latencies(job: Job, plan: Sequence[_Wanted]) -> list[int]:
+    """The latency (nanoseconds) of the teacher and of each model of the plan, as it was measured first, now or in an
+    earlier run."""
+    spaces = {id(wanted.space): wanted.space for wanted in plan}
+    meter = job.space.latency.meter if job.space.latency is not None else make_meter(job.settings)
+    tables = {key: whole_models(space, meter) for key, space in {**spaces, id(job.space): job.space}.items()}
+    wholes = [tables[id(job.space)].whole(job.space.analysis.identity)]
+    return wholes + [tables[id(wanted.space)].whole(wanted.genotype) for wanted in plan]
+
+
+def whole_models(space: Space[nn.Module], meter: Meter) -> LatencyTable:
+    """What measures whole students of a space: its own, or one that knows of no blocks."""
+    return space.latency or LatencyTable(space.base, space.analysis, space.input_size, meter)
+
+
+def choose_front(study: optuna.Study, count: int, budget: Budget | None = None) -> list[Genotype]:
+    """The genotypes of the study's front within a budget: the best score among them, the others evenly over their
+    parameters.
 
     Where the front has fewer than five, it is filled up from the fronts of what is left. Raises TrainingError when no
     trial came to its end.
     """
     left = [trial for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
+    left = [trial for trial in left if budget is None or budget.admits(cost_of(trial))]
     left = list({trial.user_attrs["digest"]: trial for trial in reversed(left)}.values())[::-1]
     if not left:
         raise TrainingError(
@@ -108,13 +136,32 @@ def _baselines(job: Job, best: Genotype) -> list[_Wanted]:
     """What the front must beat: one width everywhere, a random genotype, its own best one without a teacher."""
     baselines = [_Wanted(role="no teacher", genotype=best, space=job.space)]
     whole = _whole_space(job)
-    uniform = None if whole is None else uniform_width_student(whole.table, job.budget)
+    uniform = None if whole is None else _uniform(job, whole)
     if whole is not None and uniform is not None:
         baselines.append(_Wanted(role="uniform", genotype=uniform, space=whole))
-    drawn = random_genotype(job.space.table, job.budget, derive_seed(job.settings.seed, "random genotype"))
+    drawn = _random(job)
     if drawn is not None:
         baselines.append(_Wanted(role="random", genotype=drawn, space=job.space))
     return baselines
+
+
+def _uniform(job: Job, whole: Space[nn.Module]) -> Genotype | None:
+    """The widest uniform student within the budget, its latency measured where that is bounded."""
+    if job.space.latency is None or LATENCY not in job.budget:
+        return uniform_width_student(whole.table, job.budget)
+    others = Budget(tuple((kind, bound) for kind, bound in job.budget.items() if kind != LATENCY))
+    table, bound = whole_models(whole, job.space.latency.meter), job.budget[LATENCY]
+    return next((g for g in uniform_width_students(whole.table, others) if table.whole(g) <= bound), None)
+
+
+def _random(job: Job) -> Genotype | None:
+    """The first random student within the budget, its latency measured where that is bounded."""
+    for attempt in range(_ATTEMPTS):
+        seed = derive_seed(job.settings.seed, "random genotype", *([attempt] if attempt else []))
+        drawn = random_genotype(job.space.table, job.budget, seed)
+        if drawn is None or job.budget.admits(job.space.confirmed_cost(drawn)):
+            return drawn
+    return None
 
 
 def _whole_space(job: Job) -> Space[nn.Module] | None:
@@ -183,7 +230,7 @@ def _teacher_model(job: Job, materials: Materials) -> Model:
     return Model(role="teacher", genotype=None, cost=job.space.table.base(), refined=refined)
 
 
-def _export(job: Job, model: Model, latency_ms: float, materials: Materials) -> ModelRow:
+def _export(job: Job, model: Model, materials: Materials) -> ModelRow:
     settings, refined = job.settings, model.refined
     genotype = model.genotype or job.space.analysis.identity
     name = f"{_stem(settings.model)}-{model.cost.params / 1e6:.2f}M-{100 * refined.test_accuracy:.1f}"
@@ -196,7 +243,8 @@ def _export(job: Job, model: Model, latency_ms: float, materials: Materials) -> 
         "role": model.role,
         "digest": genotype.digest,
         "genotype": genotype.to_json(),
-        **{kind: model.cost[kind] for kind in BOUNDABLE},
+        **{kind: model.cost[kind] for kind in COUNTED},
+        "latency": f"{amount(LATENCY, model.cost.latency)} ({latency_spec(settings)})",
         "test accuracy": round(refined.test_accuracy, 4),
         **({"distillation": settings.distill} if model.role not in ("teacher", "no teacher") else {}),
         "command": settings.command,
@@ -218,7 +266,7 @@ def _export(job: Job, model: Model, latency_ms: float, materials: Materials) -> 
         cost=model.cost,
         val_accuracy=val,
         test_accuracy=refined.test_accuracy,
-        latency_ms=latency_ms,
+        latency_ms=model.cost.latency / 1e6,
         path=name,
         genotype=genotype,
     )

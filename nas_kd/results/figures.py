@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import plotly.graph_objects as go
 
-from nas_kd.budget import kinds_of, short
+from nas_kd.budget import LATENCY, Cost, amount, kinds_of, short
 from nas_kd.genotype import Choice, group_count
 from nas_kd.results.axes import (
     BLUE,
@@ -30,7 +30,9 @@ COST_NAMES = {
     "macs": "MACs",
     "size": "bytes of weights",
     "peak_memory": "bytes of activations at once",
+    LATENCY: "latency",
 }
+_MILLISECOND = 10**6  # in the unit of latencies
 # After Okabe and Ito's colours, moved so that each shows on white and on near-black; the shape tells the roles apart
 # as well, for readers who do not see the difference.
 _ROLE_MARKS: dict[Role, tuple[str, str, str]] = {
@@ -119,13 +121,15 @@ def _front_figure(
 ) -> go.Figure:
     shown, split = models
     bound = summary.budget.get(kind)
-    costs = [model.cost[kind] for model, _ in shown] + [trial.cost[kind] for trial, _ in cloud if trial.cost]
+    bound = bound / _MILLISECOND if bound and kind == LATENCY else bound
+    costs = [_on_axis(kind, model.cost) for model, _ in shown]
+    costs += [_on_axis(kind, trial.cost) for trial, _ in cloud if trial.cost]
     figure = bare_figure(430)
-    figure.update_xaxes(**cost_axis([*costs, *([bound] if bound else [])]), title=COST_NAMES[kind])
+    figure.update_xaxes(**cost_axis([*costs, *([bound] if bound else [])]), title=_axis_title(kind))
     figure.update_yaxes(title="accuracy", tickformat=".4~%", range=accuracies)
     if cloud:
         figure.add_scatter(
-            x=[trial.cost[kind] for trial, _ in cloud if trial.cost],
+            x=[_on_axis(kind, trial.cost) for trial, _ in cloud if trial.cost],
             y=[score for _, score in cloud],
             text=[_trial_hover(trial) for trial, _ in cloud],
             marker={"color": GREY, "size": 6, "opacity": 0.4},
@@ -137,7 +141,7 @@ def _front_figure(
         ]
         if members:
             figure.add_scatter(
-                x=[model.cost[kind] for model, _ in members],
+                x=[_on_axis(kind, model.cost) for model, _ in members],
                 y=[value for _, value in members],
                 text=[_model_hover(model, split) for model, _ in members],
                 marker={"color": colour, "symbol": symbol, "size": 15 if role == "teacher" else 10},
@@ -145,14 +149,22 @@ def _front_figure(
                 **scatter_style(label, lines=role == "front"),
             )
     if bound:
-        _mark_bound(figure, bound)
+        _mark_bound(figure, bound, f"budget {amount(kind, summary.budget[kind])} ")
     return figure
 
 
-def _mark_bound(figure: go.Figure, bound: float) -> None:
+def _on_axis(kind: str, cost: Cost) -> float:
+    """A cost as its axis shows it: milliseconds, where it is a time."""
+    return cost[kind] / _MILLISECOND if kind == LATENCY else cost[kind]
+
+
+def _axis_title(kind: str) -> str:
+    return "latency (ms)" if kind == LATENCY else COST_NAMES[kind]
+
+
+def _mark_bound(figure: go.Figure, bound: float, text: str) -> None:
     figure.add_vline(x=bound, line={"color": RED, "width": 1.5, "dash": "dash"})
     at = math.log10(bound) if figure.layout.xaxis.type == "log" else bound  # annotations count in powers of ten
-    text = f"budget {short(bound)} "
     figure.add_annotation(
         x=at, y=0, yref="paper", xanchor="right", yanchor="bottom", text=text, showarrow=False, font={"color": RED}
     )

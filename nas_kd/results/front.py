@@ -13,12 +13,12 @@ from typing import TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 
-from nas_kd.budget import BOUNDABLE, KINDS, Cost
+from nas_kd.budget import COUNTED, KINDS, Cost
 from nas_kd.errors import OutputError
 from nas_kd.results.rows import ModelRow, Role, sort_models
 
 T = TypeVar("T")
-COLUMNS = ("model", "digest", "role", "val_accuracy", "test_accuracy", *BOUNDABLE, "latency_ms", "path")
+COLUMNS = ("model", "digest", "role", "val_accuracy", "test_accuracy", *COUNTED, "latency_ms", "path")
 _FILE_ORDER: tuple[Role, ...] = ("front", "teacher", "uniform", "no teacher", "random")
 
 
@@ -106,7 +106,7 @@ def _cells(model: ModelRow) -> tuple[str | int, ...]:
         model.role,
         _decimals(model.val_accuracy, 4),
         _decimals(model.test_accuracy, 4),
-        *(model.cost[kind] if kind in KINDS else model.cost[kind] or "" for kind in BOUNDABLE),
+        *(model.cost[kind] if kind in KINDS else model.cost[kind] or "" for kind in COUNTED),
         _decimals(model.latency_ms, 3),
         model.path or "",
     )
@@ -127,7 +127,7 @@ def _row(cells: dict[str, str]) -> ModelRow:
 
 def _cost(cells: dict[str, str]) -> Cost:
     """Bytes may be missing: an older file has no such columns, and no cost need count them."""
-    others = {kind: int(cells[kind]) for kind in BOUNDABLE if kind not in KINDS and cells.get(kind)}
+    others = {kind: int(cells[kind]) for kind in COUNTED if kind not in KINDS and cells.get(kind)}
     return Cost(params=int(cells["params"]), macs=int(cells["macs"]), **others)
 
 

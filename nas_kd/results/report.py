@@ -7,7 +7,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
-from nas_kd.budget import KINDS, Budget, short
+from nas_kd.budget import KINDS, LATENCY, Budget, amount, short
 from nas_kd.results.figures import COST_NAMES, panels
 from nas_kd.results.front import write_atomically
 from nas_kd.results.page import escaped, page, panel_section
@@ -61,7 +61,7 @@ def headline(summary: StudySummary) -> str:
 
 
 def _bounds(budget: Budget) -> str:
-    return " and ".join(f"{short(bound)} {COST_NAMES[kind]}" for kind, bound in budget.items())
+    return " and ".join(f"{amount(kind, bound)} {COST_NAMES[kind]}" for kind, bound in budget.items())
 
 
 def _reaches(best: ModelRow, teacher: ModelRow | None) -> str:
@@ -110,7 +110,7 @@ _COLUMNS: tuple[_Cell, ...] = (
 
 def _columns(budget: Budget) -> tuple[_Cell, ...]:
     """The columns between role and path; bytes only where the budget bounds them."""
-    others = [kind for kind in budget if kind not in KINDS]
+    others = [kind for kind in budget if kind not in (*KINDS, LATENCY)]
     return (*_COLUMNS[:-1], *((kind, partial(_bytes, kind)) for kind in others), _COLUMNS[-1])
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nas_kd.budget import KINDS, short
+from nas_kd.budget import KINDS, LATENCY, short
 from nas_kd.results.rows import ModelRow, sort_models
 
 # Plain ASCII: a terminal or a file of another encoding must not lose the end of a long study to a dash.
@@ -34,7 +34,7 @@ def render_table(models: Sequence[ModelRow], *, folder: Path | None = None, kind
     """
     ordered = sort_models(list(models))
     teacher = next((model for model in ordered if model.role == "teacher"), None)
-    others = [kind for kind in kinds if kind not in KINDS]
+    others = [kind for kind in kinds if kind not in (*KINDS, LATENCY)]
     rows = [_cells(model, teacher, folder, others) for model in ordered]
     table = Table(box=_LINES, show_edge=False, pad_edge=False)
     for title in (*_BEFORE, *others, *_AFTER):

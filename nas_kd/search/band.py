@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from nas_kd.budget import Budget, short
+from nas_kd.budget import Budget, amount
 from nas_kd.errors import BudgetError
 from nas_kd.genotype import Genotype
 from nas_kd.models.blocks import Block
@@ -48,7 +48,8 @@ def draw_in_band(table: CostTable, budget: Budget, band: float, count: int, seed
                 return list(found.values())
         nearest = min(nearest, *np.abs(shares - 1).tolist())
     low, high = (
-        ", ".join(f"{kind}={short(share * bound)}" for kind, bound in budget.items()) for share in (1 - band, 1 + band)
+        ", ".join(f"{kind}={amount(kind, share * bound)}" for kind, bound in budget.items())
+        for share in (1 - band, 1 + band)
     )
     closest = "" if found else f" (the closest is {nearest:.0%} off)"
     raise BudgetError(

@@ -15,7 +15,7 @@ from nas_kd.budget import KINDS, Budget
 from nas_kd.errors import GenotypeError
 from nas_kd.search.additive import AdditiveModel, features_of, fit
 from nas_kd.search.space import Space
-from nas_kd.search.starts import smallest_level, solve_in_time
+from nas_kd.search.starts import smallest_level, solve_in_time, tightness
 
 _MUTATIONS = 0.2  # share of proposals that vary the front, against interactions that an additive model cannot see
 _TRIES = 64  # to find a genotype that the study has not had
@@ -78,6 +78,7 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
         """The parameters of the next genotype: within the budget, and new to the study where one can be found."""
         # a trial's own stream: a resumed study goes on as an uninterrupted one would have
         self._generator = np.random.default_rng([self._seed, trial.number])
+        self.space.recall_latencies(study)
         had = [(other, row) for other in study.get_trials(deepcopy=False) if (row := self._row(other)) is not None]
         known = {tuple(row.tolist()) for _, row in had}
         proposal = self._propose([(other, row) for other, row in had if other.state == TrialState.COMPLETE])
@@ -117,7 +118,13 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
             genotype = solve_in_time(self.space.table, self._budget.scaled(share), [-values for values in worth])
             if genotype is not None:
                 return self.space.table.indices(genotype)
-        return self.space.table.indices(self.space.starts(1)[0])
+        return self._tightest()
+
+    def _tightest(self) -> NDArray[np.int64]:
+        """The genotype that is the deepest within the budget, of the cheapest of each kind of cost."""
+        table, base = self.space.table, self.space.table.base()
+        cheapest = (table.cheapest(kind) for kind in self._budget)
+        return table.indices(min(cheapest, key=lambda g: tightness(self.space.cost(g), self._budget, base)))
 
     def _on_front(self, rows: NDArray[np.int64], scores: NDArray[np.float64]) -> NDArray[np.int64]:
         """One of the genotypes that no other beats in the score at no more cost, at random."""

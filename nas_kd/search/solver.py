@@ -23,7 +23,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from nas_kd.budget import Budget
 from nas_kd.genotype import Genotype
-from nas_kd.models.costs import SUMS, CostTable
+from nas_kd.models.costs import CostTable, is_sum
 from nas_kd.models.memory import Part
 
 _INFEASIBLE = 2  # scipy's status
@@ -64,7 +64,7 @@ def solve(
     Without `damages` any genotype within the budget will do. None is a proof that there is none; a search that takes
     longer than `seconds` gives the best found so far, and raises TimeoutError when there is none yet.
     """
-    sums = Budget(tuple((kind, bound) for kind, bound in budget.bounds if kind in SUMS))
+    sums = Budget(tuple((kind, bound) for kind, bound in budget.bounds if is_sum(kind)))
     problem = _Problem(table, tuple(sums), with_memory="peak_memory" in budget)
     objective = np.zeros(problem.size)
     for start, block_damages in zip(problem.starts, damages or (), strict=False):

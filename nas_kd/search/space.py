@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
@@ -11,19 +12,23 @@ import optuna
 from numpy.typing import NDArray
 from torch import nn
 
-from nas_kd.budget import Budget, Cost, kinds_of, parse_budget, short
+from nas_kd.budget import LATENCY, Budget, Cost, amount, kinds_of, parse_budget
 from nas_kd.errors import BudgetError, GenotypeError
 from nas_kd.genotype import Choice, Genotype
 from nas_kd.models.blocks import Block, analyse
 from nas_kd.models.costs import cost_table
 from nas_kd.models.inherit import inherit_student
+from nas_kd.models.latency_table import LatencyTable, Meter
+from nas_kd.models.runtimes import LatencySpec
 from nas_kd.search.options import Options, parse_options, restrict
 from nas_kd.search.solver import solve
-from nas_kd.search.starts import feasible_starts, mixed_starts, prior_damages
+from nas_kd.search.starts import calibration, feasible_starts, mixed_starts, prior_damages
 from nas_kd.training.library import Library
 
 Network = TypeVar("Network", bound=nn.Module)
 AnyTrial = optuna.trial.BaseTrial | optuna.trial.FrozenTrial
+_MEASURED = "measured"  # the user attribute of a trial whose latency is that of its whole student
+_ROUNDS = 3  # in which starts are measured and chosen anew
 _FIELDS = {"width": "width", "kernel": "kernel_size", "conv": "conv", "keep": "keep"}  # parameter → field of a choice
 
 
@@ -31,7 +36,8 @@ class Space(Generic[Network]):
     """What a trained timm CNN may become, within a hard budget.
 
     Attributes: `base`, the network searched from; `budget`, or None; `blocks` with the choices open to each; `library`,
-    None until there is one (`build_library`): students then start from its weights, and `starts` from its damages.
+    None until there is one (`build_library`): students then start from its weights, and `starts` from its damages;
+    `latency`, None until it is measured (`measure_latency`).
 
     Example::
 
@@ -49,22 +55,73 @@ class Space(Generic[Network]):
         img_size: int | None = None,
         options: Options | None = None,
         name: str = "",
+        meter: Meter | None = None,
     ) -> None:
         """Analyses `base` (a fraction of a second; the network is not changed).
 
         `budget` is text such as `params=1M,macs=30%` or a Budget; `img_size` the side of its images in pixels, by
-        default the model's own; `options` limits the choices (`parse_options`). Raises ModelError when the base cannot
-        be analysed, BudgetError when no student fits the budget, GenotypeError for options that leave nothing.
+        default the model's own; `options` limits the choices (`parse_options`). With `meter`, or a budget that bounds
+        the latency, that is measured now, for some minutes: without a `meter` by torch on one thread of this machine.
+        Raises ModelError when the base cannot be analysed, BudgetError when no student fits the budget, GenotypeError
+        for options that leave nothing.
         """
         self.base = base
         self.input_size = input_size_of(base, img_size)
         options = options or parse_options()
         self.analysis = restrict(analyse(base, self.input_size, name=name, open=options.aspects), options)
         self.table = cost_table(self.analysis, base)
-        self.budget = parse_budget(budget, self.table.base()) if isinstance(budget, str) else budget
+        self.budget: Budget | None = None
         self.library: Library | None = None
-        if self.budget is not None:
-            self.check_budget(self.budget)
+        self.latency: LatencyTable | None = None
+        if meter is not None:
+            self.measure_latency(meter)
+        if budget is not None:
+            self.set_budget(budget)
+
+    def set_budget(self, budget: str | Budget) -> None:
+        """Bounds the students. Raises BudgetError when none is within, and then the budget stays what it was."""
+        bounds = parse_budget(budget) if isinstance(budget, str) else budget
+        if LATENCY in bounds and self.latency is None:
+            self.measure_latency(Meter(LatencySpec()))
+        bounds = parse_budget(budget, self.base_cost()) if isinstance(budget, str) else budget
+        self.check_budget(bounds)
+        self.budget = bounds
+
+    def measure_latency(self, meter: Meter, report: Callable[[str], None] = lambda words: None) -> None:
+        """Measures every choice of every block, and some whole students to correct their sums by; `report` is told of
+        each block. Costs hold a latency from then on. Raises a NasKdError when something cannot be measured."""
+        latency = LatencyTable(self.base, self.analysis, self.input_size, meter)
+        latency.measure_blocks(report)
+        self.latency = latency
+        self.table = latency.onto(self.table)
+        for genotype in calibration(self.table):
+            self._measure(genotype)
+        self._measure(self.table.cheapest(LATENCY))
+
+    def _measure(self, genotype: Genotype) -> int:
+        """The latency of a whole student, which corrects the table when it is new."""
+        assert self.latency is not None
+        if (known := self.latency.known(genotype)) is not None:
+            return known
+        measured = self.latency.whole(genotype)
+        self.table = self.latency.onto(self.table)
+        return measured
+
+    def recall_latencies(self, study: optuna.Study) -> None:
+        """Takes over the latencies of whole students that were measured in trials of a study, by an earlier run or
+        another worker, so that the table is corrected by them too."""
+        if self.latency is None:
+            return
+        for trial in study.get_trials(deepcopy=False):
+            if trial.user_attrs.get(_MEASURED):
+                genotype = self.genotype(trial.params)
+                if self.latency.known(genotype) is None:
+                    self.latency.observe(genotype, int(trial.user_attrs[LATENCY]))
+        self.table = self.latency.onto(self.table)
+
+    def base_cost(self) -> Cost:
+        """The cost of the base itself, its latency as it was measured."""
+        return self.cost(self.analysis.identity)
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -83,23 +140,42 @@ class Space(Generic[Network]):
 
     def check_budget(self, budget: Budget) -> None:
         """Raises BudgetError when no genotype is within `budget`, and names the smallest reachable costs."""
-        smallest = {kind: self.table.cost(self.table.cheapest(kind))[kind] for kind in budget}
+        smallest = {kind: self._smallest(kind) for kind in budget}
         impossible = [kind for kind in budget if smallest[kind] > budget[kind]]
         if impossible or not self._admits_any(budget):
-            reachable = ", ".join(f"{kind}={short(cost)}" for kind, cost in smallest.items())
+            reachable = ", ".join(f"{kind}={amount(kind, cost)}" for kind, cost in smallest.items())
             together = "" if impossible else " (each alone; no student meets all bounds together)"
             raise BudgetError(
                 f"no student of {self.analysis.name} is within {budget}: the smallest reachable is {reachable}"
                 f"{together}; raise the budget or open more choices (--space)"
             )
 
+    def _smallest(self, kind: str) -> int:
+        """The smallest reachable cost; of latencies the smallest that a whole student was measured to have."""
+        cheapest = self.table.cheapest(kind)
+        if kind != LATENCY or self.latency is None:
+            return self.table.cost(cheapest)[kind]
+        return min(self._measure(genotype) for genotype in (cheapest, *calibration(self.table)))
+
     def _admits_any(self, budget: Budget) -> bool:
+        if LATENCY in budget:
+            return self._admits_fastest(budget)
         if feasible_starts(self.table, budget, 1):
             return True
         try:
             return solve(self.table, budget) is not None
         except TimeoutError:  # neither found nor ruled out: the search may find one
             return True
+
+    def _admits_fastest(self, budget: Budget) -> bool:
+        """Whether the student that is expected to be the fastest within all other bounds is within that on latency."""
+        others = Budget(tuple((kind, bound) for kind, bound in budget.items() if kind != LATENCY))
+        expected = [part.astype(np.float64) for part in self.table.single[LATENCY]]
+        try:
+            fastest = solve(self.table, others, expected)
+        except TimeoutError:
+            return True
+        return fastest is not None and self._measure(fastest) <= budget[LATENCY]
 
     def suggest_genotype(self, trial: AnyTrial) -> Genotype:
         """The genotype of a trial, all parameters suggested; nothing is checked or built."""
@@ -109,8 +185,8 @@ class Space(Generic[Network]):
     def suggest(self, trial: AnyTrial) -> Network:
         """The student that a trial proposes, with inherited weights; yours to train.
 
-        Notes genotype, digest and costs as user attributes and a constraint per bound. Raises optuna.TrialPruned,
-        before any network is built, when it is over budget.
+        Notes genotype, digest and costs as user attributes and a constraint per bound. Raises optuna.TrialPruned when
+        it is over budget: before any network is built, or when the whole student turns out too slow.
         """
         genotype = self.suggest_genotype(trial)
         self.admit(trial, genotype)
@@ -118,10 +194,12 @@ class Space(Generic[Network]):
 
     def admit(self, trial: AnyTrial, genotype: Genotype) -> Cost:
         """Notes what a genotype costs on its trial and returns it. Raises optuna.TrialPruned when over budget."""
-        cost = self.cost(genotype)
+        cost = self.confirmed_cost(genotype)
         trial.set_user_attr("digest", genotype.digest)
         for kind in kinds_of(self.budget):
             trial.set_user_attr(kind, cost[kind])
+        if self.latency is not None and self.latency.known(genotype) is not None:
+            trial.set_user_attr(_MEASURED, True)
         if self.budget is not None:
             for kind, excess in self.budget.excess(cost).items():
                 trial.set_constraint(kind, excess)
@@ -151,9 +229,20 @@ class Space(Generic[Network]):
         }
 
     def cost(self, genotype: Mapping[str, Choice]) -> Cost:
-        """The exact cost of a genotype, in closed form: equal to what the built student counts."""
+        """The exact cost of a genotype, in closed form: equal to what the built student counts. Its latency, if any was
+        measured, is its own or, until that is measured, the table's."""
         self.analysis.check(genotype)
-        return self.table.cost(genotype)
+        cost = self.table.cost(genotype)
+        known = self.latency.known(Genotype.of(dict(genotype))) if self.latency else None
+        return cost if known is None else dataclasses.replace(cost, latency=known)
+
+    def confirmed_cost(self, genotype: Genotype) -> Cost:
+        """The cost of a genotype, its latency measured on the whole student where the budget bounds it and nothing
+        else rules it out."""
+        cost = self.cost(genotype)
+        if self.budget is None or LATENCY not in self.budget or not self.budget.admits(cost):
+            return cost
+        return dataclasses.replace(cost, latency=self._measure(genotype))
 
     def student(self, source: Genotype | AnyTrial) -> Network:
         """The student of a genotype or of a trial, with weights inherited from the base, or from the library.
@@ -162,8 +251,8 @@ class Space(Generic[Network]):
         nothing over it is ever built.
         """
         genotype = source if isinstance(source, Genotype) else self.genotype(source.params)
-        if self.budget is not None and not self.budget.admits(self.cost(genotype)):
-            raise BudgetError(self.budget.explain(self.cost(genotype)))
+        if self.budget is not None and not self.budget.admits(cost := self.confirmed_cost(genotype)):
+            raise BudgetError(self.budget.explain(cost))
         if self.library is not None:
             return cast(Network, self.library.student(genotype))
         return inherit_student(self.base, self.analysis, genotype)
@@ -174,13 +263,23 @@ class Space(Generic[Network]):
 
     def starts(self, count: int = 8) -> list[Genotype]:
         """Up to `count` genotypes within the budget, from cheap to dear, to begin a search with."""
-        return mixed_starts(self.table, self.budget, count, None if self.library is None else self.damages())
+        damages = None if self.library is None else self.damages()
+        starts = mixed_starts(self.table, self.budget, count, damages)
+        if self.budget is None or LATENCY not in self.budget:
+            return starts
+        for _ in range(_ROUNDS):  # each round's measurements correct the table for the next one
+            within = [genotype for genotype in starts if self.budget.admits(self.confirmed_cost(genotype))]
+            if len(within) == len(starts) > 0:
+                break
+            starts = mixed_starts(self.table, self.budget, count, damages)
+        return [genotype for genotype in starts if self.budget.admits(self.confirmed_cost(genotype))] or within
 
     def enqueue(self, study: optuna.Study, count: int = 8) -> int:
         """Queues `starts` in a study and returns how many; those that it has already are skipped."""
         starts = self.starts(count)
         for genotype in starts:
             study.enqueue_trial(self.point(genotype), user_attrs={"source": "warm start"}, skip_if_exists=True)
+        self.recall_latencies(study)
         return len(starts)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nas_kd.budget import KINDS, Budget, Cost, kinds_of
+from nas_kd.budget import KINDS, LATENCY, Budget, Cost, kinds_of
 from nas_kd.genotype import CONV_KINDS, Choice, Genotype, group_count
 from nas_kd.models.blocks import WIDTHS, Block
 from nas_kd.models.costs import CostTable
@@ -44,6 +44,14 @@ def uniform_ladder(table: CostTable, kinds_of_cost: Iterable[str] = KINDS) -> di
     rungs += [_dropped(table.blocks, genotype) for genotype in rungs]
     rungs += [table.cheapest(kind) for kind in kinds_of_cost]
     return {genotype: table.cost(genotype) for genotype in dict.fromkeys(rungs)}
+
+
+def calibration(table: CostTable, count: int = 6) -> list[Genotype]:
+    """Uniform genotypes from the fastest to the slowest by the table, to compare its sums with."""
+    ladder = uniform_ladder(table)
+    latencies = {genotype: cost[LATENCY] for genotype, cost in ladder.items()}
+    ordered = sorted(ladder, key=lambda genotype: (latencies[genotype], genotype.digest))
+    return [ordered[index] for index in dict.fromkeys(np.linspace(0, len(ordered) - 1, count).round().astype(int))]
 
 
 def tightness(cost: Cost, budget: Budget | None, base: Cost) -> float:
@@ -119,15 +127,19 @@ def mixed_starts(table: CostTable, budget: Budget | None, count: int, damages: D
     return sorted(chosen, key=lambda genotype: tightness(table.cost(genotype), budget, table.base()))
 
 
-def uniform_width_student(table: CostTable, budget: Budget) -> Genotype | None:
-    """The widest genotype within the budget that has one width and the base's own convolutions everywhere."""
+def uniform_width_students(table: CostTable, budget: Budget) -> Iterator[Genotype]:
+    """The genotypes within the budget that have one width and the base's own convolutions everywhere, widest first."""
     for width in WIDTHS:
         genotype = Genotype.of(
             {block.name: _uniform_choice(block, width, block.default.conv or "standard") for block in table.blocks}
         )
         if budget.admits(table.cost(genotype)):
-            return genotype
-    return None
+            yield genotype
+
+
+def uniform_width_student(table: CostTable, budget: Budget) -> Genotype | None:
+    """The first of `uniform_width_students`, None where there is none."""
+    return next(uniform_width_students(table, budget), None)
 
 
 def draw(table: CostTable, budget: Budget, seed: int, draws: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import nas_kd.models  # noqa: F401  registers the CIFAR models
-from nas_kd.budget import BOUNDABLE, Cost
+from nas_kd.budget import COUNTED, Cost
 from nas_kd.genotype import Choice, Genotype
 from nas_kd.models.blocks import ASPECTS, Analysis, analyse
 from nas_kd.models.costs import CostTable, cost_table
@@ -126,7 +126,7 @@ def real(name: str, seed: int = 0) -> nn.Module:
 
 def kinds(cost: Cost) -> dict[str, int]:
     """Every kind of a cost: costs are equal when params and macs are."""
-    return {kind: cost[kind] for kind in BOUNDABLE}
+    return {kind: cost[kind] for kind in COUNTED}
 
 
 def narrowest(block_choices: tuple[Choice, ...]) -> Choice:

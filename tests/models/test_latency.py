@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nas_kd.errors import DeviceError, ModelError
-from nas_kd.results.latency import Timing, measure_latency, measure_together
+from nas_kd.models.latency import Timing, measure_latency, measure_together
 
 SIZE = (3, 32, 32)
 QUICK = Timing(warmup=1, repeats=2, limit_s=0.05)

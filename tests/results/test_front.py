@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nas_kd.budget import BOUNDABLE
+from nas_kd.budget import COUNTED
 from nas_kd.errors import OutputError
 from nas_kd.results.front import COLUMNS, front, read_front_csv, write_atomically, write_front_csv
 from nas_kd.results.rows import ModelRow, StudySummary
@@ -81,7 +81,7 @@ def test_csv_round_trip(tmp_path: Path, summary: StudySummary) -> None:
     write_front_csv(path, summary.models)
     rows = read_front_csv(path)
     assert {row.digest: row.cost for row in rows} == {model.digest: model.cost for model in summary.models}
-    for kind in BOUNDABLE:  # costs compare by params and macs alone
+    for kind in COUNTED:  # costs compare by params and macs alone
         assert [row.cost[kind] for row in rows if row.role == "teacher"] == [summary.models[0].cost[kind]]
     for row in rows:
         model = next(m for m in summary.models if (m.digest, m.role) == (row.digest, row.role))

@@ -1,0 +1,115 @@
+"""Networks as ONNX files. Needs the extra `nas-kd[onnx]`."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nas_kd.errors import ModelError, NasKdError
+
+_OPSET = 18
+_logger = logging.getLogger(__name__)
+
+
+def need(*packages: str) -> None:
+    """Raises NasKdError when one of these packages is not installed."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise NasKdError(f"ONNX needs {' and '.join(missing)}: pip install 'nas-kd[onnx]'")
+
+
+def write_onnx(
+    module: nn.Module, arguments: Sequence[Any], path: Path, *, keywords: Mapping[str, Any] | None = None
+) -> None:
+    """Writes a module as it runs on these arguments, their shapes fixed, as a file whose latency is measured.
+
+    By torch's older exporter, which takes a fiftieth of the time, as long as it is there and manages. Raises ModelError
+    when the module cannot be exported.
+    """
+    need("onnx")
+    given = (*arguments, dict(keywords)) if keywords else tuple(arguments)
+    try:
+        with _quiet():
+            torch.onnx.export(module, given, str(path), dynamo=False)
+    except Exception as error:  # of any kind: the exporter runs the module's own code
+        _logger.debug("the older exporter failed: %s", error)
+        _export(module, given, path)
+
+
+def write_model(network: nn.Module, input_size: Sequence[int], path: Path) -> None:
+    """Writes a network in evaluation mode, for any number of images of `input_size` (C, H, W): `input` → `output`.
+
+    Raises NasKdError when ONNX is not installed, ModelError when the network cannot be exported.
+    """
+    need("onnx", "onnxscript")
+    network = copy.deepcopy(network).cpu().eval()
+    images = torch.zeros(2, *input_size)
+    names: dict[str, Any] = {"input_names": ["input"], "output_names": ["output"]}
+    _export(network, (images,), path, dynamic_shapes=({0: torch.export.Dim("batch")},), **names)
+
+
+def _export(module: nn.Module, arguments: tuple[Any, ...], path: Path, **options: Any) -> None:
+    need("onnx", "onnxscript")
+    try:
+        with _quiet():
+            torch.onnx.export(
+                module, arguments, str(path), dynamo=True, external_data=False, opset_version=_OPSET, **options
+            )
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{type(module).__name__} cannot be written as ONNX: {reason[:200]}") from error
+
+
+def run_onnx(path: Path, images: Tensor) -> Tensor:
+    """What ONNX Runtime makes of images (N×C×H×W). Raises NasKdError when it is not installed."""
+    session = open_session(path, threads=0)
+    outputs = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    return torch.from_numpy(outputs[0])
+
+
+def open_session(path: Path, *, threads: int, device: str = "cpu") -> Any:
+    """An ONNX Runtime session with so many threads (0: its own number) on a device."""
+    need("onnxruntime")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3
+    provider = "CUDAExecutionProvider" if device.startswith("cuda") else "CPUExecutionProvider"
+    if provider not in onnxruntime.get_available_providers():
+        raise NasKdError(f"this ONNX Runtime has no {provider}: install onnxruntime-gpu, or use --latency-device cpu")
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=[provider])
+    except Exception as error:  # onnxruntime's errors share no class
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"ONNX Runtime cannot load a network: {reason[:200]}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns of itself, logs what it cannot do and prints its progress."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
