@@ -4,8 +4,9 @@ arXiv:1707.06342, section 3.2.2). One pass over some activations per layer, no g
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from nas_kd.models.frames import Frame, Passage, run_frame
 from nas_kd.models.structure import Analysis
 
 Mask = NDArray[np.bool_]
+_LINEAR = (nn.Conv2d, Conv2dSame, nn.Linear)  # weight-standardised layers are no linear functions of their weights
 _ROWS = 6  # samples per unknown, at least
 _LEAST_ROWS = 4096
 LARGEST = 2304  # unknowns of one output; beyond it the closed form stays (the Gram matrix costs their square)
@@ -31,27 +33,57 @@ class _Reached(Exception):
     """Ends a forward pass at the layer that was waited for."""
 
 
-@torch.no_grad()
-def refit(student: nn.Module, base: nn.Module, analysis: Analysis, frame: Frame, mask: Mask, passage: Passage) -> None:
-    """Fits, in the order in which they run, the layers of `frame` that read dropped or replaced channels.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Reference:
+    """What the layers of a frame are fitted to: what passes through it in the base, and what each of them writes."""
 
-    `student` is `base` with one block changed and `mask` its kept labels. Each layer sees what the student's layers
-    before it write by now, and is fitted to what the base's layer writes there. Batch norms work on batch statistics:
-    recalibrate afterwards.
+    base: nn.Module
+    analysis: Analysis
+    frame: Frame
+    passage: Passage
+    targets: Mapping[str, Tensor]
+
+
+@torch.no_grad()
+def reference_of(base: nn.Module, analysis: Analysis, frame: Frame, passage: Passage) -> Reference:
+    """The reference of a frame: one pass of the base's for all its choices."""
+    found: dict[str, Tensor] = {}
+
+    def keep(path: str) -> object:
+        def hook(module: nn.Module, arguments: object, output: Tensor) -> None:
+            found[path] = output.clone()
+
+        return hook
+
+    with ExitStack() as stack:
+        for path in _in_order(analysis, frame):
+            module = base.get_submodule(path)
+            if type(module) in _LINEAR:
+                stack.callback(module.register_forward_hook(keep(path)).remove)  # type: ignore[arg-type]
+        run_frame(frame.inside(base), passage)
+    return Reference(base=base, analysis=analysis, frame=frame, passage=passage, targets=found)
+
+
+@torch.no_grad()
+def refit(student: nn.Module, mask: Mask, reference: Reference) -> None:
+    """Fits, in the order in which they run, the layers of a frame that read dropped or replaced channels.
+
+    `student` is the base with one block changed (or several) and `mask` its kept labels. Each layer sees what the
+    student's layers before it write by now, and is fitted to what the base's layer writes there. Batch norms work on
+    batch statistics: recalibrate afterwards.
     """
+    base, analysis, frame = reference.base, reference.analysis, reference.frame
     changed = frame.inside(student)
-    paths = [path for path in _in_order(analysis, frame) if _reader(student, base, analysis, path, mask) is not None]
-    targets = _outputs(frame.inside(base), {path: base.get_submodule(path) for path in paths}, passage)
-    for path in paths:
+    for path in _in_order(analysis, frame):
         reader = _reader(student, base, analysis, path, mask)
-        labels = analysis.trace.axes[f"{path}.weight"][0]
-        assert reader is not None
-        target = targets.pop(path)
+        if reader is None:
+            continue
+        target, labels = reference.targets[path], analysis.trace.axes[f"{path}.weight"][0]
         if labels is not None and not mask[labels].all():
             kept = torch.from_numpy(np.flatnonzero(mask[labels])).to(target.device)
             target = target.index_select(-1 if isinstance(reader, nn.Linear) else 1, kept)
         with batch_statistics(changed):
-            inputs = layer_inputs(changed, reader, passage)
+            inputs = layer_inputs(changed, reader, reference.passage)
         fit_layer(reader, inputs, target, centred=reader.bias is not None or path in analysis.trace.norms)
 
 
@@ -64,8 +96,8 @@ def _reader(
     student: nn.Module, base: nn.Module, analysis: Analysis, path: str, mask: Mask
 ) -> nn.Conv2d | nn.Linear | None:
     """The layer at `path` of a student to be fitted: the last one of a replacement, or one that lost inputs."""
-    if type(base.get_submodule(path)) not in (nn.Conv2d, Conv2dSame, nn.Linear):
-        return None  # weight-standardised layers are no linear functions of their weights
+    if type(base.get_submodule(path)) not in _LINEAR:
+        return None
     module = student.get_submodule(path)
     if isinstance(module, Pair):
         last = module[-1]
@@ -75,22 +107,6 @@ def _reader(
         return None
     dense = isinstance(module, nn.Linear) or module.groups == 1
     return module if dense and axes[1] is not None and not mask[axes[1]].all() else None
-
-
-def _outputs(frame: nn.Module, modules: dict[str, nn.Module], passage: Passage) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-
-    def keep(path: str) -> object:
-        def hook(module: nn.Module, arguments: object, output: Tensor) -> None:
-            found[path] = output.clone()
-
-        return hook
-
-    with ExitStack() as stack:
-        for path, module in modules.items():
-            stack.callback(module.register_forward_hook(keep(path)).remove)  # type: ignore[arg-type]
-        run_frame(frame, passage)
-    return found
 
 
 def layer_inputs(frame: nn.Module, layer: nn.Module, passage: Passage) -> Tensor:

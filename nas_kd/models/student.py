@@ -26,8 +26,9 @@ def build_student(
 ) -> Network:
     """A copy of `base` in the shape of `genotype`: the base's class, its weights cut to their first channels.
 
-    Modules in `shared`, which the genotype must leave alone, are not copied but the base's own. The identity genotype gives the base's own keys and outputs. `inherit` gives the others better weights.
-    The plan that makes it is kept as `student.nas_kd_plan`. Raises GenotypeError when the genotype does not fit.
+    Modules in `shared`, which the genotype must leave alone, are not copied but the base's own. The identity genotype
+    gives the base's own keys and outputs. `inherit` gives the others better weights. The plan that
+    makes it is kept as `student.nas_kd_plan`. Raises GenotypeError when the genotype does not fit.
     """
     analysis.check(genotype)
     plan = student_plan(base, analysis, genotype)

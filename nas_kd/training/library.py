@@ -30,8 +30,8 @@ from nas_kd.models.blocks import Block
 from nas_kd.models.costs import cost_table
 from nas_kd.models.frames import Frame, Passage, disjoint, find_frames, joined, recording, replaying, run_frame, swapped
 from nas_kd.models.importance import reconstruction_importance
-from nas_kd.models.inherit import inherit_student
-from nas_kd.models.refit import batch_statistics, refit
+from nas_kd.models.inherit import inherit_student, resize_kernel
+from nas_kd.models.refit import Reference, batch_statistics, reference_of, refit
 from nas_kd.models.structure import Analysis
 from nas_kd.training.augment import derive_seed
 from nas_kd.training.entries import Entry, EntryFile, Tensors
@@ -46,6 +46,7 @@ _POSITIONS = 65_536  # and positions in them
 _BATCH_POSITIONS = 16_384  # of one training step, where a batch has more
 _INHERIT_IMAGES = 600  # that a frame sees while an entry of it is fitted and measured, counted as forward passes
 _UNBEATEN = 0.3  # of a block's choices
+_LARGER_KERNEL = 1e-6  # of damage
 _LEAST_STEPS = 8  # that are worth while
 _TEMPERATURE = 4.0  # of the KL that measures damage, as in the distillation that follows
 _logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class LibrarySpec:
 def plan_library(spec: LibrarySpec, analysis: Analysis, images: float) -> LibrarySpec:
     """The library that costs at most about as much as `images` forward passes of the base: with fewer steps in each
     round than `spec`, or none at all. What it costs in closed form is the least that it can."""
-    entries = sum(len(block.choices) - 1 for block in analysis.blocks) / max(
+    entries = sum(len(made_choices(block)) for block in analysis.blocks) / max(
         1, len(analysis.blocks)
     )  # in whole networks
     left = images - entries * _INHERIT_IMAGES
@@ -114,14 +115,20 @@ class Library:
         return self._table(lambda entry: entry.nmse * sensitivity[entry.block] if entry.kl is None else entry.kl)
 
     def _table(self, damage: Callable[[Entry], float]) -> list[NDArray[np.float64]]:
-        return [
-            np.array([0.0, *(damage(self.entries[block.name, index]) for index in range(1, len(block.choices)))])
-            for block in self.analysis.blocks
-        ]
+        """Damages by block and choice; a larger kernel hurts as little more as it takes to prefer the smaller one."""
+        tables = []
+        for block in self.analysis.blocks:
+            own = np.zeros(len(block.choices))
+            for index in range(1, len(own)):
+                like = made_like(block, index)
+                own[index] = damage(self.entries[block.name, like]) if like else 0.0
+                own[index] += _LARGER_KERNEL if like != index else 0.0
+            tables.append(own)
+        return tables
 
     def _sensitivity(self, block: Block) -> float:
         """What an nmse of 1 in this block is worth in KL: the median of the entries that were measured."""
-        own = [self.entries[block.name, index] for index in range(1, len(block.choices))]
+        own = [self.entries[block.name, index] for index in made_choices(block)]
         ratios = [entry.kl / entry.nmse for entry in own if entry.kl is not None and entry.nmse > 0]
         return float(np.median(ratios)) if ratios else 1.0
 
@@ -145,7 +152,7 @@ class Library:
     def _entries_of(self, genotype: Mapping[str, Choice]) -> Iterator[tuple[Block, Tensors, NDArray[np.bool_]]]:
         """For each changed block of a genotype the tensors of its entry, and the labels that these kept."""
         for block in self.analysis.blocks:
-            index = block.choices.index(genotype[block.name])
+            index = made_like(block, block.choices.index(genotype[block.name]))
             kept = entry_file(self.folder, block, index).read() if index and genotype[block.name].keep else None
             if kept is not None:  # a file that went bad: what is inherited in closed form has to do
                 alone = swapped(self.analysis, block, genotype[block.name])
@@ -164,6 +171,9 @@ def _overlay(
 
     Where a neighbour narrows what a replacement reads, the whole replacement stays as it was inherited."""
     cut = {name: _cut(tensor, name, analysis, own, mask) for name, tensor in entry.items() if name in student}
+    cut = {
+        name: _grown(tensor, student[name].shape[-1]) if tensor.ndim == 4 else tensor for name, tensor in cut.items()
+    }
     misfits = {_layer(name) for name, tensor in cut.items() if tensor.shape != student[name].shape}
     for name, tensor in cut.items():
         if _layer(name) not in misfits:
@@ -175,6 +185,10 @@ def _cut(tensor: Tensor, name: str, analysis: Analysis, own: NDArray[np.bool_], 
         if labels is not None and not mask[labels].all():
             tensor = tensor.index_select(dim, torch.from_numpy(np.flatnonzero(mask[labels[own[labels]]])))
     return tensor
+
+
+def _grown(weight: Tensor, kernel_size: int) -> Tensor:
+    return weight if weight.shape[-1] >= kernel_size else resize_kernel(weight, kernel_size)
 
 
 def _layer(tensor: str) -> str:
@@ -303,22 +317,23 @@ class _Builder:
             seen, held = self._record(names, count), self._record(names, 0, held_out=True)
             for name in names:
                 block = self.analysis.block(name)
-                for index in range(1, len(block.choices)):
+                few = seen[name][: _images_for(seen[name])]
+                reference = reference_of(self.base, self.analysis, self.frames[name], few)
+                for index in made_choices(block):
                     kept = entry_file(self.folder, block, index).read()
                     if kept is not None:
                         self.entries[name, index] = kept[0]
                     else:
-                        self._inherit(block, index, seen[name], held[name])
-                report(f"{name}: {len(block.choices) - 1} choices inherited")
+                        self._inherit(block, index, reference, held[name])
+                report(f"{name}: {len(made_choices(block))} choices inherited")
 
-    def _inherit(self, block: Block, index: int, seen: Passage, held: Passage) -> None:
+    def _inherit(self, block: Block, index: int, reference: Reference, held: Passage) -> None:
         started = time.monotonic()
         student = self._student(block, index)
         module = self.frames[block.name].inside(student)
         if block.choices[index].keep:
-            few = seen[: _images_for(seen)]
-            refit(student, self.base, self.analysis, self.frames[block.name], self._mask(block, index), few)
-            recalibrate_frame(module, few)
+            refit(student, self._mask(block, index), reference)
+            recalibrate_frame(module, reference.passage)
         error = self._nmse(module, held)
         entry = Entry(block=block.name, errors=((0, error),), seconds=time.monotonic() - started)
         self._keep(block, index, entry, self._own_tensors(module, block))
@@ -427,14 +442,15 @@ class _Builder:
     def _unbeaten(self, block: Block, steps: int) -> list[int]:
         """The choices that no other one beats after so many steps: none is cheaper in params and MACs and closer to the
         base."""
-        rows = np.tile(self.table.indices(self.analysis.identity), (len(block.choices), 1))
-        rows[:, self.analysis.blocks.index(block)] = np.arange(len(block.choices))
+        made = made_choices(block)
+        rows = np.tile(self.table.indices(self.analysis.identity), (len(made) + 1, 1))
+        rows[1:, self.analysis.blocks.index(block)] = made
         totals = self.table.many(rows, KINDS)
-        damage = [0.0, *(self.entries[block.name, index].nmse_after(steps) for index in range(1, len(rows)))]
+        damage = [0.0, *(self.entries[block.name, index].nmse_after(steps) for index in made)]
         values = np.column_stack([*(totals[kind] for kind in KINDS), damage])
         no_worse, better = values[None] <= values[:, None], values[None] < values[:, None]
         beaten = np.any(no_worse.all(axis=2) & better.any(axis=2), axis=1)
-        return [index for index in range(1, len(rows)) if not beaten[index]]
+        return [index for index, is_beaten in zip(made, beaten[1:], strict=True) if not is_beaten]
 
     # damages
 
@@ -475,6 +491,20 @@ class _Builder:
             with replaying(self.base, {**recorded, frame: outputs}):
                 logits = self.base(self._pixels(self._held_out()))
         return float(distillation_loss(logits.float(), self.logits.float(), temperature=_TEMPERATURE))
+
+
+def made_like(block: Block, index: int) -> int:
+    """The choice whose entry stands for another one's. A kernel larger than the base's begins as the base's with zeros
+    around it: dearer and no better, it is not made again."""
+    choice, own = block.choices[index], block.default.kernel_size
+    if not choice.keep or choice.conv == "shift" or own is None or (choice.kernel_size or own) <= own:
+        return index
+    return block.choices.index(replace(choice, kernel_size=own))
+
+
+def made_choices(block: Block) -> list[int]:
+    """The choices that have an entry of their own: all but the base's and what is made like another one."""
+    return [index for index in range(1, len(block.choices)) if made_like(block, index) == index]
 
 
 def entry_file(folder: Path, block: Block, index: int) -> EntryFile:

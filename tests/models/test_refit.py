@@ -14,7 +14,7 @@ from nas_kd.models.blocks import analyse
 from nas_kd.models.frames import Passage, disjoint, find_frames, joined, recording, replaying, run_frame, swapped
 from nas_kd.models.importance import Reader, eliminate, reconstruction_importance, unit_importance
 from nas_kd.models.inherit import inherit_student
-from nas_kd.models.refit import batch_statistics, fit_layer, refit
+from nas_kd.models.refit import batch_statistics, fit_layer, reference_of, refit
 from nas_kd.models.structure import Analysis
 
 
@@ -150,7 +150,7 @@ def test_a_refit_brings_a_block_closer_to_the_base(
         student = inherit_student(base, analysis, genotype)
         mask = analysis.keep_mask(genotype, unit_importance(base, analysis))
         if fitted:
-            refit(student, base, analysis, frames[block.name], mask, passage)
+            refit(student, mask, reference_of(base, analysis, frames[block.name], passage))
         module = frames[block.name].inside(student)
         with torch.no_grad(), batch_statistics(module):
             errors.append(float((run_frame(module, passage)[0] - passage.outputs[0]).square().mean()))

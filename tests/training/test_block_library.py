@@ -13,7 +13,8 @@ import timm
 import torch
 from torch import nn
 
-from nas_kd.genotype import Genotype
+from nas_kd.genotype import Choice, Genotype
+from nas_kd.models.frames import swapped
 from nas_kd.models.inherit import inherit_student
 from nas_kd.models.structure import Analysis
 from nas_kd.search.options import parse_options
@@ -195,6 +196,26 @@ def test_the_plan_spends_no_more_than_it_may(analysis: Analysis) -> None:
     sums = [sum(plan_library(LibrarySpec(), analysis, images).rounds) for images in (0, 1e5, 2e5, 4e5, 1e9)]
     assert sums == sorted(sums)
     assert sums[0] == 0
+
+
+def test_a_larger_kernel_is_made_like_the_base_s(teacher: nn.Module, images: Images, tmp_path: Path) -> None:
+    options = parse_options("width=1/0.5,kernel,conv=standard/group4/shift", ["conv1:width=1"])
+    space = Space(teacher, img_size=32, options=options)
+    few = LibrarySpec(images=32, holdout=16, rounds=(2,), batch_size=16)
+    library = build_library(teacher, space.analysis, images, few, tmp_path)
+    block = space.analysis.block("layer3.0")
+    for damages, choices in zip(library.damages(), [b.choices for b in space.analysis.blocks], strict=True):
+        assert (damages[1:] > 0).all()  # never a larger kernel for nothing
+        assert len(damages) == len(choices)
+    small, large = (Choice(width=0.5, kernel_size=size, conv="group4") for size in (3, 5))
+    assert module.made_like(block, block.choices.index(large)) == block.choices.index(small)
+    students = [library.student(swapped(space.analysis, block, choice)) for choice in (small, large)]
+    pixels = torch.randn(4, 1, 32, 32)
+    with torch.no_grad():
+        first, second = (student.eval()(pixels) for student in students)
+    assert torch.allclose(first, second, atol=1e-4)
+    shift = Choice(width=0.5, kernel_size=5, conv="shift")
+    assert module.made_like(block, block.choices.index(shift)) == block.choices.index(shift)  # other taps, other shares
 
 
 def test_an_entry_survives_its_file(tmp_path: Path) -> None:
