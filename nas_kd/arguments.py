@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from nas_kd import __version__
-from nas_kd.budget import parse_budget
+from nas_kd.budget import parse_budget, parse_levels
 from nas_kd.errors import NasKdError, without_password
 
 STORAGE = "NAS_KD_STORAGE"  # environment variable: a URL with a password is not for every eye on the machine
@@ -38,6 +38,7 @@ class Settings:
     train_images: int | None
     val_fraction: float
     budget: str
+    levels: str
     latency_runtime: str
     latency_device: str
     latency_batch: int
@@ -165,6 +166,7 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
         metavar="B",
         help="hard upper bounds: params=1M,macs=30M,latency=4ms or macs=50%% of the base",
     )
+    add("--levels", default="1", metavar="L", help="shares of the budget that get a best model each: 0.25,0.5,1 (1)")
     _add_latency(add)
     add("--trials", type=number(1), default=20, metavar="N", help="students to train; over-budget ones are free (20)")
     _add_choices(add)
@@ -336,6 +338,7 @@ def parse_worker(argv: Sequence[str]) -> WorkerSettings:
 
 def _settings(arguments: dict[str, Any]) -> Settings:
     parse_budget(arguments["budget"])
+    parse_levels(arguments["levels"])
     if arguments["study_name"] is not None and not re.search(r"\w", arguments["study_name"]):
         raise NasKdError(f"--study-name {arguments['study_name']!r} needs a letter or digit")
     arguments["pin"] = tuple(arguments["pin"])

@@ -151,6 +151,26 @@ def amount(kind: str, value: float) -> str:
     return f"{value / _NANOSECONDS[unit]:.4g}{unit}"
 
 
+def parse_levels(text: str) -> tuple[float, ...]:
+    """Reads `0.25,0.5` or `25%,50%`: shares of a budget, from the smallest to the budget itself, which is always one.
+
+    Raises BudgetError for anything else.
+
+    >>> parse_levels("0.5,25%")
+    (0.25, 0.5, 1.0)
+    """
+    levels = {1.0}
+    for part in (part.strip() for part in text.split(",")):
+        try:
+            level = float(part[:-1]) / 100 if part.endswith("%") else float(part)
+        except ValueError:
+            raise BudgetError(f"cannot read the level {part!r}: write --levels like 0.25,0.5,1") from None
+        if not 0 < level <= 1:
+            raise BudgetError(f"the level {part} is no share of the budget: give numbers above 0 and up to 1")
+        levels.add(level)
+    return tuple(sorted(levels))
+
+
 def short(amount: float) -> str:
     """An amount as a person writes it.
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nas_kd.budget import KINDS, Budget, Cost, amount, parse_budget, short
+from nas_kd.budget import KINDS, Budget, Cost, amount, parse_budget, parse_levels, short
 from nas_kd.errors import BudgetError
 
 AMOUNTS = st.floats(1e-3, 1e12)
@@ -131,3 +131,14 @@ def test_times_are_printed_with_their_unit() -> None:
 def test_a_latency_that_was_not_measured_is_not_within() -> None:
     assert not parse_budget("latency=4ms").admits(Cost(params=1, macs=1))
     assert parse_budget("latency=4ms").admits(Cost(params=1, macs=1, latency=1))
+
+
+@pytest.mark.parametrize(("text", "levels"), [("1", (1.0,)), ("0.5", (0.5, 1.0)), ("50%, .25,1", (0.25, 0.5, 1.0))])
+def test_levels(text: str, levels: tuple[float, ...]) -> None:
+    assert parse_levels(text) == levels
+
+
+@pytest.mark.parametrize("text", ["", "half", "0", "1.5", "-1", "nan", "0.5,,1"])
+def test_bad_levels(text: str) -> None:
+    with pytest.raises(BudgetError, match="level"):
+        parse_levels(text)

@@ -263,6 +263,44 @@ def test_another_seed_searches_elsewhere(finished: Finished, tmp_path: Path) -> 
     assert main(command(out, "-q", "--seed", "1", "--trials", "2", "--sampler", "random")) == 0
     assert [values for _, *values in digests(out)] != [values for _, *values in digests(finished.out)]
 
+    def test_another_budget_begins_with_what_is_there(self, again: Path) -> None:
+        """A smaller budget with levels, of the same study: teacher, cache and finished trials are kept."""
+        found, cached = digests(again), {path.name for path in (again / "cache").iterdir()}
+        name = optuna.get_all_study_names(f"sqlite:///{again / 'study.db'}")[0]
+        smaller = ["--study-name", name, "--budget", "params=60K,macs=20%", "--levels", "0.7"]
+        assert main([*command(again, "-q"), *smaller, "--trials", "2"]) == 0
+        assert digests(again)[: len(found)] == found
+        kept = [row for row in rows(again) if row["role"] == "front"]
+        assert all(int(row["params"]) <= 60_000 for row in kept)
+        assert sorted(level for row in kept for level in row["best_at"].split()) == ["0.7", "1"]
+        assert "best within" in (again / "report.html").read_text()
+        new = {path.name for path in (again / "cache").iterdir()} - cached
+        assert all(name.startswith(("refined-", "trials-")) for name in new)
+
+    def test_a_budget_of_other_kinds_is_another_study(self, again: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        name = optuna.get_all_study_names(f"sqlite:///{again / 'study.db'}")[0]
+        assert main([*command(again, "-q"), "--study-name", name, "--budget", "params=60K,size=1M"]) == 2
+        assert "was begun with objectives ['accuracy', 'params', 'macs'], not" in only_line(capsys.readouterr().err)
+
+
+def test_a_bound_on_latency(tmp_path: Path) -> None:
+    """Measured for real; the bound is so wide that only the bookkeeping is tested."""
+    arguments = [*command(tmp_path, "-q", "--library-budget", "0"), "--budget", "params=130K,latency=10s"]
+    arguments += ["--space", "width=0.5/1,conv=standard", "--trials", "2", "--latency-batch", "2"]
+    assert main(arguments) == 0
+    done = [trial for trial in trials(tmp_path) if trial.state == TrialState.COMPLETE]
+    assert len(done) == 2
+    assert all(trial.user_attrs["measured"] and trial.user_attrs["latency"] > 0 for trial in done)
+    assert all(trial.constraints["latency"] < 0 for trial in done)
+    latencies = {row["digest"]: float(row["latency_ms"]) for row in rows(tmp_path)}
+    for trial in done:
+        assert latencies[trial.user_attrs["digest"]] == pytest.approx(trial.user_attrs["latency"] / 1e6, abs=1e-3)
+    config = json.loads((tmp_path / rows(tmp_path)[0]["path"] / "config.json").read_text())
+    assert "torch on cpu, 2 images, 1 thread" in config["nas_kd"]["latency"]
+    before = (tmp_path / "front.csv").read_text()
+    assert main(arguments) == 0
+    assert (tmp_path / "front.csv").read_text() == before  # nothing is measured anew
+
 
 def digests(out: Path) -> list[tuple[Any, ...]]:
     done = [trial for trial in trials(out) if trial.state.is_finished()]
@@ -316,6 +354,11 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "empty budget": ("--budget=", "the budget is empty"),
     "impossible budget": ("--budget params=100", r"the smallest reachable is params=\d[\d.]*K"),
     "impossible share": ("--budget macs=0.1%", r"the smallest reachable is macs=\d[\d.]*K"),
+    "odd time": ("--budget latency=4M", r"cannot read the budget 'latency=4M': write it like latency=4ms"),
+    "odd level": ("--levels 2", r"the level 2 is no share of the budget"),
+    "impossible level": ("--levels 0.001", r"no student of test_resnet is within .*: the smallest reachable is"),
+    "odd runtime": ("--latency-runtime tvm", r"argument --latency-runtime: invalid choice: 'tvm'"),
+    "no such command": ("--budget latency=1ms --latency-command /nowhere/to", r"'/nowhere/to' cannot be run"),
     "no data folder": ("--dataset folder --data-dir {place}/nowhere", r"there is no data folder .*nowhere"),
     "no folder given": ("--dataset torch/cifar10", r"give its folder with --data-dir"),
     "not in the folder": (

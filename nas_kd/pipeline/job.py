@@ -14,7 +14,7 @@ from torch import nn
 
 from nas_kd import __version__
 from nas_kd.arguments import Settings
-from nas_kd.budget import LATENCY, Budget, parse_budget
+from nas_kd.budget import LATENCY, Budget, parse_budget, parse_levels
 from nas_kd.errors import DeviceError, OutputError
 from nas_kd.models.hub import create_base
 from nas_kd.models.reduction import reduce_stride
@@ -22,6 +22,7 @@ from nas_kd.pipeline.latency import latency_facts, make_meter
 from nas_kd.search.options import parse_options
 from nas_kd.search.space import Space
 from nas_kd.search.storage import check_study, open_storage, set_aside, sqlite_url
+from nas_kd.search.trials import objectives
 from nas_kd.training.augment import derive_seed
 from nas_kd.training.checkpoint import load_checkpoint
 from nas_kd.training.data import DIGITS, DataSpec, Splits
@@ -97,7 +98,7 @@ def storage_url(settings: Settings, out: Path) -> str:
 
 def make_space(settings: Settings, base: nn.Module) -> Space[nn.Module]:
     """What the base may become within the budget. Raises as `Space` does."""
-    return Space(
+    space = Space(
         base,
         budget=settings.budget,
         img_size=settings.img_size or (DIGITS_SIZE if settings.dataset == DIGITS else None),
@@ -105,6 +106,8 @@ def make_space(settings: Settings, base: nn.Module) -> Space[nn.Module]:
         name=settings.model,
         meter=make_meter(settings) if LATENCY in parse_budget(settings.budget) else None,
     )
+    space.set_levels(parse_levels(settings.levels))
+    return space
 
 
 def _is_trained(settings: Settings, base: nn.Module) -> bool:
@@ -173,7 +176,7 @@ def choices_made(settings: Settings, budget: Budget) -> dict[str, Any]:
     """The part of the configuration that is known before anything is trained."""
     return {
         "model": settings.model,
-        "budget": str(budget),
+        "objectives": list(objectives(budget)),
         **latency_facts(settings, budget),
         **space_of(settings),
         "proxy": repr(recipe_of(settings, settings.proxy_epochs)),

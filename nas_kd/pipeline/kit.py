@@ -169,7 +169,7 @@ def equip(kit: Kit, cache: Path, device: torch.device) -> tuple[Space[nn.Module]
     settings = settings_of(kit)
     base = make_base(dataclasses.replace(settings, pretrained=False), kit.num_classes, in_chans_of(settings))
     _load_weights(base, kit, cache)
-    space = make_space(settings, base.to(device).eval())
+    space = make_space(dataclasses.replace(settings, out=str(cache.parent)), base.to(device).eval())
     if kit.library:
         space.library = _open_library(space, cache / kit.library)
     images = _images(kit, cache)

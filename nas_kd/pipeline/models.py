@@ -67,7 +67,7 @@ def take_home(job: Job, study: optuna.Study, materials: Materials, stages: Stage
     What turns out slower than the budget allows is left out before it is refined.
     """
     with stages.stage("latency"):
-        chosen = choose_front(study, job.settings.front, job.budget)
+        chosen = choose_front(study, job.settings.front, job.budget, job.space.levels)
         plan = [_Wanted(role="front", genotype=genotype, space=job.space) for genotype in chosen]
         plan += _baselines(job, chosen[0])
         latencies = _latencies(job, plan)
@@ -106,9 +106,11 @@ def whole_models(space: Space[nn.Module], meter: Meter) -> LatencyTable:
     return space.latency or LatencyTable(space.base, space.analysis, space.input_size, meter)
 
 
-def choose_front(study: optuna.Study, count: int, budget: Budget | None = None) -> list[Genotype]:
-    """The genotypes of the study's front within a budget: the best score among them, the others evenly over their
-    parameters.
+def choose_front(
+    study: optuna.Study, count: int, budget: Budget | None = None, levels: Sequence[float] = ()
+) -> list[Genotype]:
+    """The genotypes of the study's front within a budget: the best score among them first, the best within each of
+    `levels` (shares of the budget), the others evenly over their parameters.
 
     Where the front has fewer than five, it is filled up from the fronts of what is left. Raises TrainingError when no
     trial came to its end.
@@ -120,16 +122,24 @@ def choose_front(study: optuna.Study, count: int, budget: Budget | None = None) 
         raise TrainingError(
             f"none of the trials of {study.study_name!r} came to its end: lower --lr, or train more of them"
         )
+    inside = [[trial for trial in left if budget and budget.scaled(level).admits(cost_of(trial))] for level in levels]
+    needed = [min(trials, key=_rank) for trials in inside if trials]
     chosen: list[FrozenTrial] = []
     while left and len(chosen) < min(count, _LEAST_FRONT):
         layer = front(left, [tuple(trial.values) for trial in left])
         left = [trial for trial in left if trial not in layer]
         chosen += layer
-    best, *others = sorted(chosen, key=lambda trial: (-trial.values[0], trial.values[1]))
-    others.sort(key=lambda trial: trial.values[1])
-    step = max(1.0, len(others) / max(1, count - 1))
-    spread = [others[int(index * step)] for index in range(min(len(others), count - 1))]
-    return [Genotype.from_json(trial.user_attrs["genotype"]) for trial in (best, *spread)]
+    first = {trial.number: trial for trial in (min(chosen, key=_rank), *needed)}
+    others = sorted((t for t in chosen if t.number not in first), key=lambda trial: trial.values[1])
+    room = max(0, count - len(first))
+    step = max(1.0, len(others) / max(1, room))
+    spread = [others[int(index * step)] for index in range(min(len(others), room))]
+    return [Genotype.from_json(trial.user_attrs["genotype"]) for trial in (*first.values(), *spread)]
+
+
+def _rank(trial: FrozenTrial) -> tuple[float, float]:
+    """The better of two trials has less: its score, then its parameters."""
+    return -trial.values[0], trial.values[1]
 
 
 def _baselines(job: Job, best: Genotype) -> list[_Wanted]:

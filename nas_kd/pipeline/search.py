@@ -11,6 +11,7 @@ from nas_kd.pipeline.job import Job, choices_made, recipe_of
 from nas_kd.pipeline.kit import checkpoints, publish
 from nas_kd.pipeline.materials import Materials
 from nas_kd.progress import Stages
+from nas_kd.search.budgets import note_budget
 from nas_kd.search.sampler import make_sampler
 from nas_kd.search.storage import open_study, storage_errors
 from nas_kd.search.trials import Objective, Proxy, count_trained, objectives
@@ -25,6 +26,7 @@ def search(job: Job, materials: Materials, stages: Stages) -> optuna.Study:
     with storage_errors(f"use the study {settings.name!r} in its storage"):
         study = _open(job, materials)
         kit = publish(job, materials, study)
+        note_budget(study, job.budget)
         retry_dead_trials(study)
         job.space.enqueue(study)
         with stages.board("search", max(1, settings.trials - count_trained(study))) as board:

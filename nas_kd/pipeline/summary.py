@@ -21,7 +21,7 @@ from nas_kd.pipeline.job import Job, space_of
 from nas_kd.pipeline.materials import Materials
 from nas_kd.progress import Stages
 from nas_kd.results.rank_rows import FILE, read_check
-from nas_kd.results.rows import ModelRow, StudySummary, TrialRow
+from nas_kd.results.rows import ModelRow, StudySummary, TrialRow, mark_levels
 from nas_kd.search.trials import (
     best_score,
     cost_of,
@@ -44,7 +44,7 @@ def summarise(
         base=settings.model,
         dataset=settings.dataset or "folder",
         budget=job.budget,
-        models=tuple(models),
+        models=tuple(mark_levels(list(models), job.budget, job.space.levels)),
         trials=tuple(map(_trial_row, study.get_trials(deepcopy=False))),
         importances=importances(study),
         stages=tuple(stages.seconds.items()),

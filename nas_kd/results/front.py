@@ -18,7 +18,7 @@ from nas_kd.errors import OutputError
 from nas_kd.results.rows import ModelRow, Role, sort_models
 
 T = TypeVar("T")
-COLUMNS = ("model", "digest", "role", "val_accuracy", "test_accuracy", *COUNTED, "latency_ms", "path")
+COLUMNS = ("model", "digest", "role", "val_accuracy", "test_accuracy", *COUNTED, "latency_ms", "best_at", "path")
 _FILE_ORDER: tuple[Role, ...] = ("front", "teacher", "uniform", "no teacher", "random")
 
 
@@ -53,8 +53,8 @@ def write_front_csv(path: Path, models: Sequence[ModelRow]) -> None:
     """Writes every model to `path`, atomically: the front first, then the teacher, then the baselines.
 
     Within a role the model with the most MACs comes first. Accuracies are fractions with four decimals, `latency_ms`
-    has three, costs are exact (`size` and `peak_memory` in bytes), a missing value is an empty cell; `path` is relative
-    to the file's folder.
+    has three, costs are exact (`size` and `peak_memory` in bytes), `best_at` lists the levels (shares of the budget)
+    that a model is the best of, a missing value is an empty cell; `path` is relative to the file's folder.
     Raises OutputError when the file cannot be written.
     """
     text = io.StringIO(newline="")
@@ -108,6 +108,7 @@ def _cells(model: ModelRow) -> tuple[str | int, ...]:
         _decimals(model.test_accuracy, 4),
         *(model.cost[kind] if kind in KINDS else model.cost[kind] or "" for kind in COUNTED),
         _decimals(model.latency_ms, 3),
+        " ".join(f"{level:g}" for level in model.best_at),
         model.path or "",
     )
 
@@ -121,6 +122,7 @@ def _row(cells: dict[str, str]) -> ModelRow:
         val_accuracy=_number(cells["val_accuracy"]),
         test_accuracy=_number(cells["test_accuracy"]),
         latency_ms=_number(cells["latency_ms"]),
+        best_at=tuple(float(level) for level in (cells.get("best_at") or "").split()),
         path=cells["path"] or None,
     )
 

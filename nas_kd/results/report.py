@@ -108,10 +108,16 @@ _COLUMNS: tuple[_Cell, ...] = (
 )
 
 
-def _columns(budget: Budget) -> tuple[_Cell, ...]:
-    """The columns between role and path; bytes only where the budget bounds them."""
-    others = [kind for kind in budget if kind not in (*KINDS, LATENCY)]
-    return (*_COLUMNS[:-1], *((kind, partial(_bytes, kind)) for kind in others), _COLUMNS[-1])
+def _columns(summary: StudySummary) -> tuple[_Cell, ...]:
+    """The columns between role and path; bytes only where the budget bounds them, levels where there are several."""
+    others = [kind for kind in summary.budget if kind not in (*KINDS, LATENCY)]
+    bytes_each = ((kind, partial(_bytes, kind)) for kind in others)
+    levels: tuple[_Cell, ...] = (("best within", _levels),) if len(summary.levels) > 1 else ()
+    return (*_COLUMNS[:-1], *bytes_each, _COLUMNS[-1], *levels)
+
+
+def _levels(model: ModelRow, _: ModelRow | None) -> str:
+    return ", ".join(f"{level:.0%}" for level in model.best_at)
 
 
 def _bytes(kind: str, model: ModelRow, _: ModelRow | None) -> str:
@@ -119,7 +125,7 @@ def _bytes(kind: str, model: ModelRow, _: ModelRow | None) -> str:
 
 
 def _models(summary: StudySummary) -> str:
-    columns = _columns(summary.budget)
+    columns = _columns(summary)
     titles = "".join(f'<th scope="col">{title}</th>' for title, _ in columns)
     head = f'<th scope="col" class="text">model</th><th scope="col" class="text">role</th>{titles}'
     head += '<th scope="col" class="text">path</th>'

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Literal, get_args
 
@@ -22,7 +23,8 @@ class ModelRow:
 
     Accuracies are fractions 0–1, None where they were not measured or must not be quoted; `latency_ms` is the median of
     batch-1 runs in milliseconds; `path` is the model's folder relative to the output folder, with forward slashes, None
-    for a model that is not exported; `genotype` is None for a model that is no student of the base.
+    for a model that is not exported; `genotype` is None for a model that is no student of the base; `best_at` are the
+    levels, shares of the budget, within which no other member of the front is better.
     Raises ValueError for a value outside its range.
     """
 
@@ -35,6 +37,7 @@ class ModelRow:
     latency_ms: float | None = None
     path: str | None = None
     genotype: Genotype | None = None
+    best_at: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -116,14 +119,31 @@ class StudySummary:
         Chosen by validation accuracy, so that its test accuracy stays an honest number; by the accuracy to quote only
         where no front model has one. Ties go to fewer MACs, then to fewer parameters.
         """
-        members = [model for model in self.models if model.role == "front"]
-        by_val = any(model.val_accuracy is not None for model in members)
+        return best_of([model for model in self.models if model.role == "front"])
 
-        def rank(model: ModelRow) -> tuple[float, int, int]:
-            accuracy = model.val_accuracy if by_val else model.accuracy
-            return -1.0 if accuracy is None else accuracy, -model.cost.macs, -model.cost.params
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The levels for which some model is the best, from the smallest."""
+        return tuple(sorted({level for model in self.models for level in model.best_at}))
 
-        return max(members, key=rank, default=None)
+
+def best_of(models: Sequence[ModelRow]) -> ModelRow | None:
+    """The most accurate model, as `StudySummary.best` says; None of none."""
+    by_val = any(model.val_accuracy is not None for model in models)
+
+    def rank(model: ModelRow) -> tuple[float, int, int]:
+        accuracy = model.val_accuracy if by_val else model.accuracy
+        return -1.0 if accuracy is None else accuracy, -model.cost.macs, -model.cost.params
+
+    return max(models, key=rank, default=None)
+
+
+def mark_levels(models: Sequence[ModelRow], budget: Budget, levels: Sequence[float]) -> list[ModelRow]:
+    """The models, each of the front with the levels, shares of `budget`, within which it is the best."""
+    members = [model for model in models if model.role == "front"]
+    within = {level: [m for m in members if budget.scaled(level).admits(m.cost)] for level in levels}
+    best = {level: best_of(inside) for level, inside in within.items()}
+    return [replace(model, best_at=tuple(level for level in levels if best[level] is model)) for model in models]
 
 
 def sort_models(models: tuple[ModelRow, ...] | list[ModelRow], roles: tuple[Role, ...] = ROLES) -> list[ModelRow]:

@@ -15,6 +15,7 @@ from nas_kd.results.rows import ModelRow, sort_models
 
 # Plain ASCII: a terminal or a file of another encoding must not lose the end of a long study to a dash.
 _BEFORE, _AFTER = ("model", "val %", "test %", "params", "MACs", "x smaller"), ("latency ms", "path")
+_LEVELS = "best within"
 _LEFT = ("model", "path")
 # A line under the head and between the groups and nothing else. Its eight rows are rich's own order: top, head, line
 # under the head, body, line between sections, line over the foot, foot, bottom.
@@ -28,20 +29,25 @@ def render_table(models: Sequence[ModelRow], *, folder: Path | None = None, kind
     """One line per model: the teacher, then the front, then the baselines, with a line between the groups.
 
     "x smaller" compares parameters with the teacher's. Of `kinds` of cost those besides params and MACs get a column
-    of their own: what a budget bounds. `folder` goes before each model's path, so that the path can be
-    given to `timm.create_model("local-dir:…")` as it stands. No cell is ever cut, wrapped or read as markup: print the
-    table with `console.print(table, crop=False)`, since a console cuts what is wider than itself, also in a file.
+    of their own: what a budget bounds; and so do levels, where models are the best of several. `folder` goes before
+    each model's path, so that the path can be given to `timm.create_model("local-dir:…")` as it stands. No cell is ever
+    cut, wrapped or read as markup: print the table with `console.print(table, crop=False)`, since a console cuts what
+    is wider than itself, also in a file.
     """
     ordered = sort_models(list(models))
     teacher = next((model for model in ordered if model.role == "teacher"), None)
     others = [kind for kind in kinds if kind not in (*KINDS, LATENCY)]
     rows = [_cells(model, teacher, folder, others) for model in ordered]
     table = Table(box=_LINES, show_edge=False, pad_edge=False)
-    for title in (*_BEFORE, *others, *_AFTER):
+    levels = sorted({level for model in ordered for level in model.best_at})
+    after = (_AFTER[0], _LEVELS, *_AFTER[1:]) if len(levels) > 1 else _AFTER
+    for title in (*_BEFORE, *others, *after):
         table.add_column(title, justify="left" if title in _LEFT else "right", no_wrap=True)
     for index, (model, row) in enumerate(zip(ordered, rows, strict=True)):
         ends_group = index + 1 < len(ordered) and _group(ordered[index + 1]) != _group(model)
         style = "bold" if model.role == "front" else None
+        if len(levels) > 1:
+            row = (*row[:-1], " ".join(f"{level:.0%}" for level in model.best_at), row[-1])
         table.add_row(*map(Text, row), style=style, end_section=ends_group)
     # Its own width, because rich otherwise shrinks the columns to the console's (80 in a file) and cuts the path.
     endless = Console(width=_ENDLESS)

@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from nas_kd.budget import KINDS, Budget
 from nas_kd.errors import GenotypeError
 from nas_kd.search.additive import AdditiveModel, features_of, fit
+from nas_kd.search.budgets import cost_of
 from nas_kd.search.space import Space
 from nas_kd.search.starts import smallest_level, solve_in_time, tightness
 
@@ -80,7 +81,7 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
         self._generator = np.random.default_rng([self._seed, trial.number])
         self.space.recall_latencies(study)
         had = [(other, row) for other in study.get_trials(deepcopy=False) if (row := self._row(other)) is not None]
-        known = {tuple(row.tolist()) for _, row in had}
+        known = {tuple(row.tolist()) for other, row in had if not self._was_refused(other)}
         proposal = self._propose([(other, row) for other, row in had if other.state == TrialState.COMPLETE])
         for _ in range(_TRIES):
             if tuple(proposal.tolist()) not in known:
@@ -93,6 +94,11 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
     ) -> Any:
         """A parameter that is not of the space: at random."""
         return self._fallback.sample_independent(study, trial, param_name, param_distribution)
+
+    def _was_refused(self, trial: FrozenTrial) -> bool:
+        """Whether a trial was over a budget that the study had before, and is within the present one."""
+        refused = any(trial.constraints.get(kind, 0.0) > 0 for kind in self._budget)
+        return refused and trial.state == TrialState.PRUNED and self._budget.admits(cost_of(trial))
 
     def _row(self, trial: FrozenTrial) -> NDArray[np.int64] | None:
         """The positions of a trial's choices; None for one that is not, or not yet, of this space."""
@@ -107,12 +113,13 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
     def _propose(self, finished: Sequence[tuple[FrozenTrial, NDArray[np.int64]]]) -> NDArray[np.int64]:
         rows = np.array([row for _, row in finished], dtype=np.int64).reshape(len(finished), len(self.space.blocks))
         scores = np.array([trial.values[0] for trial, _ in finished], dtype=np.float64)
-        if len(rows) and self._generator.random() < _MUTATIONS:
-            return self._mutate(self._on_front(rows, scores))
+        within = self._within(rows)
+        if within.any() and self._generator.random() < _MUTATIONS:
+            return self._mutate(self._on_front(rows[within], scores[within]))
         return self._solve(fit(self._features, rows, scores, self._damages))
 
     def _solve(self, model: AdditiveModel) -> NDArray[np.int64]:
-        level = self._generator.uniform(self._least, 1.0)
+        level = self._level()
         worth = model.draw(self._generator, boldness=self._generator.random() ** 2)
         for share in (level, 1.0):
             genotype = solve_in_time(self.space.table, self._budget.scaled(share), [-values for values in worth])
@@ -120,11 +127,24 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
                 return self.space.table.indices(genotype)
         return self._tightest()
 
+    def _level(self) -> float:
+        """A random share of the budget: evenly over all, or over each stretch between two of the space's levels."""
+        levels = [level for level in self.space.levels if level > self._least] or [1.0]
+        if len(levels) == 1:
+            return float(self._generator.uniform(self._least, 1.0))
+        chosen = int(self._generator.integers(len(levels)))
+        return float(self._generator.uniform(levels[chosen - 1] if chosen else self._least, levels[chosen]))
+
     def _tightest(self) -> NDArray[np.int64]:
         """The genotype that is the deepest within the budget, of the cheapest of each kind of cost."""
         table, base = self.space.table, self.space.table.base()
         cheapest = (table.cheapest(kind) for kind in self._budget)
         return table.indices(min(cheapest, key=lambda g: tightness(self.space.cost(g), self._budget, base)))
+
+    def _within(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        totals = self.space.table.many(rows, self._budget)
+        within: NDArray[np.bool_] = np.all([totals[kind] <= bound for kind, bound in self._budget.items()], axis=0)
+        return within
 
     def _on_front(self, rows: NDArray[np.int64], scores: NDArray[np.float64]) -> NDArray[np.int64]:
         """One of the genotypes that no other beats in the score at no more cost, at random."""
@@ -141,8 +161,7 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
             changed = row.copy()
             for column in self._generator.integers(len(row), size=self._generator.integers(1, 3)):
                 changed[column] = self._generator.integers(len(self.space.blocks[column].choices))
-            totals = self.space.table.many(changed[None], self._budget)
-            if all(totals[kind][0] <= bound for kind, bound in self._budget.items()):
+            if self._within(changed[None])[0]:
                 return changed
         return row
 

@@ -37,7 +37,8 @@ class Space(Generic[Network]):
 
     Attributes: `base`, the network searched from; `budget`, or None; `blocks` with the choices open to each; `library`,
     None until there is one (`build_library`): students then start from its weights, and `starts` from its damages;
-    `latency`, None until it is measured (`measure_latency`).
+    `latency`, None until it is measured (`measure_latency`); `levels`, the shares of the budget that starts and
+    proposals are spread over.
 
     Example::
 
@@ -71,6 +72,7 @@ class Space(Generic[Network]):
         self.analysis = restrict(analyse(base, self.input_size, name=name, open=options.aspects), options)
         self.table = cost_table(self.analysis, base)
         self.budget: Budget | None = None
+        self.levels: tuple[float, ...] = (1.0,)
         self.library: Library | None = None
         self.latency: LatencyTable | None = None
         if meter is not None:
@@ -86,6 +88,14 @@ class Space(Generic[Network]):
         bounds = parse_budget(budget, self.base_cost()) if isinstance(budget, str) else budget
         self.check_budget(bounds)
         self.budget = bounds
+
+    def set_levels(self, levels: Sequence[float]) -> None:
+        """Spreads starts and proposals over these shares of the budget, the last of which is 1, so that one study finds
+        the best student within each. Raises BudgetError when no student is within the smallest."""
+        assert self.budget is not None
+        if levels[0] < 1:
+            self.check_budget(self.budget.scaled(levels[0]))
+        self.levels = tuple(levels)
 
     def measure_latency(self, meter: Meter, report: Callable[[str], None] = lambda words: None) -> None:
         """Measures every choice of every block, and some whole students to correct their sums by; `report` is told of
@@ -264,14 +274,14 @@ class Space(Generic[Network]):
     def starts(self, count: int = 8) -> list[Genotype]:
         """Up to `count` genotypes within the budget, from cheap to dear, to begin a search with."""
         damages = None if self.library is None else self.damages()
-        starts = mixed_starts(self.table, self.budget, count, damages)
+        starts = mixed_starts(self.table, self.budget, count, damages, self.levels)
         if self.budget is None or LATENCY not in self.budget:
             return starts
         for _ in range(_ROUNDS):  # each round's measurements correct the table for the next one
             within = [genotype for genotype in starts if self.budget.admits(self.confirmed_cost(genotype))]
             if len(within) == len(starts) > 0:
                 break
-            starts = mixed_starts(self.table, self.budget, count, damages)
+            starts = mixed_starts(self.table, self.budget, count, damages, self.levels)
         return [genotype for genotype in starts if self.budget.admits(self.confirmed_cost(genotype))] or within
 
     def enqueue(self, study: optuna.Study, count: int = 8) -> int:

@@ -87,15 +87,28 @@ def _prior_damage(choice: Choice, default: Choice) -> float:
     return damage + (0.0 if choice.keep else 0.3)
 
 
-def knapsack_starts(table: CostTable, budget: Budget, damages: Damages, count: int) -> list[Genotype]:
-    """The genotypes of least total damage at `count` levels, from near the smallest reachable cost to the budget."""
+def knapsack_starts(
+    table: CostTable, budget: Budget, damages: Damages, count: int, levels: Sequence[float] = (1.0,)
+) -> list[Genotype]:
+    """The genotypes of least total damage at `count` shares of the budget, from near the smallest reachable cost to the
+    budget; every one of `levels` is among them, and between two there are as many as between any other two."""
     least = smallest_level(table, budget)
     starts = []
-    for share in np.linspace(least, 1, count + 1)[1:] if least < 1 else [1.0]:
+    for share in _shares(least, count, [level for level in levels if level > least] or [1.0]):
         genotype = solve_in_time(table, budget.scaled(share), damages)
         if genotype is not None:
             starts.append(genotype)
     return list(dict.fromkeys(starts))
+
+
+def _shares(least: float, count: int, levels: Sequence[float]) -> list[float]:
+    if least >= 1:
+        return [1.0]
+    each, more = divmod(max(count, len(levels)), len(levels))
+    shares: list[float] = []
+    for index, (low, high) in enumerate(itertools.pairwise([least, *levels])):
+        shares += np.linspace(low, high, each + (index < more) + 1)[1:].tolist()
+    return shares
 
 
 def smallest_level(table: CostTable, budget: Budget) -> float:
@@ -112,17 +125,23 @@ def solve_in_time(table: CostTable, level: Budget, damages: Damages) -> Genotype
         return None
 
 
-def mixed_starts(table: CostTable, budget: Budget | None, count: int, damages: Damages | None = None) -> list[Genotype]:
+def mixed_starts(
+    table: CostTable,
+    budget: Budget | None,
+    count: int,
+    damages: Damages | None = None,
+    levels: Sequence[float] = (1.0,),
+) -> list[Genotype]:
     """Up to `count` genotypes within the budget from cheap to dear: from the knapsack on measured damages and a quarter
     of them uniform; half of each when there is but the prior."""
     if budget is None:
         return feasible_starts(table, None, count)
     if damages is None:
-        solved = knapsack_starts(table, budget, prior_damages(table), (count + 1) // 2)
+        solved = knapsack_starts(table, budget, prior_damages(table), (count + 1) // 2, levels)
     else:
-        solved = knapsack_starts(table, budget, damages, count - count // 4)
+        solved = knapsack_starts(table, budget, damages, count - count // 4, levels)
     uniform = [genotype for genotype in feasible_starts(table, budget, count) if genotype not in solved]
-    spread = np.linspace(0, len(uniform) - 1, min(count - len(solved), len(uniform))).round().astype(int)
+    spread = np.linspace(0, len(uniform) - 1, min(max(0, count - len(solved)), len(uniform))).round().astype(int)
     chosen = [*solved, *(uniform[index] for index in dict.fromkeys(spread.tolist()))]
     return sorted(chosen, key=lambda genotype: tightness(table.cost(genotype), budget, table.base()))
 

@@ -17,9 +17,11 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 
-from nas_kd.budget import BOUNDABLE, KINDS, Budget, Cost, kinds_of
+from nas_kd.budget import KINDS, Budget, Cost, kinds_of
 from nas_kd.errors import TrainingError
 from nas_kd.genotype import Genotype
+from nas_kd.search.budgets import cost_of as cost_of
+from nas_kd.search.budgets import count_trained as count_trained
 from nas_kd.search.claims import REUSED, RUNG, claim
 from nas_kd.search.claims import is_trained as is_trained
 from nas_kd.search.rungs import RungScore, deficit, rung_epochs
@@ -157,16 +159,6 @@ def _rung_scores(trial: optuna.Trial, epoch: int) -> list[RungScore]:
     }
     scores.pop(own, None)
     return list(scores.values())
-
-
-def cost_of(trial: FrozenTrial) -> Cost:
-    """The cost that was noted on a trial."""
-    return Cost(**{kind: int(trial.user_attrs[kind]) for kind in BOUNDABLE if kind in trial.user_attrs})
-
-
-def count_trained(study: optuna.Study) -> int:
-    """How many trials of a study trained a student; over-budget ones are free."""
-    return sum(map(is_trained, study.get_trials(deepcopy=False)))
 
 
 def best_score(trial: FrozenTrial) -> float:
