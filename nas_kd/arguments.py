@@ -69,6 +69,7 @@ class Settings:
     storage: str | None
     quiet: bool
     debug: bool
+    onnx: bool | None = None
     jobs: int = 1
     artifacts: str | None = None
     grace_period: int = 120
@@ -250,6 +251,11 @@ def _add_recipe(add: Callable[..., object]) -> None:
 def _add_output(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
     _add_report(add)
+    add(
+        "--onnx",
+        action=argparse.BooleanOptionalAction,
+        help="write the front's models as ONNX as well (where onnx is installed)",
+    )
     add("--new-study", action="store_true", help="begin anew under this name; the study that had it is kept")
     add("--storage", metavar="URL", help="Optuna storage (study.db in the output folder, or $NAS_KD_STORAGE)")
     _add_workers(parser)

@@ -29,7 +29,10 @@ import nas_kd
 from nas_kd.study import main
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
-SMALL = "--model test_resnet --img-size 32 --teacher-epochs 1 --proxy-epochs 1 --refine-epochs 1 --train-images 120"
+SMALL = (
+    "--model test_resnet --img-size 32 --teacher-epochs 1 --proxy-epochs 1 --refine-epochs 1 --train-images 120"
+    " --no-onnx"
+)
 BUDGET = "params=100K,macs=30%"
 
 
@@ -207,6 +210,26 @@ class TestResume:
         assert main([*command(again, "-q"), "--distill", *how]) == 0
         assert {path.name for path in (again / "cache").glob("refined-*")} == before
 
+    def test_another_budget_begins_with_what_is_there(self, again: Path) -> None:
+        """A smaller budget with levels, of the same study: teacher, cache and finished trials are kept."""
+        found, cached = digests(again), {path.name for path in (again / "cache").iterdir()}
+        name = optuna.get_all_study_names(f"sqlite:///{again / 'study.db'}")[0]
+        smaller = ["--study-name", name, "--budget", "params=60K,macs=20%", "--levels", "0.7"]
+        assert main([*command(again, "-q"), *smaller, "--trials", "2", "--onnx"]) == 0
+        assert digests(again)[: len(found)] == found
+        kept = [row for row in rows(again) if row["role"] == "front"]
+        assert all(int(row["params"]) <= 60_000 for row in kept)
+        assert sorted(level for row in kept for level in row["best_at"].split()) == ["0.7", "1"]
+        assert all((again / row["path"] / "model.onnx").is_file() for row in kept)
+        assert "best within" in (again / "report.html").read_text()
+        new = {path.name for path in (again / "cache").iterdir()} - cached
+        assert all(name.startswith(("refined-", "trials-")) for name in new)
+
+    def test_a_budget_of_other_kinds_is_another_study(self, again: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        name = optuna.get_all_study_names(f"sqlite:///{again / 'study.db'}")[0]
+        assert main([*command(again, "-q"), "--study-name", name, "--budget", "params=60K,size=1M"]) == 2
+        assert "was begun with objectives ['accuracy', 'params', 'macs'], not" in only_line(capsys.readouterr().err)
+
     def test_a_kill_during_the_search_loses_nothing_but_the_running_trial(self, tmp_path: Path) -> None:
         out = tmp_path / "killed"
         arguments = command(out, "--proxy-epochs", "12", "--views", "1", "--trials", "3")
@@ -262,25 +285,6 @@ def test_another_seed_searches_elsewhere(finished: Finished, tmp_path: Path) -> 
     out = tmp_path / "other"
     assert main(command(out, "-q", "--seed", "1", "--trials", "2", "--sampler", "random")) == 0
     assert [values for _, *values in digests(out)] != [values for _, *values in digests(finished.out)]
-
-    def test_another_budget_begins_with_what_is_there(self, again: Path) -> None:
-        """A smaller budget with levels, of the same study: teacher, cache and finished trials are kept."""
-        found, cached = digests(again), {path.name for path in (again / "cache").iterdir()}
-        name = optuna.get_all_study_names(f"sqlite:///{again / 'study.db'}")[0]
-        smaller = ["--study-name", name, "--budget", "params=60K,macs=20%", "--levels", "0.7"]
-        assert main([*command(again, "-q"), *smaller, "--trials", "2"]) == 0
-        assert digests(again)[: len(found)] == found
-        kept = [row for row in rows(again) if row["role"] == "front"]
-        assert all(int(row["params"]) <= 60_000 for row in kept)
-        assert sorted(level for row in kept for level in row["best_at"].split()) == ["0.7", "1"]
-        assert "best within" in (again / "report.html").read_text()
-        new = {path.name for path in (again / "cache").iterdir()} - cached
-        assert all(name.startswith(("refined-", "trials-")) for name in new)
-
-    def test_a_budget_of_other_kinds_is_another_study(self, again: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        name = optuna.get_all_study_names(f"sqlite:///{again / 'study.db'}")[0]
-        assert main([*command(again, "-q"), "--study-name", name, "--budget", "params=60K,size=1M"]) == 2
-        assert "was begun with objectives ['accuracy', 'params', 'macs'], not" in only_line(capsys.readouterr().err)
 
 
 def test_a_bound_on_latency(tmp_path: Path) -> None:

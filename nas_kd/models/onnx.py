@@ -70,6 +70,22 @@ def _export(module: nn.Module, arguments: tuple[Any, ...], path: Path, **options
         raise ModelError(f"{type(module).__name__} cannot be written as ONNX: {reason[:200]}") from error
 
 
+def is_installed() -> bool:
+    """Whether networks can be written as ONNX here."""
+    return all(importlib.util.find_spec(package) is not None for package in ("onnx", "onnxscript"))
+
+
+def difference(network: nn.Module, input_size: Sequence[int], path: Path) -> float | None:
+    """The largest difference between a file's and its network's outputs for a few random images, as a fraction of the
+    largest output; None where there is no ONNX Runtime to tell."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        return None
+    images = torch.randn(3, *input_size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected: Tensor = copy.deepcopy(network).cpu().eval()(images)
+    return float((run_onnx(path, images) - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+
+
 def run_onnx(path: Path, images: Tensor) -> Tensor:
     """What ONNX Runtime makes of images (N×C×H×W). Raises NasKdError when it is not installed."""
     session = open_session(path, threads=0)

@@ -18,6 +18,7 @@ from nas_kd.budget import COUNTED, LATENCY, Budget, Cost, amount
 from nas_kd.errors import ModelError, TrainingError
 from nas_kd.genotype import Genotype
 from nas_kd.models.latency_table import LatencyTable, Meter
+from nas_kd.models.onnx import is_installed
 from nas_kd.models.student import build_student
 from nas_kd.pipeline.job import REFINE, TEACHER_LR, Job, epochs_of, make_base, recipe_of
 from nas_kd.pipeline.latency import latency_spec, make_meter
@@ -268,7 +269,7 @@ def _export(job: Job, model: Model, materials: Materials) -> ModelRow:
         facts=facts,
         title=name,
     )
-    export(refined.network, job.out / name, card)
+    _export_to(job.out / name, refined.network, card, onnx=model.role == "front" and wants_onnx(settings))
     return ModelRow(
         name=name,
         role=model.role,
@@ -280,6 +281,21 @@ def _export(job: Job, model: Model, materials: Materials) -> ModelRow:
         path=name,
         genotype=genotype,
     )
+
+
+def wants_onnx(settings: Settings) -> bool:
+    """Whether the front is written as ONNX too: as asked for, or where that is installed."""
+    return is_installed() if settings.onnx is None else settings.onnx
+
+
+def _export_to(folder: Path, network: nn.Module, card: Card, *, onnx: bool) -> None:
+    try:
+        export(network, folder, card, onnx=onnx)
+    except ModelError as error:
+        if not onnx:
+            raise
+        _logger.warning("%s goes without ONNX: %s", folder.name, error)
+        export(network, folder, card)
 
 
 def _stem(model: str) -> str:

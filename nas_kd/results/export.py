@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,8 +18,12 @@ from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torch import nn
 
-from nas_kd.errors import NasKdError, OutputError, PlanError
+from nas_kd.errors import ModelError, NasKdError, OutputError, PlanError
 from nas_kd.models.hub import ENTRY_POINT, student_args
+from nas_kd.models.onnx import difference, write_model
+
+ONNX = "model.onnx"
+_CLOSE = 1e-3  # of the largest output: sums in another order differ by less
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,13 +39,14 @@ class Card:
     summary: str = ""  # the first sentence of the README
 
 
-def export(network: nn.Module, folder: str | os.PathLike[str], card: Card = Card()) -> Path:
+def export(network: nn.Module, folder: str | os.PathLike[str], card: Card = Card(), *, onnx: bool = False) -> Path:
     """Writes a student, or a base, as `config.json`, `model.safetensors` and a model card, and returns the folder.
 
     `import timm, nas_kd.models; timm.create_model("local-dir:FOLDER", pretrained=True)` loads it with the same
-    outputs; `num_classes`, `in_chans`, `features_only` work as for any timm model. The folder appears whole or not
-    at all; an earlier export in it is replaced. Raises ModelError for a network that timm did not create, OutputError
-    when the folder cannot be written or holds something else.
+    outputs; `num_classes`, `in_chans`, `features_only` work as for any timm model. With `onnx` there is a `model.onnx`
+    too, for any number of images, compared with the network where ONNX Runtime is installed. The folder appears whole
+    or not at all; an earlier export in it is replaced. Raises ModelError for a network that timm did not create or that
+    cannot be written as ONNX, OutputError when the folder cannot be written or holds something else.
     """
     target = Path(folder)
     args = student_args(network)
@@ -48,7 +55,9 @@ def export(network: nn.Module, folder: str | os.PathLike[str], card: Card = Card
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as draft:
             whole = Path(draft, "export")
-            _write(network, whole, args, card)
+            size = _write(network, whole, args, card)
+            if onnx:
+                _write_onnx(network, size, whole, earlier=target)
             if target.exists():
                 os.replace(target, Path(draft, "earlier"))
             os.replace(whole, target)
@@ -64,7 +73,34 @@ def _check_target(target: Path) -> None:
         raise OutputError(f"cannot write {target}: it holds other files; choose another folder")
 
 
-def _write(network: nn.Module, folder: Path, args: dict[str, Any], card: Card) -> None:
+def _write_onnx(network: nn.Module, size: tuple[int, ...], folder: Path, earlier: Path) -> None:
+    """Beside the weights; that of an earlier export of the same weights is kept."""
+    path = folder / ONNX
+    if (earlier / ONNX).is_file() and _same(folder, earlier):
+        shutil.copyfile(earlier / ONNX, path)
+        return
+    write_model(network, size, path)
+    apart = difference(network, size, path)
+    if apart is not None and not apart <= _CLOSE:
+        raise ModelError(f"{type(network).__name__} differs by {apart:.1g} as ONNX: use its timm form")
+
+
+def _same(folder: Path, earlier: Path) -> bool:
+    """Whether two exports have the same weights and architecture."""
+
+    def facts(place: Path) -> tuple[Any, bytes]:
+        config = json.loads((place / "config.json").read_text(encoding="utf-8"))
+        kept = {key: value for key, value in config.items() if key != "nas_kd"}
+        return kept, hashlib.sha256((place / "model.safetensors").read_bytes()).digest()
+
+    try:
+        return facts(folder) == facts(earlier)
+    except (OSError, ValueError):
+        return False
+
+
+def _write(network: nn.Module, folder: Path, args: dict[str, Any], card: Card) -> tuple[int, ...]:
+    """Everything but the ONNX file; returns the input size."""
     config: Any = network.pretrained_cfg
     saved: Any = copy.copy(network)  # shallow: shares the weights, so that nothing is set on the caller's network
     saved.__dict__ = dict(network.__dict__)
@@ -85,6 +121,7 @@ def _write(network: nn.Module, folder: Path, args: dict[str, Any], card: Card) -
         data_config={**data, "input_size": size},
     )
     (folder / "README.md").write_text(_model_card(args, card, size), encoding="utf-8")
+    return tuple(size)
 
 
 def _model_card(args: Mapping[str, Any], card: Card, size: tuple[int, ...]) -> str:

@@ -19,6 +19,7 @@ from nas_kd.models.blocks import analyse
 from nas_kd.models.costs import cost_table
 from nas_kd.models.hub import create_base
 from nas_kd.models.inherit import inherit_student
+from nas_kd.models.onnx import run_onnx
 from nas_kd.models.reduction import reduce_stride
 from nas_kd.results.export import Card, export, load
 
@@ -288,3 +289,27 @@ class TestDamage:
 
         rewritten(folder, smuggle)
         assert "'forward', which is no size of a module" in self.refused(folder)
+
+
+def test_onnx_beside_the_weights_is_written_once(
+    networks: dict[str, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    card = Card(input_size=(3, 32, 32))
+    folder = export(networks["test_resnet"], tmp_path / "model", card, onnx=True)
+    written = (folder / "model.onnx").read_bytes()
+    image = torch.linspace(-2, 2, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = networks["test_resnet"](image)
+    assert torch.allclose(run_onnx(folder / "model.onnx", image), expected, atol=1e-4)
+    monkeypatch.setattr("nas_kd.results.export.write_model", lambda *_: pytest.fail("written again"))
+    export(networks["test_resnet"], folder, Card(input_size=(3, 32, 32), title="again"), onnx=True)
+    assert (folder / "model.onnx").read_bytes() == written
+    monkeypatch.setattr("nas_kd.results.export.write_model", lambda network, size, path: path.write_bytes(b"new"))
+    monkeypatch.setattr("nas_kd.results.export.difference", lambda *_: 0.5)
+    with pytest.raises(ModelError, match=r"ResNet differs by 0\.5 as ONNX: use its timm form"):
+        export(networks["test_resnet"], folder, Card(input_size=(3, 64, 64)), onnx=True)  # other images
+    assert (folder / "model.onnx").read_bytes() == written  # the earlier export stays
+    export(networks["test_resnet"], folder, card)
+    assert not (folder / "model.onnx").exists()

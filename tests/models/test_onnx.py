@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from nas_kd.errors import ModelError, NasKdError
+from nas_kd.genotype import Genotype
+from nas_kd.models.blocks import analyse
+from nas_kd.models.onnx import difference, need, run_onnx, write_model, write_onnx
+from nas_kd.models.student import build_student
+
+SIZE = (3, 32, 32)
+
+
+def mixed_student() -> nn.Module:
+    """Every kind of convolution, one block after the other."""
+    torch.manual_seed(0)
+    base = timm.create_model("test_resnet", num_classes=10)
+    analysis = analyse(base, SIZE)
+    kinds = ["shift", "depthwise", "group4", "blueprint", "standard"]
+    chosen = {}
+    for block in analysis.blocks:
+        fitting = [choice for kind in kinds for choice in block.choices if choice.conv == kind and choice.width < 1]
+        chosen[block.name] = fitting[0] if fitting else block.default
+        if fitting:
+            kinds.append(kinds.pop(kinds.index(str(fitting[0].conv))))
+    return build_student(base, analysis, Genotype.of(chosen)).eval()
+
+
+def test_students_of_all_kinds_give_the_same_outputs_for_any_number_of_images(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    student = mixed_student()
+    write_model(student, SIZE, tmp_path / "model.onnx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx"]  # the weights are inside
+    assert difference(student, SIZE, tmp_path / "model.onnx") == pytest.approx(0, abs=1e-4)
+    for count in (1, 5):
+        images = torch.randn(count, *SIZE)
+        with torch.no_grad():
+            assert torch.allclose(run_onnx(tmp_path / "model.onnx", images), student(images), atol=1e-4)
+
+
+def test_what_is_timed_is_written_without_onnxscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnx")
+    student, find = mixed_student(), importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
+    write_onnx(student, (torch.randn(1, *SIZE),), tmp_path / "model.onnx")
+    assert (tmp_path / "model.onnx").stat().st_size > 1000
+
+
+def test_a_missing_package_says_how_to_get_it() -> None:
+    with pytest.raises(NasKdError, match=r"ONNX needs no_such_package: pip install 'nas-kd\[onnx\]'"):
+        need("no_such_package")
+
+
+def test_what_cannot_be_exported_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+
+    class Odd(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("this one refuses")
+
+    with pytest.raises(ModelError, match="Odd cannot be written as ONNX"):
+        write_model(Odd(), SIZE, tmp_path / "model.onnx")
