@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from nas_kd.genotype import Choice, Genotype
 from nas_kd.models.structure import Analysis, Block
-from nas_kd.models.student import student_plan
+from nas_kd.models.student import build_student, student_plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +78,31 @@ class Frame:
 def find_frames(base: nn.Module, analysis: Analysis, images: Tensor) -> dict[str, Frame]:
     """The frame of every block of `base`; `images` (a few, normalised, N×C×H×W) show which modules run just once."""
     once = _run_once(base, images)
-    return {block.name: _frame(base, analysis, block, once) for block in analysis.blocks}
+    frames = {block.name: _frame(base, analysis, block, once) for block in analysis.blocks}
+    with torch.no_grad(), recording(base, frames) as passages:
+        base(images)
+    return {
+        block.name: frame
+        if _keeps_shapes(base, analysis, block, frame, passages[block.name][0])
+        else Frame(path="", edited=frame.edited)
+        for block, frame in zip(analysis.blocks, frames.values(), strict=True)
+    }
+
+
+@torch.no_grad()
+def _keeps_shapes(base: nn.Module, analysis: Analysis, block: Block, frame: Frame, passage: Passage) -> bool:
+    """Whether a frame's outputs are as before when its block is narrowed: not so where a network picks from lists of
+    features what a layer outside reads."""
+    if frame.is_whole:
+        return True
+    narrowest = min(block.choices, key=lambda choice: choice.width)
+    outside = frame.outside(base)
+    student = build_student(base, analysis, swapped(analysis, block, narrowest), shared=outside).eval()
+    try:
+        outputs = run_frame(frame.inside(student), passage)
+    except RuntimeError:
+        return False
+    return [output.shape for output in outputs] == [output.shape for output in passage.outputs]
 
 
 def _frame(base: nn.Module, analysis: Analysis, block: Block, once: frozenset[str]) -> Frame:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from nas_kd.training.resume import replace_file
 
 Tensors = Mapping[str, Tensor]
+_LARGEST = 60_000  # float16 ends at 65,504
 _logger = logging.getLogger(__name__)
 
 
@@ -51,8 +53,9 @@ class EntryFile:
     path: Path
 
     def write(self, entry: Entry, tensors: Tensors) -> None:
-        """Keeps an entry and its tensors, by their names in the network. Raises OutputError when that cannot be."""
-        own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        """Keeps an entry and its tensors, by their names in the network; weights in half precision, to begin a training
+        from. Raises OutputError when that cannot be."""
+        own = {name: _halved(tensor.detach().cpu()).contiguous() for name, tensor in tensors.items()}
         metadata = {"facts": json.dumps(asdict(entry)), "sha256": _digest(own)}
         replace_file(self.path, lambda draft: save_file(own, draft, metadata=metadata))
 
@@ -68,10 +71,20 @@ class EntryFile:
                 raise ValueError("its checksum is wrong")
             facts = json.loads(metadata["facts"])
             facts["errors"] = tuple((int(steps), float(error)) for steps, error in facts["errors"])
-            return Entry(**facts), tensors
+            return Entry(**facts), {name: _whole(tensor) for name, tensor in tensors.items()}
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             _logger.warning("the library's file %s is damaged (%s): it will be made again", self.path, error)
             return None
+
+
+def _halved(tensor: Tensor) -> Tensor:
+    """Weights as float16; vectors, such as variances, stay what they are."""
+    fits = tensor.dtype == torch.float32 and tensor.ndim > 1 and tensor.abs().max() < _LARGEST
+    return tensor.half() if fits else tensor
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype == torch.float16 else tensor
 
 
 def _digest(tensors: Tensors) -> str:

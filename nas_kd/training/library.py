@@ -58,7 +58,8 @@ class LibrarySpec:
     trained for `rounds` of steps with batches of `batch_size` at a peak learning rate `lr`, fewer entries each round.
 
     Frames with more than `largest` of the base's MACs are inherited and fitted but not trained. What passes through
-    frames is kept in memory, at most `max_bytes` at once. `key` names what else the images depend on."""
+    frames is kept in memory, at most `max_bytes` at once. Of a block whose entries would take more than
+    `max_block_bytes` of disk only the damages are kept."""
 
     images: int = 2048
     holdout: int = 256
@@ -67,8 +68,8 @@ class LibrarySpec:
     lr: float = 2e-3
     largest: float = 0.4
     max_bytes: int = 1 << 30
+    max_block_bytes: int = 1 << 30
     seed: int = 0
-    key: str = ""
 
 
 def plan_library(spec: LibrarySpec, analysis: Analysis, images: float) -> LibrarySpec:
@@ -334,9 +335,18 @@ class _Builder:
         if block.choices[index].keep:
             refit(student, self._mask(block, index), reference)
             recalibrate_frame(module, reference.passage)
-        error = self._nmse(module, held)
-        entry = Entry(block=block.name, errors=((0, error),), seconds=time.monotonic() - started)
-        self._keep(block, index, entry, self._own_tensors(module, block))
+        entry = Entry(block=block.name, errors=((0, self._nmse(module, held)),))
+        tensors = self._own_tensors(module, block)
+        if not self._fits_disk(block):
+            entry, tensors = replace(entry, kl=self._kl(module, self.frames[block.name], held, {})), {}
+        self._keep(block, index, replace(entry, seconds=time.monotonic() - started), tensors)
+
+    def _fits_disk(self, block: Block) -> bool:
+        """Whether the weights of a block's entries may be kept; else they are measured and inherited again."""
+        own = sum(
+            tensor.numel() for tensor in self._own_tensors(self.frames[block.name].inside(self.base), block).values()
+        )
+        return 2 * own * len(made_choices(block)) <= self.spec.max_block_bytes
 
     def _keep(self, block: Block, index: int, entry: Entry, tensors: Tensors) -> None:
         entry_file(self.folder, block, index).write(entry, tensors)
@@ -394,7 +404,8 @@ class _Builder:
         paths = frame.paths(self.base)
         macs = [call.factor * math.prod(map(len, call.axes)) for call in calls]
         inside = sum(own for own, call in zip(macs, calls, strict=True) if call.module in paths)
-        return not frame.is_whole and inside <= self.spec.largest * sum(macs)
+        fits = self._fits_disk(self.analysis.block(name))
+        return fits and not frame.is_whole and inside <= self.spec.largest * sum(macs)
 
     def _due(self, block: Block) -> bool:
         """Whether some entry of a block is still to be trained."""
@@ -418,7 +429,8 @@ class _Builder:
             before = copy.deepcopy(self._own_tensors(module, block))
             own = [parameter for name, parameter in self._named(module, block) if self._is_own(block, name)]
             seed = derive_seed(self.spec.seed, f"{block.name} {index}", number)
-            distil_frame(module, own, seen, steps=self.spec.rounds[number], spec=self.spec, seed=seed)
+            if own:  # a shift has nothing to train
+                distil_frame(module, own, seen, steps=self.spec.rounds[number], spec=self.spec, seed=seed)
             recalibrate_frame(module, seen[: _images_for(seen)])
             error, tensors = self._nmse(module, held), self._own_tensors(module, block)
             if not error < old.nmse:  # what was nearly perfect may get worse

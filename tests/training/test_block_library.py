@@ -108,7 +108,7 @@ def test_a_student_is_assembled_from_its_entries(library: Library, analysis: Ana
         for name, tensor in kept[1].items():
             if name in state and state[name].shape == tensor.shape and name.startswith(f"{block.name}."):
                 copied += 1
-                assert torch.equal(state[name], tensor), name
+                assert torch.equal(state[name], tensor), name  # read back as it was kept
     assert copied > 2 * len(analysis.blocks)
 
 
@@ -218,13 +218,33 @@ def test_a_larger_kernel_is_made_like_the_base_s(teacher: nn.Module, images: Ima
     assert module.made_like(block, block.choices.index(shift)) == block.choices.index(shift)  # other taps, other shares
 
 
+def test_weights_that_would_fill_the_disk_are_not_kept(
+    teacher: nn.Module, analysis: Analysis, images: Images, tmp_path: Path
+) -> None:
+    few = LibrarySpec(images=32, holdout=16, rounds=(2,), batch_size=16, max_block_bytes=1000)
+    library = build_library(teacher, analysis, images, few, tmp_path)
+    assert sum(path.stat().st_size for path in library.folder.glob("layer*")) < 400_000
+    assert all(entry.kl is not None and not entry.steps for entry in library.entries.values())
+    genotype = Genotype.of({block.name: block.choices[-1] for block in analysis.blocks})
+    inherited = inherit_student(teacher, analysis, genotype, importance=library.order).state_dict()
+    for name, tensor in library.student(genotype).state_dict().items():
+        assert torch.equal(tensor, inherited[name])
+
+
 def test_an_entry_survives_its_file(tmp_path: Path) -> None:
     entry = Entry(block="layer1.0", errors=((0, 0.5), (8, 0.25)), kl=None, seconds=1.5)
     file = EntryFile(tmp_path / "entry.safetensors")
     assert file.read() is None
-    file.write(entry, {"weight": torch.arange(3.0)})
+    tensors = {
+        "weight": torch.arange(3.0)[:, None] / 3,
+        "bias": torch.arange(3.0) / 3,
+        "large": torch.full((1, 2), 1e6),
+    }
+    file.write(entry, tensors)
     kept = file.read()
     assert kept is not None
     assert kept[0] == entry
-    assert torch.equal(kept[1]["weight"], torch.arange(3.0))
+    assert torch.allclose(kept[1]["weight"], tensors["weight"], rtol=1e-3)
+    assert all(torch.equal(kept[1][name], tensors[name]) for name in ("bias", "large"))
+    assert all(tensor.dtype == torch.float32 for tensor in kept[1].values())
     assert (entry.nmse, entry.nmse_after(7), entry.steps) == (0.25, 0.5, 8)
