@@ -43,7 +43,7 @@ class OutputError(NasKdError, OSError):
     """The output folder or the storage cannot be written."""
 
 
-class ArtifactError(NasKdError, OSError):
+class ArtifactError(NasKdError, ValueError):
     """A file that a worker needs is missing, was altered, or cannot be fetched."""
 
 

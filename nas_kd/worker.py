@@ -34,10 +34,10 @@ def run_worker(settings: WorkerSettings) -> int:
 
 
 def _follow_parent() -> None:
-    """Ends this worker as Ctrl-C would when its parent is gone, however that ended: the pipe between them closes."""
+    """Ends this worker as a cluster would when its parent is gone, however that ended: the pipe between them closes."""
     while os.read(0, 1):  # not sys.stdin, whose lock a thread must not hold when the interpreter ends
         pass
-    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

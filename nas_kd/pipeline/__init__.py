@@ -15,14 +15,18 @@ from nas_kd.progress import Stages
 from nas_kd.results.front import write_front_csv
 from nas_kd.results.report import write_report
 from nas_kd.results.rows import StudySummary
+from nas_kd.search.storage import close_storage
 
 
 def run(job: Job, stages: Stages) -> StudySummary:
-    """Runs every stage, or what is left of them, and writes the results into the output folder."""
-    materials = gather(job, stages)
-    study = search(job, materials, stages)
-    models = take_home(job, study, materials, stages)
-    summary = summarise(job, study, models, materials, stages)
+    """Runs every stage, or what is left of them, and writes the results into the output folder. Closes the storage."""
+    try:
+        materials = gather(job, stages)
+        study = search(job, materials, stages)
+        models = take_home(job, study, materials, stages)
+        summary = summarise(job, study, models, materials, stages)
+    finally:
+        close_storage(job.storage)
     write_front_csv(job.out / "front.csv", summary.models)
     write_report(job.out / "report.html", summary)
     return summary

@@ -27,7 +27,6 @@ from nas_kd.pipeline.job import storage_url
 from nas_kd.pipeline.kit import Kit
 from nas_kd.progress import Board, WorkerLine
 from nas_kd.search.claims import is_trained
-from nas_kd.search.storage import has_heartbeat
 from nas_kd.search.trials import best_score, cost_of, count_trained
 from nas_kd.search.work import retry_abandoned
 from nas_kd.search.workers import WORKER, Watch, running
@@ -51,8 +50,7 @@ class Crew:
 
 def crew_of(settings: Settings, out: Path, kit: Kit) -> Crew:
     """The workers that a study's settings ask for: spread over the GPUs, or each with its share of the threads."""
-    command = [sys.executable, "-m", "nas_kd.worker", "--leash", "--quiet", "--study-name", settings.name]
-    command += ["--out", str(out), "--grace-period", str(settings.grace_period)]
+    command = [*worker_command(settings.name, settings.grace_period), "--out", str(out)]
     devices = devices_for(settings.device, settings.jobs)
     return Crew(
         commands=tuple((*command, "--device", device) for device in devices),
@@ -61,6 +59,12 @@ def crew_of(settings: Settings, out: Path, kit: Kit) -> Crew:
         epochs=settings.proxy_epochs,
         grace=settings.grace_period,
     )
+
+
+def worker_command(name: str, grace: int) -> list[str]:
+    """The command of a worker process that ends when this one does."""
+    command = [sys.executable, "-m", "nas_kd.worker", "--leash", "--quiet"]
+    return [*command, "--study-name", name, "--grace-period", str(grace)]
 
 
 def devices_for(device: str | None, jobs: int, gpus: int | None = None) -> list[str]:
@@ -84,7 +88,7 @@ def run_crew(crew: Crew, study: optuna.Study, board: Board, sleep: Callable[[flo
     Ctrl-C lets each put its trial back.
     """
     workers = [_Process(command, crew.environment) for command in crew.commands]
-    watch = Watch(heartbeat=has_heartbeat(study._storage), grace=crew.grace)
+    watch = Watch(grace=crew.grace)
     seen = {trial.number for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()}
     deaths = 0
     try:
@@ -195,10 +199,10 @@ class _Process:
         return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
 
     def ask_to_stop(self) -> None:
-        """Sends what Ctrl-C would."""
+        """Sends what a cluster would: Ctrl-C is ignored by processes that a shell runs in the background."""
         if self.process is not None and self.is_alive():
             with suppress(ProcessLookupError):
-                self.process.send_signal(signal.SIGINT)
+                self.process.terminate()
 
     def wait(self, seconds: float) -> None:
         """Waits so long for its end, then kills it."""

@@ -15,13 +15,13 @@ from torch import nn
 from nas_kd import __version__
 from nas_kd.arguments import Settings
 from nas_kd.budget import LATENCY, Budget, parse_budget, parse_levels
-from nas_kd.errors import DeviceError, OutputError
+from nas_kd.errors import DeviceError, NasKdError, OutputError
 from nas_kd.models.hub import create_base
 from nas_kd.models.reduction import reduce_stride
 from nas_kd.pipeline.latency import latency_facts, make_meter
 from nas_kd.search.options import parse_options
 from nas_kd.search.space import Space
-from nas_kd.search.storage import check_study, open_storage, set_aside, sqlite_url
+from nas_kd.search.storage import check_study, close_storage, open_storage, set_aside, sqlite_url
 from nas_kd.search.trials import objectives
 from nas_kd.training.augment import derive_seed
 from nas_kd.training.checkpoint import load_checkpoint
@@ -71,9 +71,13 @@ def prepare(settings: Settings, storage: BaseStorage | None = None) -> Job:
     space = make_space(settings, base)
     assert space.budget is not None
     storage = storage or open_storage(storage_url(settings, out), grace=settings.grace_period)
-    if settings.new_study and (kept := set_aside(storage, settings.name)):
-        _logger.warning("the study that was %r is now %r", settings.name, kept)
-    check_study(storage, settings.name, choices_made(settings, space.budget))
+    try:
+        if settings.new_study and (kept := set_aside(storage, settings.name)):
+            _logger.warning("the study that was %r is now %r", settings.name, kept)
+        check_study(storage, settings.name, choices_made(settings, space.budget))
+    except NasKdError:
+        close_storage(storage)
+        raise
     return Job(
         settings=settings,
         device=device,

@@ -10,7 +10,7 @@ from optuna.storages import BaseStorage
 
 from nas_kd.arguments import WorkerSettings
 from nas_kd.errors import StudyError, nearest
-from nas_kd.pipeline.crew import advance_by
+from nas_kd.pipeline.crew import Crew, advance_by, devices_for, environment, run_crew, worker_command
 from nas_kd.pipeline.job import choose_device
 from nas_kd.pipeline.kit import Kit, check_space, equip, locate, read_kit
 from nas_kd.progress import Stages
@@ -32,6 +32,8 @@ def join(settings: WorkerSettings, stages: Stages, sleep: Callable[[float], None
     try:
         with storage_errors("use the study in its storage"):
             study, kit = _find(storage, settings, sleep)
+            if settings.jobs > 1:
+                return _lead(study, kit, settings, stages)
             with stages.stage("files"):
                 cache = locate(kit, settings.out, settings.artifacts)
             with stages.stage("model"):
@@ -43,6 +45,29 @@ def join(settings: WorkerSettings, stages: Stages, sleep: Callable[[float], None
             return _work(study, Objective(space, proxy), settings, stages)
     finally:
         close_storage(storage)
+
+
+def _lead(study: optuna.Study, kit: Kit, settings: WorkerSettings, stages: Stages) -> int:
+    """Runs `--jobs` workers and returns how many trials finished meanwhile."""
+    before = count_trained(study)
+    crew = Crew(
+        commands=commands_for(settings, study.study_name),
+        environment=environment(settings.storage, settings.jobs),
+        trials=_wanted(study),
+        epochs=int(kit.settings["proxy_epochs"]),
+        grace=settings.grace_period,
+    )
+    with stages.board("search", max(1, crew.trials - before)) as board:
+        run_crew(crew, study, board)
+    return count_trained(study) - before
+
+
+def commands_for(settings: WorkerSettings, name: str) -> tuple[tuple[str, ...], ...]:
+    """What starts each of a worker's own `--jobs`."""
+    command = worker_command(name, settings.grace_period)
+    for option, value in (("--out", settings.out), ("--artifacts", settings.artifacts)):
+        command += [option, value] if value else []
+    return tuple((*command, "--device", device) for device in devices_for(settings.device, settings.jobs))
 
 
 def _work(study: optuna.Study, objective: Objective, settings: WorkerSettings, stages: Stages) -> int:

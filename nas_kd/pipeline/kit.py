@@ -30,7 +30,7 @@ from nas_kd.training.augment import default_augmentation
 from nas_kd.training.checkpoint import load_exactly
 from nas_kd.training.entries import EntryFile
 from nas_kd.training.images import AugmentedImages, Images
-from nas_kd.training.library import Library, entry_file
+from nas_kd.training.library import Library, entry_file, made_choices
 from nas_kd.training.resume import replace_file
 from nas_kd.training.teacher import Teacher
 from nas_kd.training.views import OnlineViews, Views, open_views, weights_digest
@@ -245,7 +245,7 @@ def _open_library(space: Space[nn.Module], folder: Path) -> Library:
         raise _damaged(folder, "its importance is missing")
     entries = {}
     for block in space.blocks:
-        for index in range(1, len(block.choices)):
+        for index in made_choices(block):
             kept = entry_file(folder, block, index).read()
             if kept is None:
                 raise _damaged(folder, f"the entry {index} of {block.name} is missing")

@@ -78,12 +78,6 @@ def _open_proxy(url: str) -> BaseStorage:
     return proxy
 
 
-def has_heartbeat(storage: BaseStorage) -> bool:
-    """Whether `study.optimize` tells this storage that its trials are alive."""
-    interval = getattr(storage, "get_heartbeat_interval", None)
-    return interval is not None and interval() is not None
-
-
 def close_storage(storage: BaseStorage) -> None:
     """Gives back the connections of a storage."""
     with suppress(Exception):  # nothing is lost with them

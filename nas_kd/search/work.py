@@ -8,7 +8,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
@@ -16,7 +16,7 @@ import optuna
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from nas_kd.search.storage import has_heartbeat, is_storage_error
+from nas_kd.search.storage import is_storage_error
 from nas_kd.search.trials import Objective, count_trained
 from nas_kd.search.workers import (
     GRACE,
@@ -85,7 +85,7 @@ def work(
 
 def settle(study: optuna.Study, grace: float, sleep: Callable[[float], None] = time.sleep) -> None:
     """Waits until no trial is running: others bring theirs to an end, those of the dead are given up."""
-    watch = Watch(heartbeat=has_heartbeat(study._storage), grace=grace)
+    watch = Watch(grace=grace)
     while running(study):
         retry_abandoned(study, watch)
         if running(study):
@@ -108,7 +108,7 @@ class _Worker:
         self, study: optuna.Study, objective: Objective, limits: Limits, tick: Callable[[FrozenTrial], None]
     ) -> None:
         self.study, self.objective, self.limits, self.tick = study, objective, limits, tick
-        self.watch = Watch(heartbeat=has_heartbeat(study._storage), grace=limits.grace)
+        self.watch = Watch(grace=limits.grace)
         self.asked, self.at = 0, -1
         self.training = self.stopping = False
         self.error: BaseException | None = None
@@ -128,16 +128,13 @@ class _Worker:
         try:
             if self.stopping:
                 raise KeyboardInterrupt
-            with self._beats(trial):
+            with beating(trial, self.limits.grace / 4):
                 return self.objective(trial)
         except BaseException as error:
             self.error = error
             raise
         finally:
             self.training = False
-
-    def _beats(self, trial: optuna.Trial) -> AbstractContextManager[None]:
-        return nullcontext() if self.watch.heartbeat else beating(trial, self.limits.grace / 4)
 
     def _after(self, study: optuna.Study, trial: FrozenTrial) -> None:
         self.tick(trial)

@@ -18,7 +18,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 WORKER = "worker"  # the user attribute of a trial that names the process which runs it
-BEAT = "beat"  # the user attribute that a living worker counts up, where the storage has no heartbeat
+BEAT = "beat"  # the user attribute that a living worker counts up
 RETRY = "retry of"  # the user attribute of a trial that does again what another was killed in
 RETRIES = "retries"  # how many trials of this genotype have died before
 GRACE = 120  # seconds; a worker that was silent for so long is dead
@@ -99,23 +99,20 @@ def _is_dead(trial: FrozenTrial) -> bool:
 class Watch:
     """Finds trials whose worker fell silent, by this process's own clock: clocks of workers are never compared.
 
-    Where the storage has heartbeats, `study.optimize` uses them, and what is left are trials whose worker died before
-    its first; elsewhere each worker counts a `beat` up, and a trial whose count stands still for `grace` seconds is
-    given up.
+    Each worker counts a `beat` up, and a trial whose count stands still for `grace` seconds is given up. Databases have
+    heartbeats of their own, which `study.optimize` uses, but not Optuna's proxy, nor for a worker that died before its
+    first.
     """
 
-    def __init__(self, *, heartbeat: bool, grace: float = GRACE, clock: Callable[[], float] = time.monotonic) -> None:
-        self.heartbeat, self.grace, self.clock = heartbeat, grace, clock
+    def __init__(self, *, grace: float = GRACE, clock: Callable[[], float] = time.monotonic) -> None:
+        self.grace, self.clock = grace, clock
         self._seen: dict[int, tuple[Any, float]] = {}
 
     def retry_silent_trials(self, study: optuna.Study) -> int:
         """Queues the trials again that were silent for too long, and returns how many."""
-        trials = {trial.number: trial for trial in running(study) if self._is_ours(trial)}
+        trials = {trial.number: trial for trial in running(study)}
         self._seen = {number: seen for number, seen in self._seen.items() if number in trials}
         return sum(give_up(study, trial) for trial in trials.values() if self._is_silent(trial))
-
-    def _is_ours(self, trial: FrozenTrial) -> bool:
-        return not self.heartbeat or WORKER not in trial.user_attrs
 
     def _is_silent(self, trial: FrozenTrial) -> bool:
         sign, now = _sign_of_life(trial.user_attrs), self.clock()

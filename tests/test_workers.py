@@ -1,0 +1,307 @@
+"""Several processes at one study: killed, stopped, behind a proxy, and with whatever may be wrong."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import servers
+from optuna.trial import FrozenTrial, TrialState
+
+from nas_kd.search.storage import close_storage, open_storage
+from nas_kd.search.workers import WORKER
+from nas_kd.study import main
+from nas_kd.worker import main as work
+
+pytestmark = [
+    pytest.mark.usefixtures("restore_logging"),
+    pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),  # optuna: the gRPC proxy
+    pytest.mark.filterwarnings("ignore:Heartbeat of storage:UserWarning"),  # optuna: ask without optimize
+]
+SMALL = "--model test_resnet --img-size 32 --teacher-epochs 1 --refine-epochs 1 --train-images 120 --library-budget 0"
+NAME = "s"
+needs_postgres = pytest.mark.skipif(servers.postgres_folder() is None, reason="PostgreSQL is not installed")
+
+
+def command(out: Path, *more: str) -> list[str]:
+    fixed = f"--budget params=60% --front 1 --study-name {NAME} --sampler random --grace-period 6"
+    return [*SMALL.split(), *fixed.split(), "--out", str(out), *more]
+
+
+def start(module: str, arguments: list[str], **more: Any) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        env=environment,
+        text=True,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        **more,
+    )
+
+
+def trials(url: str) -> list[FrozenTrial]:
+    """The trials of the study; none while it does not exist."""
+    storage = open_storage(url)
+    try:
+        return optuna.load_study(study_name=NAME, storage=storage).get_trials()
+    except KeyError:
+        return []
+    finally:
+        close_storage(storage)
+
+
+def wait_for_worker(url: str, process: subprocess.Popen[str], attribute: str = "rung/1", patience: float = 300) -> int:
+    """The process number of a worker whose trial has come to its first rung."""
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline and process.poll() is None:
+        for trial in trials(url):
+            if trial.state == TrialState.RUNNING and {attribute, WORKER} <= trial.user_attrs.keys():
+                return int(trial.user_attrs[WORKER].rpartition(":")[2])
+        time.sleep(0.1)
+    raise AssertionError(f"no trial came to its first rung: {process.communicate()[1]}")
+
+
+def check_nothing_lost(found: list[FrozenTrial], trained: int) -> None:
+    """Every digest was trained once, nothing runs any more, and there are as many as were asked for."""
+    assert not [trial for trial in found if trial.state == TrialState.RUNNING]
+    done = [trial for trial in found if "rung" in trial.constraints and "reused" not in trial.user_attrs]
+    done = [trial for trial in done if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+    assert max(Counter(trial.user_attrs["digest"] for trial in done).values()) == 1
+    assert trained <= len(done) <= trained + 1
+    assert all(value <= 0 for trial in done for key, value in trial.constraints.items() if key != "rung")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[servers.Postgres]:
+    with servers.postgres() as running:
+        yield running
+
+
+@pytest.fixture
+def database(server: servers.Postgres) -> str:
+    """The URL of an empty database."""
+    server.sql("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+    return server.url
+
+
+@pytest.fixture(params=["postgresql", "grpc"])
+def shared(request: pytest.FixtureRequest, database: str) -> Iterator[str]:
+    """A storage that machines share: PostgreSQL, and Optuna's proxy in front of it."""
+    if request.param == "postgresql":
+        yield database
+    else:
+        pytest.importorskip("grpc")
+        with servers.grpc_proxy(database) as address:
+            yield address
+
+
+@needs_postgres
+def test_of_two_workers_one_is_killed_and_the_study_completes(shared: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = start(
+        "nas_kd.study", command(out, "--proxy-epochs", "8", "--trials", "10", "--jobs", "2", "--storage", shared)
+    )
+    killed = wait_for_worker(shared, process)
+    os.kill(killed, signal.SIGKILL)
+    errors = process.communicate(timeout=400)[1]
+    assert process.returncode == 0, errors
+    assert "a worker died (SIGKILL)" in errors
+    found = trials(shared)
+    check_nothing_lost(found, 10)
+    (dead,) = [trial for trial in found if trial.state == TrialState.FAIL]
+    (retry,) = [trial for trial in found if trial.user_attrs.get("retry of") == dead.number]
+    assert retry.user_attrs["digest"] == dead.user_attrs["digest"]
+    assert retry.user_attrs["rung/1"] == dead.user_attrs["rung/1"]
+    assert len({trial.user_attrs[WORKER] for trial in found if WORKER in trial.user_attrs}) >= 2
+    assert (out / "front.csv").exists()
+
+
+def test_ctrl_c_stops_all_workers_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    url = f"sqlite:///{out / 'study.db'}"
+    arguments = command(out, "--proxy-epochs", "16", "--trials", "2", "--jobs", "2")
+    # a shell that runs the tests in the background lets processes ignore Ctrl-C
+    process = start(
+        "nas_kd.study", arguments, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+    )
+    deadline = time.monotonic() + 300
+    while not (out / "study.db").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)  # the tables are being made
+    worker = wait_for_worker(url, process)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 130
+    assert "the same command goes on from there" in errors
+    assert "Traceback" not in errors
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker, 0)
+    before = trials(url)
+    assert not [trial for trial in before if trial.state == TrialState.RUNNING]
+    (stopped,) = [trial for trial in before if trial.state == TrialState.WAITING and "rung/1" in trial.user_attrs][:1]
+    assert stopped.user_attrs["retries"] == 0  # an interrupted trial is not a dead one
+    assert main([*arguments, "-q", "--jobs", "1"]) == 0
+    check_nothing_lost(trials(url), 2)
+
+
+@needs_postgres
+def test_a_worker_on_another_machine_gets_all_it_needs(shared: str, tmp_path: Path) -> None:
+    """Another machine: the study's folder is gone, and a silent worker of a third one left a trial."""
+    store = tmp_path / "store"
+    first = command(tmp_path / "first", "--trials", "1", "--proxy-epochs", "1", "--storage", shared, "-q")
+    assert main([*first, "--artifacts", str(store), "--library-budget", "0.1"]) == 0
+    storage = open_storage(shared)
+    study = optuna.load_study(study_name=NAME, storage=storage)
+    kit = study.user_attrs["nas_kd kit"]
+    study.set_user_attr("nas_kd kit", {**kit, "settings": {**kit["settings"], "trials": 3}})
+    silent = study.ask()
+    silent.set_user_attr(WORKER, "elsewhere-0000:1")
+    (tmp_path / "first").rename(tmp_path / "gone")
+    joined = ["--storage", shared, "--study-name", NAME, "--out", str(tmp_path / "second"), "--grace-period", "4", "-q"]
+    assert work(joined) == 0
+    found = trials(shared)
+    check_nothing_lost(found, 3)
+    assert found[silent.number].state == TrialState.FAIL or shared.startswith("postgresql")
+    assert {path.name for path in (tmp_path / "second" / "cache").iterdir()} >= {kit["weights"], kit["views"]}
+    close_storage(storage)
+
+
+# what may be wrong
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished study with an artifact store, and its output folder gone."""
+    folder = tmp_path_factory.mktemp("begun")
+    more = ["--trials", "1", "--proxy-epochs", "1", "--storage", f"sqlite:///{folder / 'study.db'}", "-q"]
+    assert main([*command(folder / "out", *more), "--artifacts", str(folder / "store")]) == 0
+    (folder / "out").rename(folder / "gone")
+    return folder
+
+
+@pytest.fixture
+def mistake(begun: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be spoilt."""
+    import shutil
+
+    return Path(shutil.copytree(begun, tmp_path / "copy"))
+
+
+def joining(folder: Path, *more: str) -> list[str]:
+    store, out = str(folder / "store"), str(folder / "fetched")
+    return ["--storage", f"sqlite:///{folder / 'study.db'}", "--artifacts", store, "--out", out, *more]
+
+
+def only_line(capsys: pytest.CaptureFixture[str]) -> str:
+    text = capsys.readouterr().err
+    assert re.fullmatch(r"nas_kd: [^\n]+\n", text), text
+    return text
+
+
+def test_a_worker_of_a_finished_study_ends_at_once(mistake: Path) -> None:
+    assert work(joining(mistake, "-q")) == 0
+    assert len(trials(f"sqlite:///{mistake / 'study.db'}")) >= 1
+
+
+def test_an_artifact_that_is_missing_is_one_line(mistake: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (mistake / "store").iterdir():
+        path.unlink()
+    assert work(joining(mistake, "-q")) == 2
+    assert re.search(
+        r"cannot fetch weights-\w+\.safetensors from the artifact store .* it is not there", only_line(capsys)
+    )
+
+
+def test_an_artifact_that_was_altered_is_one_line(mistake: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (mistake / "store").iterdir():
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert work(joining(mistake, "-q")) == 2
+    assert "was altered: its SHA-256 is wrong" in only_line(capsys)
+    assert not list((mistake / "fetched").rglob("*.safetensors"))
+
+
+def test_a_fetched_file_that_was_altered_is_one_line(mistake: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert work(joining(mistake, "-q")) == 0
+    (weights,) = (mistake / "fetched" / "cache").glob("weights-*")
+    data = bytearray(weights.read_bytes())
+    data[-4:] = b"\x00\x00\x00\x3f"
+    weights.write_bytes(data)
+    assert work(joining(mistake, "-q")) == 2
+    assert "is missing or was altered (it holds other weights)" in only_line(capsys)
+
+
+def test_without_store_and_folder_a_worker_says_what_it_lacks(
+    mistake: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = f"sqlite:///{mistake / 'study.db'}"
+    study = optuna.load_study(study_name=NAME, storage=url)
+    study.set_user_attr("nas_kd kit", {**study.user_attrs["nas_kd kit"], "artifacts": None, "files": {}})
+    assert work(["--storage", url, "--out", str(mistake / "fetched"), "-q"]) == 2
+    assert "run its command with --artifacts STORE" in only_line(capsys)
+
+
+def test_another_version_and_a_foreign_study_are_refused(mistake: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    url = f"sqlite:///{mistake / 'study.db'}"
+    study = optuna.load_study(study_name=NAME, storage=url)
+    study.set_user_attr("nas_kd kit", {**study.user_attrs["nas_kd kit"], "version": "0.0.1"})
+    assert work(joining(mistake, "-q")) == 2
+    assert "was begun by nas_kd 0.0.1" in only_line(capsys)
+    foreign = optuna.create_study(study_name="foreign", storage=url)
+    foreign.add_trial(optuna.trial.create_trial(value=0.5))
+    assert work(joining(mistake, "-q", "--study-name", "foreign")) == 2
+    assert "'foreign' in this storage was not made by nas_kd" in only_line(capsys)
+    assert work(joining(mistake, "-q")) == 2
+    assert "holds 2 studies: give --study-name" in only_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--storage postgresql+psycopg://me:secret@127.0.0.1:1/x", r"cannot open the storage .*me:\*\*\*@127"),
+        ("--storage grpc://nohost", "write a proxy's address like grpc://HOST:PORT"),
+        ("--storage nonsense", "cannot open the storage nonsense"),
+        ("", "a worker needs the study's storage"),
+        ("--storage sqlite:///{folder}/empty.db", "the storage holds no study yet"),
+        ("--storage sqlite:///{folder}/study.db --study-name t", "holds no study 't'; did you mean|holds no study 't'"),
+        ("--storage sqlite:///{folder}/study.db --device cuda:99", "there is no device 'cuda:99'"),
+    ],
+)
+def test_what_a_worker_may_be_given(
+    arguments: str, words: str, begun: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert work([*arguments.format(folder=begun).split(), "-q"]) == 2
+    line = only_line(capsys)
+    assert re.search(words, line)
+    assert "secret" not in line
+
+
+def test_a_read_only_database_is_one_line(mistake: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    url = f"sqlite:///file:{mistake / 'study.db'}?mode=ro&uri=true"
+    arguments = command(mistake / "out", "--trials", "2", "--proxy-epochs", "1", "-q", "--storage", url)
+    assert main(arguments) == 2
+    assert "readonly" in only_line(capsys)
+
+
+def test_a_new_study_keeps_the_old_one(mistake: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    url = f"sqlite:///{mistake / 'study.db'}"
+    before = trials(url)
+    arguments = command(mistake / "out", "--trials", "1", "--storage", url, "-q", "--proxy-epochs", "2")
+    assert main(arguments) == 2
+    assert "start over with --new-study" in only_line(capsys)
+    assert main([*arguments, "--new-study"]) == 0
+    (kept,) = [name for name in optuna.get_all_study_names(url) if name != NAME]
+    old = optuna.load_study(study_name=kept, storage=url).get_trials()
+    assert [trial.user_attrs for trial in old] == [trial.user_attrs for trial in before]
+    assert "--new-study" not in str(optuna.load_study(study_name=NAME, storage=url).user_attrs["nas_kd kit"])
