@@ -161,12 +161,13 @@ class LatencyTable:
     def correction(self) -> tuple[float, float]:
         """Offset (as a fraction of the base) and slope of the line through the whole models that were measured.
 
-        Least squares, with a prior around none and one: a few models say little.
+        Least squares of relative errors, with a prior around none and one: a few models say little.
         """
         pairs = np.array(list(self._pairs.values()), dtype=np.float64).reshape(-1, 2) / max(1, self.whole_base) - 1
-        design = np.stack([np.ones(len(pairs)), pairs[:, 0]], axis=1)
+        weights = 1 / (1 + pairs[:, 1:])  # of the errors, by what each took
+        design = weights * np.stack([np.ones(len(pairs)), pairs[:, 0]], axis=1)
         precision = design.T @ design / _NOISE**2 + np.diag([_OFFSET**-2, _SLOPE**-2])
-        evidence = design.T @ pairs[:, 1] / _NOISE**2 + np.array([0.0, _SLOPE**-2])
+        evidence = design.T @ (weights[:, 0] * pairs[:, 1]) / _NOISE**2 + np.array([0.0, _SLOPE**-2])
         offset, slope = np.linalg.solve(precision, evidence)
         return float(offset), max(_LEAST_SLOPE, float(slope))
 
