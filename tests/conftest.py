@@ -16,14 +16,26 @@ def few_threads() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture
-def restore_logging() -> Iterator[None]:
-    """Puts back what the command line configures for its whole process."""
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    before = [(logger.level, logger.handlers[:], logger.propagate) for logger in loggers]
-    with warnings.catch_warnings():
-        yield
-    for logger, (level, handlers, propagate) in zip(loggers, before, strict=True):
+def _logging() -> list[tuple[int, list[logging.Handler], bool]]:
+    loggers = map(logging.getLogger, _LOGGERS)
+    return [(logger.level, logger.handlers[:], logger.propagate) for logger in loggers]
+
+
+_PRISTINE = _logging()
+
+
+def _reset_logging() -> None:
+    for name, (level, handlers, propagate) in zip(_LOGGERS, _PRISTINE, strict=True):
+        logger = logging.getLogger(name)
         logger.setLevel(level)
         logger.handlers[:] = handlers
         logger.propagate = propagate
+
+
+@pytest.fixture(autouse=True)
+def restore_logging() -> Iterator[None]:
+    """Puts back what the command line configures for its whole process, also when a fixture of a module ran it."""
+    _reset_logging()
+    with warnings.catch_warnings():
+        yield
+    _reset_logging()
