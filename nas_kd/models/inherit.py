@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from nas_kd.genotype import Choice, group_count
 from nas_kd.models.convs import ConvSpec, Shift2d
 from nas_kd.models.importance import unit_importance
-from nas_kd.models.labels import Labels
+from nas_kd.models.labels import Axes, Labels
 from nas_kd.models.plan import resize
 from nas_kd.models.structure import Analysis, Site, is_replaced
 from nas_kd.models.student import build_student, plan_of
+from nas_kd.models.trace import named_tensors
 
 Network = TypeVar("Network", bound=nn.Module)
 Mask = NDArray[np.bool_]
@@ -109,18 +110,25 @@ def _fold_taps(norm: nn.Module, taps: Tensor, bias: Tensor | None) -> None:
 @torch.no_grad()
 def inherit_tensors(student: nn.Module, base: nn.Module, analysis: Analysis, mask: Mask) -> None:
     """Copies every tensor that student and base share, cut to the kept channels; larger kernels are zero-padded."""
-    old = dict(base.named_parameters(remove_duplicate=False)) | dict(base.named_buffers(remove_duplicate=False))
-    new = dict(student.named_parameters(remove_duplicate=False)) | dict(student.named_buffers(remove_duplicate=False))
-    for name, target in new.items():
+    old = named_tensors(base)
+    for name, target in named_tensors(student).items():
         source = old.get(name)
         if source is None or source is target:
             continue
-        for dim, labels in enumerate(analysis.trace.axes.get(name, ())):
-            if labels is not None and not mask[labels].all():
-                source = source.index_select(dim, _index(labels, mask).to(source.device))
+        source = cut(source, analysis.trace.axes.get(name, ()), mask)
         if source.shape != target.shape:
             source = resize_kernel(source, target.shape[-1])
         target.copy_(source)
+
+
+def cut(tensor: Tensor, axes: Axes, mask: Mask, *, had: Mask | None = None) -> Tensor:
+    """A tensor without the channels whose labels `mask` drops; `axes` label its dimensions in the base. It has the
+    labels of the base, or of those only what `had` kept."""
+    for dim, labels in enumerate(axes):
+        left = labels if labels is None or had is None else labels[had[labels]]
+        if left is not None and not mask[left].all():
+            tensor = tensor.index_select(dim, _index(left, mask).to(tensor.device))
+    return tensor
 
 
 def resize_kernel(weight: Tensor, kernel_size: int) -> Tensor:

@@ -16,7 +16,7 @@ from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nas_kd.models.convs import Pair, Shift2d
+from nas_kd.models.convs import Pair
 from nas_kd.models.frames import Frame, Passage, run_frame
 from nas_kd.models.structure import Analysis
 
@@ -24,7 +24,7 @@ Mask = NDArray[np.bool_]
 _LINEAR = (nn.Conv2d, Conv2dSame, nn.Linear)  # weight-standardised layers are no linear functions of their weights
 _ROWS = 6  # samples per unknown, at least
 _LEAST_ROWS = 4096
-LARGEST = 2304  # unknowns of one output; beyond it the closed form stays (the Gram matrix costs their square)
+_LARGEST = 2304  # unknowns of one output; beyond it the closed form stays (the Gram matrix costs their square)
 _RIDGE = 1e-3  # of the mean eigenvalue, towards the weights that are there
 _SCARCE = 0.02  # and more of it for as many unknowns as samples
 
@@ -103,7 +103,7 @@ def _reader(
         last = module[-1]
         return last if isinstance(last, nn.Conv2d) else None
     axes = analysis.trace.axes.get(f"{path}.weight")
-    if not isinstance(module, nn.Conv2d | nn.Linear) or isinstance(module, Shift2d) or axes is None:
+    if not isinstance(module, nn.Conv2d | nn.Linear) or axes is None:
         return None
     dense = isinstance(module, nn.Linear) or module.groups == 1
     return module if dense and axes[1] is not None and not mask[axes[1]].all() else None
@@ -151,7 +151,7 @@ def fit_layer(layer: nn.Conv2d | nn.Linear, inputs: Tensor, target: Tensor, *, c
     """
     weight = layer.weight
     unknowns = weight[0].numel()
-    if unknowns > LARGEST:
+    if unknowns > _LARGEST:
         return
     rows, wanted = _rows(layer, inputs, target, max(_LEAST_ROWS, _ROWS * unknowns))
     means = rows.mean(0), wanted.mean(0)

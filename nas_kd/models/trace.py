@@ -46,6 +46,12 @@ class Trace:
     labels: int  # one more than the largest label
 
 
+def named_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer of a network by name; one that is shared under each of its names."""
+    parameters: dict[str, Tensor] = dict(network.named_parameters(remove_duplicate=False))
+    return parameters | dict(network.named_buffers(remove_duplicate=False))
+
+
 def without_storage(network: Network) -> Network:
     """A copy on the meta device: shapes alone, so that even a large network costs no memory."""
     memo: dict[int, Any] = {}
@@ -74,8 +80,7 @@ def trace(network: nn.Module, input_size: Sequence[int], *, clock: Callable[[], 
     on a busy machine a model is the same.
     """
     meta = without_storage(network).eval()
-    tensors_of = (*meta.named_parameters(remove_duplicate=False), *meta.named_buffers(remove_duplicate=False))
-    labelling = Labelling(dict(tensors_of))
+    labelling = Labelling(named_tensors(meta))
     hooks = list(_follow_modules(meta, labelling))
     image = meta_image(meta, input_size)
     labelling.set(image, (None, np.full(input_size[0], FROZEN), None, None))

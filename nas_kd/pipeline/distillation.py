@@ -31,7 +31,7 @@ from nas_kd.training.augment import default_augmentation, derive_seed
 from nas_kd.training.checkpoint import load_checkpoint
 from nas_kd.training.data import DIGITS, DataSpec, Splits, load_splits
 from nas_kd.training.images import AugmentedImages
-from nas_kd.training.loop import recalibrate
+from nas_kd.training.loop import CALIBRATION, recalibrate
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.resume import replace_file
 from nas_kd.training.sources import open_source
@@ -41,7 +41,6 @@ from nas_kd.training.views import OnlineViews, Views, ViewSpec, build_views, vie
 FILE = "distill.json"
 _STUDENT_LR = 0.005  # from given weights: larger steps destroy them
 _REPORTS = 20  # times that a training is evaluated and its state kept
-_CALIBRATION = 512  # images through which batch norms are recalibrated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -271,7 +270,7 @@ def _train(job: DistillJob, splits: Splits, teacher: TeacherResult | None, stage
     def student(number: int) -> nn.Module:
         network = build(settings, job.classes, job.input_size, number).to(job.device)
         if settings.conv is not None and settings.has_weights:
-            recalibrate(network, data.sample(_CALIBRATION))
+            recalibrate(network, data.sample(CALIBRATION))
         return network
 
     refinement = Refinement(

@@ -34,13 +34,12 @@ from nas_kd.search.starts import random_genotype, uniform_width_student, uniform
 from nas_kd.search.trials import cost_of
 from nas_kd.training.augment import default_augmentation, derive_seed
 from nas_kd.training.images import AugmentedImages
-from nas_kd.training.loop import evaluate, recalibrate
+from nas_kd.training.loop import CALIBRATION, evaluate, recalibrate
 from nas_kd.training.recipe import Recipe
 
 _logger = logging.getLogger(__name__)
 _LEAST_FRONT = 5  # models that a study gives, from the layers behind the front if need be
 _ATTEMPTS = 5  # to draw a random student that is as fast as its blocks promise
-_CALIBRATION = 512  # images through which batch norms are recalibrated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -197,7 +196,7 @@ def _refine(job: Job, wanted: _Wanted, materials: Materials, epochs: int, advanc
             seeded = dataclasses.replace(job, settings=dataclasses.replace(settings, seed=seed))
             return fresh_student(seeded, space, genotype, materials.splits.num_classes)
         student = space.student(genotype).to(job.device)
-        recalibrate(student, views.sample(_CALIBRATION))
+        recalibrate(student, views.sample(CALIBRATION))
         return student
 
     refinement = Refinement(

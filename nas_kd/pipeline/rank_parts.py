@@ -23,7 +23,7 @@ from nas_kd.pipeline.records import Record
 from nas_kd.search.space import Space
 from nas_kd.training.images import normalise
 from nas_kd.training.library import Library
-from nas_kd.training.loop import Task, evaluate, fit, recalibrate, train
+from nas_kd.training.loop import CALIBRATION, Task, evaluate, fit, recalibrate, train
 from nas_kd.training.losses import student_loss
 from nas_kd.training.portions import Portions
 from nas_kd.training.recipe import Recipe
@@ -33,7 +33,6 @@ from nas_kd.training.zero_cost import ZERO_COST
 FRESH, CLOSED_FORM, LIBRARY = "fresh weights", "closed form", "library"
 RUNGS = (1, 2, 4)  # portions of a proxy after which it is looked at; the last is its end
 _VERSION = 1  # of what the records hold
-_CALIBRATION = 512  # images through which batch norms are recalibrated
 _ZERO_COST_IMAGES = 64
 
 
@@ -70,7 +69,7 @@ class Ground:
         if start == FRESH:
             return fresh_student(self.job, self.space, genotype, self.materials.splits.num_classes)
         student = self._space_of(start).student(genotype).to(self.job.device)
-        recalibrate(student, self.portions.sample(_CALIBRATION))
+        recalibrate(student, self.portions.sample(CALIBRATION))
         return student
 
     def _space_of(self, start: str) -> Space[nn.Module]:

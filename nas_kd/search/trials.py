@@ -29,12 +29,11 @@ from nas_kd.search.space import Space
 from nas_kd.search.storage import Direction
 from nas_kd.search.workers import WORKER, worker_name
 from nas_kd.training.images import Images
-from nas_kd.training.loop import Run, recalibrate, train
+from nas_kd.training.loop import CALIBRATION, Run, recalibrate, train
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.views import OnlineViews, Views
 
 SCORE = "accuracy"  # the name of the first objective
-_CALIBRATION = 512  # images through which batch norms are recalibrated
 _logger = logging.getLogger(__name__)
 
 
@@ -63,7 +62,7 @@ class Proxy:
     def prepare(self, student: nn.Module) -> nn.Module:
         """Moves a student to the device and recalibrates its batch norms on augmented training images."""
         student = student.to(self.device)
-        recalibrate(student, self.views.sample(_CALIBRATION))
+        recalibrate(student, self.views.sample(CALIBRATION))
         return student
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,13 +29,14 @@ from nas_kd.models.blocks import Block
 from nas_kd.models.costs import cost_table
 from nas_kd.models.frames import Frame, Passage, disjoint, find_frames, joined, recording, replaying, run_frame, swapped
 from nas_kd.models.importance import reconstruction_importance
-from nas_kd.models.inherit import inherit_student, resize_kernel
+from nas_kd.models.inherit import cut, inherit_student, resize_kernel
 from nas_kd.models.refit import Reference, batch_statistics, reference_of, refit
 from nas_kd.models.structure import Analysis
+from nas_kd.models.trace import named_tensors
 from nas_kd.training.augment import derive_seed
 from nas_kd.training.entries import Entry, EntryFile, Tensors
 from nas_kd.training.images import Images, normalise
-from nas_kd.training.loop import device_of, even_split
+from nas_kd.training.loop import averaging_statistics, device_of, even_split
 from nas_kd.training.losses import distillation_loss
 from nas_kd.training.resume import replace_file
 from nas_kd.training.views import weights_digest
@@ -49,7 +49,6 @@ _UNBEATEN = 0.3  # of a block's choices
 _LARGER_KERNEL = 1e-6  # of damage
 _LEAST_STEPS = 8  # that are worth while
 _TEMPERATURE = 4.0  # of the KL that measures damage, as in the distillation that follows
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,9 +74,7 @@ class LibrarySpec:
 def plan_library(spec: LibrarySpec, analysis: Analysis, images: float) -> LibrarySpec:
     """The library that costs at most about as much as `images` forward passes of the base: with fewer steps in each
     round than `spec`, or none at all. What it costs in closed form is the least that it can."""
-    entries = sum(len(made_choices(block)) for block in analysis.blocks) / max(
-        1, len(analysis.blocks)
-    )  # in whole networks
+    entries = float(np.mean([len(made_choices(block)) for block in analysis.blocks]))  # counted in whole networks
     left = images - entries * _INHERIT_IMAGES
     share = left / (entries * _UNBEATEN * 3 * spec.batch_size * max(1, sum(spec.rounds)))
     if share * sum(spec.rounds) < _LEAST_STEPS:
@@ -140,9 +137,7 @@ class Library:
         """
         student = inherit_student(self.base, self.analysis, genotype, importance=self.order)
         mask = self.analysis.keep_mask(genotype, self.order)
-        tensors = dict(student.named_parameters(remove_duplicate=False)) | dict(
-            student.named_buffers(remove_duplicate=False)
-        )
+        tensors = named_tensors(student)
         entries = list(self._entries_of(genotype))
         for is_own in (False, True):  # what two blocks' entries hold both comes from the block that it belongs to
             for block, kept, own in entries:
@@ -171,21 +166,15 @@ def _overlay(
     """Copies the tensors of an entry, which kept the labels `own`, into a student that keeps fewer, `mask`.
 
     Where a neighbour narrows what a replacement reads, the whole replacement stays as it was inherited."""
-    cut = {name: _cut(tensor, name, analysis, own, mask) for name, tensor in entry.items() if name in student}
-    cut = {
-        name: _grown(tensor, student[name].shape[-1]) if tensor.ndim == 4 else tensor for name, tensor in cut.items()
+    axes = analysis.trace.axes
+    fitted = {name: cut(tensor, axes.get(name, ()), mask, had=own) for name, tensor in entry.items() if name in student}
+    fitted = {
+        name: _grown(tensor, student[name].shape[-1]) if tensor.ndim == 4 else tensor for name, tensor in fitted.items()
     }
-    misfits = {_layer(name) for name, tensor in cut.items() if tensor.shape != student[name].shape}
-    for name, tensor in cut.items():
+    misfits = {_layer(name) for name, tensor in fitted.items() if tensor.shape != student[name].shape}
+    for name, tensor in fitted.items():
         if _layer(name) not in misfits:
             student[name].copy_(tensor)
-
-
-def _cut(tensor: Tensor, name: str, analysis: Analysis, own: NDArray[np.bool_], mask: NDArray[np.bool_]) -> Tensor:
-    for dim, labels in enumerate(analysis.trace.axes.get(name, ())):
-        if labels is not None and not mask[labels].all():
-            tensor = tensor.index_select(dim, torch.from_numpy(np.flatnonzero(mask[labels[own[labels]]])))
-    return tensor
 
 
 def _grown(weight: Tensor, kernel_size: int) -> Tensor:
@@ -237,6 +226,9 @@ class _Builder:
         self.images = images[: self.spec.images + self.holdout]
         self.device = device_of(base)
         self.frames = find_frames(base, analysis, self._pixels(slice(0, 2)))
+        self.bytes = {name: passage.bytes // 2 for name, passage in self._record(list(self.frames), 2).items()}
+        self.prefixes = {block.name: self._own_modules(block) for block in analysis.blocks}
+        self.fits_disk = {block.name: self._fits_disk(block) for block in analysis.blocks}
         self.folder = folder / f"library-{self._digest()}"
         self.spec = replace(self.spec, rounds=self._rounds())
         self.entries: dict[tuple[str, int], Entry] = {}
@@ -288,17 +280,17 @@ class _Builder:
     def _groups(self, count: int) -> Iterator[tuple[list[str], int]]:
         """Blocks, in the base's order, whose frames' passages fit the memory together; of `count` images, or of fewer
         where those of a single frame would not."""
-        each = {name: passage.bytes // 2 for name, passage in self._record(list(self.frames), 2).items()}
         group: list[str] = []
         for name in self.frames:
-            if group and sum(each[other] for other in (*group, name)) * (count + self.holdout) > self.spec.max_bytes:
-                yield group, self._fitting(count, each, group)
+            needed = sum(self.bytes[other] for other in (*group, name)) * (count + self.holdout)
+            if group and needed > self.spec.max_bytes:
+                yield group, self._fitting(count, group)
                 group = []
             group.append(name)
-        yield group, self._fitting(count, each, group)
+        yield group, self._fitting(count, group)
 
-    def _fitting(self, count: int, each: Mapping[str, int], group: Sequence[str]) -> int:
-        room = self.spec.max_bytes // sum(each[name] for name in group) - self.holdout
+    def _fitting(self, count: int, group: Sequence[str]) -> int:
+        room = self.spec.max_bytes // sum(self.bytes[name] for name in group) - self.holdout
         return min(count, self.spec.images, max(room, 2 * self.spec.batch_size))
 
     @torch.no_grad()
@@ -337,16 +329,17 @@ class _Builder:
             recalibrate_frame(module, reference.passage)
         entry = Entry(block=block.name, errors=((0, self._nmse(module, held)),))
         tensors = self._own_tensors(module, block)
-        if not self._fits_disk(block):
+        if not self.fits_disk[block.name]:
             entry, tensors = replace(entry, kl=self._kl(module, self.frames[block.name], held, {})), {}
         self._keep(block, index, replace(entry, seconds=time.monotonic() - started), tensors)
 
     def _fits_disk(self, block: Block) -> bool:
         """Whether the weights of a block's entries may be kept; else they are measured and inherited again."""
-        own = sum(
-            tensor.numel() for tensor in self._own_tensors(self.frames[block.name].inside(self.base), block).values()
+        tensors = self._own_tensors(self.frames[block.name].inside(self.base), block)
+        return (
+            2 * sum(tensor.numel() for tensor in tensors.values()) * len(made_choices(block))
+            <= self.spec.max_block_bytes
         )
-        return 2 * own * len(made_choices(block)) <= self.spec.max_block_bytes
 
     def _keep(self, block: Block, index: int, entry: Entry, tensors: Tensors) -> None:
         entry_file(self.folder, block, index).write(entry, tensors)
@@ -374,14 +367,14 @@ class _Builder:
         """The tensors of a frame that may differ from the base's in the entries of its block."""
         prefix = self.frames[block.name].prefix
         state = {f"{prefix}{name}": tensor for name, tensor in module.state_dict().items()}
-        return {name: tensor for name, tensor in state.items() if self._is_own(block, name)}
+        return {name: tensor for name, tensor in state.items() if name.startswith(self.prefixes[block.name])}
 
-    def _is_own(self, block: Block, tensor: str) -> bool:
-        """Whether a tensor may differ from the base's in the entries of a block."""
+    def _own_modules(self, block: Block) -> tuple[str, ...]:
+        """What the names of tensors begin with that may differ from the base's in the entries of a block."""
         norms = self.analysis.trace.norms
         modules = {block.name, *self.frames[block.name].edited}
         modules |= {norms[path] for path in modules if path in norms}
-        return any(tensor.startswith(f"{path}.") for path in modules)
+        return tuple(f"{path}." for path in sorted(modules))
 
     # training
 
@@ -404,8 +397,7 @@ class _Builder:
         paths = frame.paths(self.base)
         macs = [call.factor * math.prod(map(len, call.axes)) for call in calls]
         inside = sum(own for own, call in zip(macs, calls, strict=True) if call.module in paths)
-        fits = self._fits_disk(self.analysis.block(name))
-        return fits and not frame.is_whole and inside <= self.spec.largest * sum(macs)
+        return self.fits_disk[name] and not frame.is_whole and inside <= self.spec.largest * sum(macs)
 
     def _due(self, block: Block) -> bool:
         """Whether some entry of a block is still to be trained."""
@@ -427,7 +419,8 @@ class _Builder:
             started = time.monotonic()
             module = self._restored(block, index)
             before = copy.deepcopy(self._own_tensors(module, block))
-            own = [parameter for name, parameter in self._named(module, block) if self._is_own(block, name)]
+            prefix = self.frames[block.name].prefix
+            own = [parameter for name, parameter in module.named_parameters() if f"{prefix}{name}" in before]
             seed = derive_seed(self.spec.seed, f"{block.name} {index}", number)
             if own:  # a shift has nothing to train
                 distil_frame(module, own, seen, steps=self.spec.rounds[number], spec=self.spec, seed=seed)
@@ -446,10 +439,6 @@ class _Builder:
         if kept is not None:
             student.load_state_dict(dict(kept[1]), strict=False)
         return self.frames[block.name].inside(student)
-
-    def _named(self, module: nn.Module, block: Block) -> Iterator[tuple[str, nn.Parameter]]:
-        prefix = self.frames[block.name].prefix
-        return ((f"{prefix}{name}", parameter) for name, parameter in module.named_parameters())
 
     def _unbeaten(self, block: Block, steps: int) -> list[int]:
         """The choices that no other one beats after so many steps: none is cheaper in params and MACs and closer to the
@@ -472,7 +461,7 @@ class _Builder:
             held = self._record(names, 0, held_out=True)
             for name in names:
                 block = self.analysis.block(name)
-                earlier = self._earlier(name, [other for other in names if other in held])
+                earlier = self._earlier(name, names)
                 recorded = {frame: held[other].outputs for other, frame in earlier.items()}
                 for index in self._unbeaten(block, sum(self.spec.rounds)):
                     entry = self.entries[name, index]
@@ -533,15 +522,10 @@ def _images_for(passage: Passage, positions: int = _POSITIONS, most: int = _REFI
 @torch.no_grad()
 def recalibrate_frame(module: nn.Module, passage: Passage) -> None:
     """Recomputes the running statistics of a frame's batch norms as averages over a passage; ends in eval mode."""
-    module.eval()
-    norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum, norm.training = None, True
-    for part in even_split(torch.arange(len(passage)), 128):
-        run_frame(module, passage[part])
-    for norm in norms:
-        norm.momentum, norm.training = 0.1, False
+    with averaging_statistics(module) as found:
+        if found:
+            for part in even_split(torch.arange(len(passage)), 128):
+                run_frame(module, passage[part])
 
 
 def distil_frame(

@@ -24,6 +24,7 @@ from nas_kd.training.resume import Stateful, restore, store
 
 Criterion = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # outputs, labels, the teacher's logits → mean loss
 _CHECK_STEPS = 50  # between two looks at the loss: each look makes a GPU wait
+CALIBRATION = 512  # images are enough to recalibrate batch norms on
 _RESIDENT = 0.25  # of the free device memory may hold the training data
 _logger = logging.getLogger(__name__)
 
@@ -239,19 +240,25 @@ def recalibrate(model: nn.Module, images: Images, *, batch_size: int = 128) -> N
     ones even an untouched teacher loses points. A few hundred are enough. Does nothing to a model without batch norms.
     Raises DataError for fewer than 2 images.
     """
+    with averaging_statistics(model) as found, torch.no_grad():
+        if found:
+            for indices in even_split(torch.arange(len(images)), batch_size):
+                model(normalise(images.pixels[indices], images.mean, images.std, device_of(model)))
+
+
+@contextmanager
+def averaging_statistics(model: nn.Module) -> Iterator[bool]:
+    """Inside the block every batch norm collects its mean and variance anew, as averages over the batches that pass;
+    the rest is in eval mode, and so is all of it afterwards. Gives whether there are any."""
     model.eval()
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    if not norms:
-        return
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # torch: the cumulative average
         norm.train()
     try:
-        with torch.no_grad():
-            for indices in even_split(torch.arange(len(images)), batch_size):
-                model(normalise(images.pixels[indices], images.mean, images.std, device_of(model)))
+        yield bool(norms)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
