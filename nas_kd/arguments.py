@@ -20,6 +20,7 @@ STORAGE = "NAS_KD_STORAGE"  # environment variable: a URL with a password is not
 DISTILLATIONS = ("kd", "dkd", "online")
 RUNTIMES = ("torch", "onnx")  # that time a network
 SAMPLERS = ("knapsack", "tpe", "nsgaii", "nsgaiii", "random")
+PRUNERS = {False: ("front", "none"), True: ("sha", "hyperband", "median", "none")}  # with one objective: Optuna's own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +76,8 @@ class Settings:
     grace_period: int = 120
     new_study: bool = False
     command: str = ""
+    maximize: str | None = None
+    pruner: str = "front"
 
     @property
     def name(self) -> str:
@@ -176,6 +179,13 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
         choices=SAMPLERS,
         default="knapsack",
         help="who proposes genotypes after the warm starts (knapsack, never over budget)",
+    )
+    add("--maximize", choices=("accuracy",), help="search for this alone, within the budget (for a front: costs too)")
+    add(
+        "--pruner",
+        choices=list(dict.fromkeys((*PRUNERS[False], *PRUNERS[True]))),
+        help="what stops trials early: front, where cheaper students are better (default); with --maximize Optuna's"
+        " sha (successive halving, default), hyperband or median; or none",
     )
     _add_library(add)
     add("--front", type=number(1), default=8, metavar="N", help="refine at most so many students of the front (8)")
@@ -348,7 +358,16 @@ def _settings(arguments: dict[str, Any]) -> Settings:
     if arguments["study_name"] is not None and not re.search(r"\w", arguments["study_name"]):
         raise NasKdError(f"--study-name {arguments['study_name']!r} needs a letter or digit")
     arguments["pin"] = tuple(arguments["pin"])
+    arguments["pruner"] = _pruner(arguments["pruner"], bool(arguments["maximize"]))
     return Settings(**{field.name: arguments[field.name] for field in fields(Settings)})
+
+
+def _pruner(name: str | None, single: bool) -> str:
+    fitting = PRUNERS[single]
+    if name is not None and name not in fitting:
+        mode = "one objective (--maximize)" if single else "several objectives (no --maximize)"
+        raise NasKdError(f"--pruner {name} does not go with {mode}: use {' or '.join(fitting)}")
+    return name or fitting[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

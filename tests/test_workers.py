@@ -287,6 +287,15 @@ def test_what_a_worker_may_be_given(
     assert "secret" not in line
 
 
+def test_a_study_begun_with_several_objectives_is_no_study_of_one(
+    mistake: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = f"sqlite:///{mistake / 'study.db'}"
+    arguments = command(mistake / "out", "--trials", "2", "--proxy-epochs", "1", "-q", "--storage", url)
+    assert main([*arguments, "--maximize", "accuracy"]) == 2
+    assert "was begun with maximize None, not 'accuracy'" in only_line(capsys)
+
+
 def test_a_read_only_database_is_one_line(mistake: Path, capsys: pytest.CaptureFixture[str]) -> None:
     url = f"sqlite:///file:{mistake / 'study.db'}?mode=ro&uri=true"
     arguments = command(mistake / "out", "--trials", "2", "--proxy-epochs", "1", "-q", "--storage", url)

@@ -27,7 +27,7 @@ from nas_kd.pipeline.job import storage_url
 from nas_kd.pipeline.kit import Kit
 from nas_kd.progress import Board, WorkerLine
 from nas_kd.search.claims import is_trained
-from nas_kd.search.trials import best_score, cost_of, count_trained
+from nas_kd.search.trials import best_score, cost_of, count_trained, rung_scores
 from nas_kd.search.work import retry_abandoned
 from nas_kd.search.workers import WORKER, Watch, running
 
@@ -145,7 +145,7 @@ def _show_progress(study: optuna.Study, seen: set[int], crew: Crew, board: Board
 
 def line_of(trial: FrozenTrial, epochs: int) -> WorkerLine:
     """What is known of a running trial."""
-    rungs = [int(name.split("/")[1]) for name in trial.user_attrs if name.startswith("rung/")]
+    rungs = [epoch for epoch, _ in rung_scores(trial.user_attrs)]
     score = best_score(trial)
     size = f", {short(cost_of(trial).params)}" if "params" in trial.user_attrs else ""
     words = "" if math.isnan(score) else f": {100 * score:.1f} %"

@@ -180,7 +180,8 @@ def choices_made(settings: Settings, budget: Budget) -> dict[str, Any]:
     """The part of the configuration that is known before anything is trained."""
     return {
         "model": settings.model,
-        "objectives": list(objectives(budget)),
+        "maximize": settings.maximize,
+        "objectives": list(objectives(budget, settings.maximize)),
         **latency_facts(settings, budget),
         **space_of(settings),
         "proxy": repr(recipe_of(settings, settings.proxy_epochs)),

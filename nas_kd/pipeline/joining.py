@@ -14,6 +14,7 @@ from nas_kd.pipeline.crew import Crew, advance_by, devices_for, environment, run
 from nas_kd.pipeline.job import choose_device
 from nas_kd.pipeline.kit import Kit, check_space, equip, locate, read_kit
 from nas_kd.progress import Stages
+from nas_kd.search.rungs import make_pruner
 from nas_kd.search.sampler import KnapsackSampler, make_sampler
 from nas_kd.search.storage import CONFIG, close_storage, open_storage, storage_errors
 from nas_kd.search.trials import Objective, count_trained
@@ -42,7 +43,9 @@ def join(settings: WorkerSettings, stages: Stages, sleep: Callable[[float], None
             study.sampler = make_sampler(str(kit.settings["sampler"]), space, int(kit.settings["seed"]))
             if not isinstance(study.sampler, KnapsackSampler):  # which draws from each trial's own number
                 study.sampler.reseed_rng()
-            return _work(study, Objective(space, proxy), settings, stages)
+            pruner = str(kit.settings["pruner"])
+            study.pruner = make_pruner(pruner, int(kit.settings["proxy_epochs"]))
+            return _work(study, Objective(space, proxy, front_pruning=pruner == "front"), settings, stages)
     finally:
         close_storage(storage)
 
@@ -107,7 +110,7 @@ def _named(storage: BaseStorage, name: str) -> optuna.Study | None:
         raise StudyError(f"the storage holds {len(names)} studies: give --study-name, e.g. {sorted(names)[0]!r}")
     if not names:
         return None
-    study = optuna.load_study(study_name=names[0], storage=storage, pruner=optuna.pruners.NopPruner())
+    study = optuna.load_study(study_name=names[0], storage=storage)
     return study if CONFIG in study.user_attrs or study.get_trials(deepcopy=False) else None
 
 

@@ -31,7 +31,7 @@ from nas_kd.results.rows import ModelRow, Role
 from nas_kd.search.options import parse_options
 from nas_kd.search.space import Space
 from nas_kd.search.starts import random_genotype, uniform_width_student, uniform_width_students
-from nas_kd.search.trials import cost_of
+from nas_kd.search.trials import cost_of, values_of
 from nas_kd.training.augment import default_augmentation, derive_seed
 from nas_kd.training.images import AugmentedImages
 from nas_kd.training.loop import CALIBRATION, evaluate, recalibrate
@@ -126,11 +126,11 @@ def choose_front(
     needed = [min(trials, key=_rank) for trials in inside if trials]
     chosen: list[FrozenTrial] = []
     while left and len(chosen) < min(count, _LEAST_FRONT):
-        layer = front(left, [tuple(trial.values) for trial in left])
+        layer = front(left, [values_of(trial, budget) for trial in left])
         left = [trial for trial in left if trial not in layer]
         chosen += layer
     first = {trial.number: trial for trial in (min(chosen, key=_rank), *needed)}
-    others = sorted((t for t in chosen if t.number not in first), key=lambda trial: trial.values[1])
+    others = sorted((t for t in chosen if t.number not in first), key=lambda trial: cost_of(trial).params)
     room = max(0, count - len(first))
     step = max(1.0, len(others) / max(1, room))
     spread = [others[int(index * step)] for index in range(min(len(others), room))]
@@ -139,7 +139,7 @@ def choose_front(
 
 def _rank(trial: FrozenTrial) -> tuple[float, float]:
     """The better of two trials has less: its score, then its parameters."""
-    return -trial.values[0], trial.values[1]
+    return -trial.values[0], cost_of(trial).params
 
 
 def _baselines(job: Job, best: Genotype) -> list[_Wanted]:

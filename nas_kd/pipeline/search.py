@@ -12,6 +12,7 @@ from nas_kd.pipeline.kit import checkpoints, publish
 from nas_kd.pipeline.materials import Materials
 from nas_kd.progress import Stages
 from nas_kd.search.budgets import note_budget
+from nas_kd.search.rungs import make_pruner
 from nas_kd.search.sampler import make_sampler
 from nas_kd.search.storage import open_study, storage_errors
 from nas_kd.search.trials import Objective, Proxy, count_trained, objectives
@@ -42,21 +43,23 @@ def search(job: Job, materials: Materials, stages: Stages) -> optuna.Study:
                     checkpoints=checkpoints(kit, job.cache),
                 )
                 limits = Limits(target=lambda: settings.trials, grace=settings.grace_period)
-                work(study, Objective(job.space, proxy), limits, lambda trial: advance_by(board, trial))
+                objective = Objective(job.space, proxy, front_pruning=settings.pruner == "front")
+                work(study, objective, limits, lambda trial: advance_by(board, trial))
             settle(study, settings.grace_period)
     return study
 
 
 def _open(job: Job, materials: Materials) -> optuna.Study:
-    settings = job.settings
+    settings, wanted = job.settings, objectives(job.space.budget, job.settings.maximize)
     study = open_study(
         job.storage,
         settings.name,
-        directions=list(objectives(job.space.budget).values()),
+        directions=list(wanted.values()),
         config=_config(job, materials),
         sampler=make_sampler(settings.sampler, job.space, settings.seed),
+        pruner=make_pruner(settings.pruner, settings.proxy_epochs),
     )
-    study.set_metric_names(list(objectives(job.space.budget)))
+    study.set_metric_names(list(wanted))
     return study
 
 

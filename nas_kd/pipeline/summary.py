@@ -27,6 +27,7 @@ from nas_kd.search.trials import (
     cost_of,
     importances,
     is_trained,
+    rung_scores,
 )
 
 _logger = logging.getLogger(__name__)
@@ -56,7 +57,6 @@ def summarise(
 
 def _trial_row(trial: FrozenTrial) -> TrialRow:
     attributes = trial.user_attrs
-    rungs = {int(key.split("/")[1]): value for key, value in attributes.items() if key.startswith("rung/")}
     state: Any = "failed"
     if trial.state == TrialState.COMPLETE:
         state = "trained"
@@ -69,7 +69,7 @@ def _trial_row(trial: FrozenTrial) -> TrialRow:
         digest=attributes.get("digest", ""),
         cost=cost_of(trial) if all(kind in attributes for kind in KINDS) else None,
         score=None if math.isnan(score) else score,
-        rungs=tuple(sorted(rungs.items())),
+        rungs=rung_scores(attributes),
         seconds=float(attributes.get("seconds", 0.0)),
         source=attributes.get("source", "sampler"),
         note=attributes.get("reason", ""),

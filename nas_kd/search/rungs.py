@@ -1,13 +1,15 @@
 """When a trial stops early: at a rung where enough cheaper trials were already better.
 
 Optuna's own pruners refuse studies with several objectives, so the rule is ours: asynchronous successive halving over
-the front, one comparison per rung, tested without a study.
+the front, one comparison per rung, tested without a study. A study with one objective has Optuna's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 
 from nas_kd.budget import KINDS, Cost
 
@@ -30,6 +32,17 @@ def rung_epochs(epochs: int) -> tuple[int, ...]:
     """
     powers = [2**power for power in range(epochs.bit_length()) if 2**power < epochs]
     return (*powers, epochs)
+
+
+def make_pruner(name: str, epochs: int) -> BasePruner:
+    """One of Optuna's pruners by its short name, for trials that report after `rung_epochs(epochs)`: sha, hyperband,
+    median; one that stops nothing for any other."""
+    pruners: Mapping[str, Callable[[], BasePruner]] = {
+        "sha": lambda: SuccessiveHalvingPruner(min_resource=1, reduction_factor=2),  # rungs double
+        "hyperband": lambda: HyperbandPruner(min_resource=1, max_resource=epochs, reduction_factor=2),
+        "median": lambda: MedianPruner(n_startup_trials=5),
+    }
+    return pruners.get(name, NopPruner)()
 
 
 def deficit(

@@ -43,7 +43,8 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
 
     A Bayesian additive model of the score is refitted on the finished trials; one draw from its posterior, and the
     knapsack solved on that draw at a random level up to the budget, is the next genotype. A share of the proposals
-    changes one or two blocks of a genotype on the front instead. `damages` (per block, over its choices; by
+    changes one or two blocks of a genotype on the front instead. A study with that one value gets what is best within
+    the whole budget, or within one of the space's levels. `damages` (per block, over its choices; by
     default the space's) are the prior.
     """
 
@@ -59,6 +60,7 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
         self._features = features_of(space.blocks)
         self._seed = _entropy() if seed is None else seed
         self._generator = np.random.default_rng(self._seed)
+        self._single = False
         self._fallback = optuna.samplers.RandomSampler(seed=seed)
         base = space.table.base()
         self._budget = space.budget or Budget(tuple((kind, float(base[kind])) for kind in KINDS))
@@ -79,6 +81,7 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
         """The parameters of the next genotype: within the budget, and new to the study where one can be found."""
         # a trial's own stream: a resumed study goes on as an uninterrupted one would have
         self._generator = np.random.default_rng([self._seed, trial.number])
+        self._single = len(study.directions) == 1
         self.space.recall_latencies(study)
         had = [(other, row) for other in study.get_trials(deepcopy=False) if (row := self._row(other)) is not None]
         known = {tuple(row.tolist()) for other, row in had if not self._was_refused(other)}
@@ -128,8 +131,11 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
         return self._tightest()
 
     def _level(self) -> float:
-        """A random share of the budget: evenly over all, or over each stretch between two of the space's levels."""
+        """A random share of the budget: evenly over all, or over each stretch between two of the space's levels; where
+        the score alone counts, one of the levels."""
         levels = [level for level in self.space.levels if level > self._least] or [1.0]
+        if self._single:
+            return levels[int(self._generator.integers(len(levels)))]
         if len(levels) == 1:
             return float(self._generator.uniform(self._least, 1.0))
         chosen = int(self._generator.integers(len(levels)))
@@ -147,7 +153,11 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
         return within
 
     def _on_front(self, rows: NDArray[np.int64], scores: NDArray[np.float64]) -> NDArray[np.int64]:
-        """One of the genotypes that no other beats in the score at no more cost, at random."""
+        """One of the genotypes that no other beats in the score at no more cost, at random; the best one where the
+        score alone counts."""
+        if self._single:
+            best: NDArray[np.int64] = rows[np.argmax(scores)]
+            return best
         totals = self.space.table.many(rows, self._budget)
         costs = np.stack([totals[kind] for kind in self._budget], axis=1)
         cheaper = (costs[None] <= costs[:, None]).all(axis=2)

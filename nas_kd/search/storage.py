@@ -139,6 +139,7 @@ def open_study(
     directions: Sequence[Direction],
     config: Mapping[str, Any],
     sampler: optuna.samplers.BaseSampler,
+    pruner: optuna.pruners.BasePruner | None = None,
 ) -> optuna.Study:
     """Creates a study, or goes on with the one of this name if it was begun with the same `config` (JSON values).
 
@@ -146,7 +147,8 @@ def open_study(
     begun with something else.
     """
     with storage_errors(f"use the study {name!r} in its storage"):
-        study, created = _create_or_load(storage, name, directions, sampler)
+        study, created = _create_or_load(storage, name, directions)
+        study.sampler, study.pruner = sampler, pruner or optuna.pruners.NopPruner()
         if [direction.name.lower() for direction in study.directions] != list(directions):
             raise StudyError(f"the study {name!r} has other objectives: choose another --study-name")
         if not created:
@@ -159,18 +161,12 @@ def open_study(
     return study
 
 
-def _create_or_load(
-    storage: BaseStorage, name: str, directions: Sequence[Direction], sampler: optuna.samplers.BaseSampler
-) -> tuple[optuna.Study, bool]:
+def _create_or_load(storage: BaseStorage, name: str, directions: Sequence[Direction]) -> tuple[optuna.Study, bool]:
     """The study, and whether it is new."""
-    pruner = optuna.pruners.NopPruner()
     try:
-        study = optuna.create_study(
-            storage=storage, study_name=name, directions=directions, sampler=sampler, pruner=pruner
-        )
+        return optuna.create_study(storage=storage, study_name=name, directions=directions), True
     except DuplicatedStudyError:
-        return optuna.load_study(storage=storage, study_name=name, sampler=sampler, pruner=pruner), False
-    return study, True
+        return optuna.load_study(storage=storage, study_name=name), False
 
 
 def _wait_for_creator(study: optuna.Study) -> None:

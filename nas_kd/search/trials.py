@@ -7,7 +7,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,9 +42,18 @@ _COST_DIRECTION: Direction = "minimize"
 DIRECTIONS: tuple[Direction, ...] = ("maximize", *(_COST_DIRECTION for _ in KINDS))
 
 
-def objectives(budget: Budget | None) -> dict[str, Direction]:
-    """The objectives of a study within `budget`, in order: `OBJECTIVES`, and what else the budget bounds."""
+def objectives(budget: Budget | None, maximize: str | None = None) -> dict[str, Direction]:
+    """The objectives of a study within `budget`, in order: `maximize` alone, or `OBJECTIVES` and what else the budget
+    bounds."""
+    if maximize:
+        return {maximize: "maximize"}
     return {SCORE: "maximize", **{kind: _COST_DIRECTION for kind in kinds_of(budget)}}
+
+
+def values_of(trial: FrozenTrial, budget: Budget | None) -> tuple[float, ...]:
+    """The score of a trained trial and its costs, whatever the study's objectives are."""
+    cost = cost_of(trial)
+    return (best_score(trial), *(float(cost[kind]) for kind in kinds_of(budget)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -67,13 +76,22 @@ class Proxy:
 
 
 class Objective:
-    """Called with a trial, gives its score and costs; for `study.optimize` of a study with `DIRECTIONS`.
+    """Called with a trial, gives its score and costs; for `study.optimize` of a study with `DIRECTIONS`, where trials
+    stop at rungs at which they are behind, if there is a `front_pruning`. In a study with one objective it gives the
+    score alone, and the study's own pruner decides.
 
     `running` is the id of the trial that it is at, None between two.
     """
 
-    def __init__(self, space: Space[Any], proxy: Proxy, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self.space, self.proxy, self.clock = space, proxy, clock
+    def __init__(
+        self,
+        space: Space[Any],
+        proxy: Proxy,
+        *,
+        front_pruning: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.space, self.proxy, self.front_pruning, self.clock = space, proxy, front_pruning, clock
         rungs = rung_epochs(proxy.recipe.epochs)
         self.recipe = dataclasses.replace(proxy.recipe, eval_epochs=rungs)
         self.running: int | None = None
@@ -91,7 +109,7 @@ class Objective:
         with self._checkpoint(genotype) as checkpoint:
             score = self._train(trial, genotype, cost, Run(checkpoint=checkpoint))
         trial.set_user_attr("seconds", round(self.clock() - started, 3))
-        return (score, *(float(cost[kind]) for kind in kinds_of(self.space.budget)))
+        return (score,) if _is_single(trial) else (score, *(float(cost[kind]) for kind in kinds_of(self.space.budget)))
 
     @contextmanager
     def _checkpoint(self, genotype: Genotype) -> Iterator[Path | None]:
@@ -106,12 +124,15 @@ class Objective:
         _remove(path)
 
     def _train(self, trial: optuna.Trial, genotype: Genotype, cost: Cost, run: Run) -> float:
+        look = self._look_as_optuna if _is_single(trial) else self._look_at_front
+        if _is_single(trial):  # a trial that goes on from its last rung reports what it had: pruners go rung by rung
+            for epoch, accuracy in rung_scores(trial.user_attrs):
+                look(trial, epoch, RungScore(cost=cost, score=accuracy))
         student = self.proxy.prepare(self.space.student(genotype))
 
         def report(epoch: int, accuracy: float) -> None:
             trial.set_user_attr(f"rung/{epoch}", accuracy)
-            if epoch < self.recipe.epochs:
-                self._stop_if_behind(trial, epoch, RungScore(cost=cost, score=accuracy))
+            look(trial, epoch, RungScore(cost=cost, score=accuracy))
 
         try:
             result = train(student, self.proxy.views, self.recipe, val=self.proxy.val, report=report, run=run)
@@ -122,13 +143,33 @@ class Objective:
         trial.set_constraint(RUNG, 0.0)
         return result.accuracy
 
-    def _stop_if_behind(self, trial: optuna.Trial, epoch: int, own: RungScore) -> None:
+    def _look_at_front(self, trial: optuna.Trial, epoch: int, own: RungScore) -> None:
+        """Stops a trial that is behind; with a constraint, which is what samplers learn from where nothing can be
+        reported."""
+        if epoch >= self.recipe.epochs or not self.front_pruning:
+            return
         behind = deficit(own, _rung_scores(trial, epoch), kinds=kinds_of(self.space.budget))
         if behind > 0:
             reason = f"stopped after epoch {epoch}: cheaper students were {100 * behind:.1f} points better there"
             trial.set_user_attr("reason", reason)
             trial.set_constraint(RUNG, behind)
             raise optuna.TrialPruned(reason)
+
+    def _look_as_optuna(self, trial: optuna.Trial, epoch: int, own: RungScore) -> None:
+        """Reports to Optuna's pruner, which may stop the trial; samplers learn from what was reported."""
+        frozen = trial.storage.get_trial(trial._trial_id)
+        if epoch in frozen.intermediate_values:
+            return
+        trial.report(own.score, epoch)
+        if epoch < self.recipe.epochs and trial.should_prune():
+            reason = f"stopped after epoch {epoch} by Optuna's {type(trial.study.pruner).__name__}"
+            trial.set_user_attr("reason", reason)
+            trial.set_constraint(RUNG, 0.0)
+            raise optuna.TrialPruned(reason)
+
+
+def _is_single(trial: optuna.Trial) -> bool:
+    return len(trial.study.directions) == 1
 
 
 def _remove(path: Path | None) -> None:
@@ -164,8 +205,14 @@ def best_score(trial: FrozenTrial) -> float:
     """The score of a trial: its first value, or what it had at its last rung when it stopped; NaN without any."""
     if trial.values:
         return float(trial.values[0])
-    rungs = {int(name.split("/")[1]): score for name, score in trial.user_attrs.items() if name.startswith("rung/")}
-    return float(rungs[max(rungs)]) if rungs else math.nan
+    rungs = rung_scores(trial.user_attrs)
+    return rungs[-1][1] if rungs else math.nan
+
+
+def rung_scores(attributes: Mapping[str, Any]) -> tuple[tuple[int, float], ...]:
+    """(epoch, score) at each rung that is noted among a trial's user attributes, in the order of training."""
+    rungs = ((int(name.split("/")[1]), score) for name, score in attributes.items() if name.startswith("rung/"))
+    return tuple(sorted(rungs))
 
 
 def importances(study: optuna.Study) -> tuple[tuple[str, float], ...]:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import optuna
 import pytest
@@ -59,6 +61,26 @@ def test_every_proposal_is_within_every_bound_and_new(tight: Space[nn.Module]) -
     found = search(tight, KnapsackSampler(tight, seed=0), damages, 40)
     assert all(tight.budget.admits(tight.cost(genotype)) for genotype in found)
     assert len(set(found)) == len(found)
+
+
+def test_with_one_objective_the_whole_budget_or_a_level_is_used(tight: Space[nn.Module]) -> None:
+    damages = additive_truth(tight, 0)
+
+    def shares(levels: tuple[float, ...]) -> list[float]:
+        limited = copy.copy(tight)
+        limited.levels = levels
+        study = optuna.create_study(direction="maximize", sampler=KnapsackSampler(limited, seed=0))
+        for _ in range(12):
+            trial = study.ask()
+            genotype = limited.suggest_genotype(trial)
+            limited.admit(trial, genotype)
+            study.tell(trial, score_of(limited, damages, genotype))
+        used = [trial.constraints for trial in study.get_trials()]
+        return [1 + max(constraints.values()) for constraints in used]
+
+    assert min(shares((1.0,))) > 0.8
+    for share in shares((0.5, 1.0)):
+        assert 0.4 < share <= 0.5 or 0.8 < share <= 1
 
 
 def test_it_finds_better_students_than_those_it_starts_from(tight: Space[nn.Module]) -> None:

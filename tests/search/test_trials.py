@@ -3,9 +3,11 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import secrets
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from torch import nn
 
 from nas_kd.genotype import Genotype
+from nas_kd.search.rungs import make_pruner
 from nas_kd.search.sampler import make_optuna_sampler
 from nas_kd.search.space import Space
 from nas_kd.search.storage import close_storage, open_storage, open_study, sqlite_url
@@ -30,6 +33,7 @@ from nas_kd.search.trials import (
     count_trained,
     importances,
     is_trained,
+    values_of,
 )
 from nas_kd.search.work import run_trials
 from nas_kd.search.workers import WORKER, retry_dead_trials, worker_name
@@ -124,6 +128,82 @@ def test_dearer_trials_stop_nothing(small: Space[nn.Module], make_proxy: MakePro
     small.enqueue(study, 1)
     study.optimize(Objective(small, make_proxy(epochs=2)), n_trials=1)
     assert study.get_trials()[-1].state == TrialState.COMPLETE
+
+
+def test_without_front_pruning_every_trial_comes_to_its_end(small: Space[nn.Module], make_proxy: MakeProxy) -> None:
+    study = new_study()
+    for _ in range(4):
+        study.add_trial(finished(small, params=1, score=1.0))
+    small.enqueue(study, 1)
+    study.optimize(Objective(small, make_proxy(epochs=2), front_pruning=False), n_trials=1)
+    assert study.get_trials()[-1].state == TrialState.COMPLETE
+
+
+def new_single_study(pruner: str, epochs: int) -> optuna.Study:
+    sampler = make_optuna_sampler("random", 0)
+    return optuna.create_study(
+        study_name="s",  # decides the brackets of hyperband
+        direction="maximize",
+        sampler=sampler,
+        pruner=make_pruner(pruner, epochs),
+    )
+
+
+@pytest.mark.parametrize("pruner", ["sha", "hyperband", "median"])
+def test_with_one_objective_optunas_pruners_stop_trials_at_rungs(
+    pruner: str, small: Space[nn.Module], make_proxy: MakeProxy
+) -> None:
+    study = new_single_study(pruner, 2)
+    for number in range(8):
+        better = {"digest": str(number), "params": 10**9, "macs": 10**9}
+        study.add_trial(
+            create_trial(
+                value=1.0,
+                intermediate_values={1: 1.0, 2: 1.0},
+                user_attrs=better,
+                system_attrs={"completed_rung_0": 1.0},  # as the halving ones note it
+            )
+        )
+    small.enqueue(study, 2)
+    objective = Objective(small, make_proxy(epochs=2))
+    study.optimize(objective, n_trials=2)  # hyperband gives each trial a bracket of its own: not all stop early
+    stopped = [trial for trial in study.get_trials()[8:] if trial.state == TrialState.PRUNED]
+    assert stopped
+    for trial in stopped:
+        assert list(trial.intermediate_values) == [1]
+        assert trial.intermediate_values[1] == trial.user_attrs["rung/1"] == best_score(trial)
+        assert re.search(r"stopped after epoch 1 by Optuna's \w+Pruner", trial.user_attrs["reason"])
+        assert is_trained(trial)
+
+
+def test_with_one_objective_the_score_is_reported_and_costs_are_noted(
+    small: Space[nn.Module], make_proxy: MakeProxy
+) -> None:
+    study = new_single_study("none", 2)
+    study.enqueue_trial(small.point(small.analysis.identity))
+    small.enqueue(study, 1)
+    run_trials(study, Objective(small, make_proxy(epochs=2)), trained=1)
+    over, trial = study.get_trials()
+    assert over.state == TrialState.PRUNED
+    assert over.constraints["params"] > 0
+    assert trial.values == [trial.intermediate_values[2]]
+    assert trial.intermediate_values == {1: trial.user_attrs["rung/1"], 2: trial.user_attrs["rung/2"]}
+    cost = small.cost(small.starts(1)[0])
+    assert values_of(trial, small.budget) == (trial.values[0], cost.params, cost.macs)
+    assert study.best_trial.number == trial.number
+
+
+def test_a_trial_that_goes_on_reports_the_rungs_that_it_had(small: Space[nn.Module], make_proxy: MakeProxy) -> None:
+    study = new_single_study("sha", 2)
+    point = small.point(small.starts(1)[0])
+    study.enqueue_trial(point, user_attrs={"rung/1": 0.75})  # as a dead worker's trial is queued again
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # optuna warns when a step is reported twice
+        study.optimize(Objective(small, make_proxy(epochs=2)), n_trials=1)
+    (trial,) = study.get_trials()
+    assert trial.intermediate_values[1] == 0.75
+    assert trial.system_attrs["completed_rung_0"] == 0.75
+    assert trial.state == TrialState.COMPLETE
 
 
 def test_a_loss_that_is_not_finite_ends_the_trial_but_not_the_study(
