@@ -1,8 +1,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator
+
+# The networks of the tests are too small for more threads: they would only wait for each other. What a test runs in a
+# process of its own inherits this, so that both round alike. Read by torch when it is imported.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -11,8 +16,8 @@ _LOGGERS = ("nas_kd", "timm", "huggingface_hub")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def few_threads() -> None:
-    """The networks of the tests are too small for more: threads would only wait for each other."""
+def one_thread() -> None:
+    """Also where a plugin imported torch before this file."""
     torch.set_num_threads(1)
 
 

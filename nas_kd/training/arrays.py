@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import secrets
 import shutil
@@ -98,8 +99,8 @@ def require_space(folder: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed_bytes + _MARGIN > free:
         raise DataError(
-            f"{folder} needs {needed_bytes / 2**20:,.0f} MiB, its disk has {free / 2**20:,.0f} MiB free: free some, "
-            "choose another --out, or use fewer or smaller images"
+            f"{folder} needs {math.ceil(needed_bytes / 2**20):,} MiB and {_MARGIN / 2**20:.0f} MiB to spare, its disk "
+            f"has {free / 2**20:,.0f} MiB free: free some, choose another --out, or use fewer or smaller images"
         )
 
 

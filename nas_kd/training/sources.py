@@ -193,16 +193,22 @@ def _open_file(samples: list[tuple[str, int]], index: int) -> Image.Image:
     path = samples[index][0]
     try:
         with Image.open(path) as image:
-            image.load()
-            return image
+            return _in_eight_bits(image)
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         raise DataError(f"cannot read the image {path}: {error}") from error
 
 
+def _in_eight_bits(image: Image.Image) -> Image.Image:
+    """A decoded image. 16-bit greys are scaled down: Pillow itself would cut everything brighter than 255 off."""
+    image.load()
+    if not image.mode.startswith("I"):  # I;16, and I in older versions of Pillow
+        return image
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+
+
 def _open_item(dataset: Any, index: int) -> Image.Image:
     try:
-        image: Image.Image = dataset[index][0]
-        return image
+        return _in_eight_bits(dataset[index][0])
     except Exception as error:
         samples = getattr(dataset, "imgs", None) or getattr(dataset, "samples", None)
         which = samples[index][0] if samples else f"number {index}"

@@ -20,14 +20,6 @@ def resnet() -> nn.Module:
     return timm.create_model("resnet10t", num_classes=10).train()
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def ticking() -> Iterator[float]:
     now = 0.0
     while True:

@@ -27,7 +27,7 @@ def subjects() -> dict[str, Subject]:
 
 def test_torch() -> None:
     threads = torch.get_num_threads()
-    times = measurer(LatencySpec(threads=1))(subjects(), QUICK)
+    times = measurer(LatencySpec(threads=2))(subjects(), QUICK)
     assert list(times) == ["one", "other", "two"]
     assert all(time > 0 for time in times.values())
     assert torch.get_num_threads() == threads

@@ -81,7 +81,7 @@ def test_who_finishes_first_wins(tmp_path: Path) -> None:
 def test_a_full_disk_is_refused_before_writing(tmp_path: Path) -> None:
     needed = 2 * shutil.disk_usage(tmp_path).free
     with (
-        pytest.raises(DataError, match=r"needs [\d,]+ MiB, its disk has [\d,]+ MiB free"),
+        pytest.raises(DataError, match=r"needs [\d,]+ MiB and \d+ MiB to spare, its disk has [\d,]+ MiB free"),
         writing(tmp_path / "a", needed),
     ):
         pass

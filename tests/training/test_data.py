@@ -232,6 +232,16 @@ def test_an_unreadable_image_is_named(tmp_path: Path, write: Write) -> None:
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+def test_images_of_sixteen_bits_keep_their_greys(tmp_path: Path) -> None:
+    greys = np.arange(144).reshape(12, 12)
+    for label in ("a", "b"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for index in range(4):
+            Image.fromarray((greys * 257).astype(np.uint16)).save(tmp_path / "images" / label / f"{index}.png")
+    splits = load_splits(folder_spec(tmp_path / "images", img_size=12, in_chans=1), tmp_path / "cache")
+    assert all(np.array_equal(image[0], greys) for image in splits.train.pixels.numpy())
+
+
 def test_a_class_without_training_images_is_named(tmp_path: Path, write: Write) -> None:
     write("train", cat=4, dog=4)
     with pytest.raises(DataError, match=r"the class 'emu' has images in .* but no images in train"):
