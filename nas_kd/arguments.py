@@ -14,7 +14,7 @@ from typing import Any
 
 from nas_kd import __version__
 from nas_kd.budget import parse_budget, parse_levels
-from nas_kd.errors import NasKdError, without_password
+from nas_kd.errors import NasKdError, nearest, without_password
 
 STORAGE = "NAS_KD_STORAGE"  # environment variable: a URL with a password is not for every eye on the machine
 DISTILLATIONS = ("kd", "dkd", "online")
@@ -176,9 +176,11 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     _add_choices(add)
     add(
         "--sampler",
-        choices=SAMPLERS,
+        type=_sampler,
+        metavar="NAME",
         default="knapsack",
-        help="who proposes genotypes after the warm starts (knapsack, never over budget)",
+        help=f"who proposes genotypes after the warm starts: {', '.join(SAMPLERS)}, or package.module:Class of your own"
+        " (knapsack, never over budget)",
     )
     add("--maximize", choices=("accuracy",), help="search for this alone, within the budget (for a front: costs too)")
     add(
@@ -189,6 +191,16 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     )
     _add_library(add)
     add("--front", type=number(1), default=8, metavar="N", help="refine at most so many students of the front (8)")
+
+
+def _sampler(text: str) -> str:
+    """The type of --sampler: a short name, or the path of the user's own, which is imported later."""
+    if text not in SAMPLERS and not re.fullmatch(r"[^\W\d][\w.]*[.:][^\W\d]\w*", text):
+        hint = nearest(text, SAMPLERS)
+        raise argparse.ArgumentTypeError(
+            f"unknown sampler {text!r}: use {', '.join(SAMPLERS)}, or package.module:Class of your own{hint}"
+        )
+    return text
 
 
 def _add_latency(add: Callable[..., object]) -> None:

@@ -13,13 +13,14 @@ from optuna.storages import BaseStorage
 from torch import nn
 
 from nas_kd import __version__
-from nas_kd.arguments import Settings
+from nas_kd.arguments import SAMPLERS, Settings
 from nas_kd.budget import LATENCY, Budget, parse_budget, parse_levels
 from nas_kd.errors import DeviceError, NasKdError, OutputError
 from nas_kd.models.hub import create_base
 from nas_kd.models.reduction import reduce_stride
 from nas_kd.pipeline.latency import latency_facts, make_meter
 from nas_kd.search.options import parse_options
+from nas_kd.search.own_sampler import check_own_sampler
 from nas_kd.search.space import Space
 from nas_kd.search.storage import check_study, close_storage, open_storage, set_aside, sqlite_url
 from nas_kd.search.trials import objectives
@@ -70,6 +71,9 @@ def prepare(settings: Settings, storage: BaseStorage | None = None) -> Job:
         load_checkpoint(base, Path(settings.initial_checkpoint))
     space = make_space(settings, base)
     assert space.budget is not None
+    if settings.sampler not in SAMPLERS:
+        directions = list(objectives(space.budget, settings.maximize).values())
+        check_own_sampler(settings.sampler, settings.seed, directions, space.distributions)
     storage = storage or open_storage(storage_url(settings, out), grace=settings.grace_period)
     try:
         if settings.new_study and (kept := set_aside(storage, settings.name)):

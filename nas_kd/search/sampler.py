@@ -15,6 +15,7 @@ from nas_kd.budget import KINDS, Budget
 from nas_kd.errors import GenotypeError
 from nas_kd.search.additive import AdditiveModel, features_of, fit
 from nas_kd.search.budgets import cost_of
+from nas_kd.search.own_sampler import make_own_sampler
 from nas_kd.search.space import Space
 from nas_kd.search.starts import smallest_level, solve_in_time, tightness
 
@@ -23,19 +24,19 @@ _TRIES = 64  # to find a genotype that the study has not had
 
 
 def make_sampler(name: str, space: Space[Any], seed: int) -> optuna.samplers.BaseSampler:
-    """A sampler by its short name: knapsack (ours), or one of Optuna's."""
+    """A sampler by its short name: knapsack (ours), or one of Optuna's; or by the path of the user's own."""
     return KnapsackSampler(space, seed=seed) if name == "knapsack" else make_optuna_sampler(name, seed)
 
 
 def make_optuna_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
-    """One of Optuna's samplers by its short name: tpe (multivariate), nsgaii, nsgaiii, random."""
+    """One of Optuna's samplers by its short name: tpe (multivariate), nsgaii, nsgaiii, random; or any by its path."""
     samplers: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
         "tpe": lambda: optuna.samplers.TPESampler(multivariate=True, seed=seed, n_startup_trials=8),
         "nsgaii": lambda: optuna.samplers.NSGAIISampler(seed=seed, population_size=16),
         "nsgaiii": lambda: optuna.samplers.NSGAIIISampler(seed=seed, population_size=16),
         "random": lambda: optuna.samplers.RandomSampler(seed=seed),
     }
-    return samplers[name]()
+    return samplers[name]() if name in samplers else make_own_sampler(name, seed)
 
 
 class KnapsackSampler(optuna.samplers.BaseSampler):
