@@ -30,6 +30,7 @@ _FACTORS: Sequence[Callable[[Choice], object]] = (
 )
 _SHARES = (0.35, 0.1, 0.35, 0.2)  # of a term's variance, in the order of _FACTORS
 _COMMON = 0.5  # of a factor's variance that all blocks share
+_ROUNDING = 1e-13  # of the largest eigenvalue, per row or column: what is smaller is 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -77,6 +78,36 @@ def _one_hot(rows: Sequence[Sequence[int]], width: int) -> Array:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Spectrum:
+    """The covariance of N scores for a scale of 1 and no noise, as its R eigenvalues that are not 0 and their vectors
+    (N × R): with it every scale and noise are cheap."""
+
+    values: Array
+    vectors: Array
+
+    def over(self, gaps: Array, scale: float, noise: float) -> Array:
+        """The covariance's inverse, of this scale and noise, times N numbers."""
+        shares = 1 / (scale**2 * self.values + noise**2) - 1 / noise**2
+        product: Array = gaps / noise**2 + self.vectors @ (shares * (self.vectors.T @ gaps))
+        return product
+
+    def evidence(self, residuals: Array, scale: float, noise: float) -> float:
+        """The log likelihood of the residuals, up to a constant and a factor."""
+        own = np.log(scale**2 * self.values + noise**2).sum()
+        rest = (len(residuals) - len(self.values)) * np.log(noise**2)
+        return float(-residuals @ self.over(residuals, scale, noise) - own - rest)
+
+
+def _spectrum(weighted: Array) -> _Spectrum:
+    """Of N × P parts, each times its standard deviation: from the smaller of the two matrices of products."""
+    tall = len(weighted) > weighted.shape[1]
+    values, vectors = np.linalg.eigh(weighted.T @ weighted if tall else weighted @ weighted.T)
+    kept = values > _ROUNDING * max(1, *weighted.shape) * values.max(initial=0.0)
+    values, vectors = values[kept], vectors[:, kept]
+    return _Spectrum(values=values, vectors=weighted @ vectors / np.sqrt(values) if tall else vectors)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class AdditiveModel:
     """The posterior after N scored genotypes. `draw` gives one sample of what each choice of each block is worth."""
 
@@ -84,6 +115,7 @@ class AdditiveModel:
     prior: tuple[Array, ...]  # per block and choice
     observed: Array  # parts of the scored genotypes, N × P
     residuals: Array  # their scores without constant and prior mean, N
+    spectrum: _Spectrum
     scale: float
     noise: float
 
@@ -98,16 +130,8 @@ class AdditiveModel:
         noise = generator.normal(size=len(self.observed)) * self.noise * boldness
         if len(self.observed):  # Matheron's rule: a prior sample, moved by what the trials say
             gap = self.residuals - self.observed @ sample - noise
-            sample = sample + deviations**2 * (self.observed.T @ np.linalg.solve(self._covariance(), gap))
+            sample = sample + deviations**2 * (self.observed.T @ self.spectrum.over(gap, self.scale, self.noise))
         return [mean + matrix @ sample for mean, matrix in zip(self.prior, self.features.matrices, strict=True)]
-
-    def _covariance(self) -> Array:
-        return _covariance(self.observed, self.features.variances, self.scale, self.noise)
-
-
-def _covariance(observed: Array, variances: Array, scale: float, noise: float) -> Array:
-    covariance: Array = scale**2 * (observed * variances) @ observed.T + noise**2 * np.eye(len(observed))
-    return covariance
 
 
 def fit(features: Features, indices: NDArray[np.int64], scores: Array, damages: Sequence[Array]) -> AdditiveModel:
@@ -120,15 +144,16 @@ def fit(features: Features, indices: NDArray[np.int64], scores: Array, damages: 
     slope = _slope(expected, scores)
     gaps = scores + slope * expected
     residuals = gaps - gaps.mean() if len(gaps) else gaps
+    spectrum = _spectrum(observed * np.sqrt(features.variances))
     scale, noise = max(
-        itertools.product(_SCALES, _NOISES),
-        key=lambda pair: _evidence(_covariance(observed, features.variances, *pair), residuals),
+        itertools.product(_SCALES, _NOISES), key=lambda pair: spectrum.evidence(residuals, *pair) if len(gaps) else 0.0
     )
     return AdditiveModel(
         features=features,
         prior=tuple(-slope * damage for damage in damages),
         observed=observed,
         residuals=residuals,
+        spectrum=spectrum,
         scale=scale,
         noise=noise,
     )
@@ -147,11 +172,3 @@ def _slope(expected: Array, scores: Array) -> float:
         return 0.05
     centred, gaps = expected - expected.mean(), scores - scores.mean()
     return max(0.0, float((0.05 - centred @ gaps) / (1 + centred @ centred)))
-
-
-def _evidence(covariance: Array, residuals: Array) -> float:
-    """The log likelihood of the residuals, up to a constant."""
-    if not len(residuals):
-        return 0.0
-    _, logarithm = np.linalg.slogdet(covariance)
-    return float(-residuals @ np.linalg.solve(covariance, residuals) - logarithm)
