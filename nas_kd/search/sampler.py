@@ -63,6 +63,7 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
         self._generator = np.random.default_rng(self._seed)
         self._single = False
         self._fallback = optuna.samplers.RandomSampler(seed=seed)
+        self._rows: dict[tuple[Any, ...], NDArray[np.int64] | None] = {}  # by the values of a trial's parameters
         base = space.table.base()
         self._budget = space.budget or Budget(tuple((kind, float(base[kind])) for kind in KINDS))
         self._least = min(1.0, smallest_level(space.table, self._budget))
@@ -106,10 +107,18 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
 
     def _row(self, trial: FrozenTrial) -> NDArray[np.int64] | None:
         """The positions of a trial's choices; None for one that is not, or not yet, of this space."""
-        if not trial.params.keys() >= self.space.distributions.keys():
-            return None
+        params = trial.params
         try:
-            genotype = self.space.genotype({name: trial.params[name] for name in self.space.distributions})
+            point = tuple([params[name] for name in self.space.distributions])
+        except KeyError:
+            return None
+        if point not in self._rows:  # all trials are asked for at every proposal
+            self._rows[point] = self._find_row(point)
+        return self._rows[point]
+
+    def _find_row(self, point: tuple[Any, ...]) -> NDArray[np.int64] | None:
+        try:
+            genotype = self.space.genotype(dict(zip(self.space.distributions, point, strict=True)))
         except GenotypeError:
             return None
         return self.space.table.indices(genotype)
