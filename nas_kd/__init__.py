@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from nas_kd.search.space import Space as Space
     from nas_kd.training.images import Images as Images
     from nas_kd.training.library import Library as Library
-    from nas_kd.training.library import LibrarySpec as LibrarySpec
-    from nas_kd.training.library import build_library as build_library
+    from nas_kd.training.library_building import LibrarySpec as LibrarySpec
+    from nas_kd.training.library_building import build_library as build_library
     from nas_kd.training.loop import recalibrate as recalibrate
     from nas_kd.training.losses import distillation_loss as distillation_loss
     from nas_kd.training.losses import ensemble_loss as ensemble_loss
@@ -45,11 +45,11 @@ _HOMES = {
     "Images": "nas_kd.training.images",
     "KnapsackSampler": "nas_kd.search.sampler",
     "Library": "nas_kd.training.library",
-    "LibrarySpec": "nas_kd.training.library",
+    "LibrarySpec": "nas_kd.training.library_building",
     "NasKdError": "nas_kd.errors",
     "Space": "nas_kd.search.space",
     "analyse": "nas_kd.models.blocks",
-    "build_library": "nas_kd.training.library",
+    "build_library": "nas_kd.training.library_building",
     "create_base": "nas_kd.models.hub",
     "distillation_loss": "nas_kd.training.losses",
     "ensemble_loss": "nas_kd.training.losses",

@@ -10,7 +10,8 @@ from nas_kd.progress import Advance, Stages
 from nas_kd.training.augment import default_augmentation
 from nas_kd.training.data import Splits, load_splits
 from nas_kd.training.images import AugmentedImages, Images
-from nas_kd.training.library import Library, LibrarySpec, build_library, plan_library
+from nas_kd.training.library import Library
+from nas_kd.training.library_building import LibrarySpec, build_library, plan_library
 from nas_kd.training.teacher import Teacher, TeacherCache, TeacherResult, adopt_teacher, prepare_teacher
 from nas_kd.training.views import OnlineViews, Views, ViewSpec, build_views, views_bytes
 
@@ -47,6 +48,19 @@ def gather(job: Job, stages: Stages) -> Materials:
     if settings.library_budget:
         job.space.library = _library(job, splits, teacher, stages)
     return Materials(splits=splits, teacher=teacher, proxy_views=proxy_views, refine_views=whole)
+
+
+def gather_whole(job: Job, epochs: int, stages: Stages) -> Materials:
+    """What trainings of up to `epochs` epochs on all training images need: `gather` without a search."""
+    settings = job.settings
+    with stages.stage("data"):
+        splits = load_splits(job.data, job.cache)
+    teaching = epochs_of(settings.teacher_epochs, TEACHER, splits, job.device)
+    with stages.stage("teacher", 1 if job.trained_elsewhere else teaching) as advance:
+        teacher = _teacher(job, splits, teaching, advance)
+    with stages.stage("views"):
+        views = _views(job, splits, teacher, min(settings.views, epochs), splits.train)
+    return Materials(splits=splits, teacher=teacher, proxy_views=views, refine_views=views)
 
 
 def _library(job: Job, splits: Splits, teacher: TeacherResult, stages: Stages) -> Library:

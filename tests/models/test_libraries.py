@@ -16,7 +16,7 @@ from nas_kd.models.structure import Block
 from nas_kd.search.options import parse_options
 from nas_kd.search.space import Space
 from nas_kd.training.images import Images
-from nas_kd.training.library import LibrarySpec, build_library
+from nas_kd.training.library_building import LibrarySpec, build_library
 from nas_kd.training.loop import recalibrate
 
 QUICK = ("mobilenetv3_small_100", "starnet_s1", "regnety_004")

@@ -24,7 +24,8 @@ from nas_kd.training.augment import default_augmentation
 from nas_kd.training.data import Splits
 from nas_kd.training.entries import Entry, EntryFile
 from nas_kd.training.images import AugmentedImages, Images
-from nas_kd.training.library import Library, LibrarySpec, build_library, plan_library
+from nas_kd.training.library import Library
+from nas_kd.training.library_building import LibrarySpec, build_library, plan_library
 from nas_kd.training.loop import evaluate, recalibrate, train
 from nas_kd.training.recipe import Recipe
 
