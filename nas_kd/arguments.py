@@ -328,6 +328,8 @@ class WorkerSettings:
     artifacts: str | None
     jobs: int
     grace_period: int
+    ray: str | None
+    num_gpus: float | None
     wait: int
     leash: bool
     quiet: bool
@@ -350,6 +352,19 @@ def worker_parser(prog: str = "python -m nas_kd.worker") -> argparse.ArgumentPar
     add("--out", metavar="DIR", help="folder for what is fetched (the study's own where it is on this machine)")
     add("--wait", type=number(0), default=0, metavar="S", help="wait so many seconds for the study to begin (0)")
     _add_workers(parser)
+    add(
+        "--ray",
+        nargs="?",
+        const="auto",
+        metavar="ADDRESS",
+        help="run the --jobs as tasks of a Ray cluster: auto (the one that this machine is of), its address, or local",
+    )
+    add(
+        "--num-gpus",
+        type=number(0, float),
+        metavar="F",
+        help="GPUs that Ray gives to each, also a share of one (1, or 0 in a cluster without)",
+    )
     add("--leash", action="store_true", help=argparse.SUPPRESS)
     add("-q", "--quiet", action="store_true", help="print nothing but errors")
     add("--debug", action="store_true", help="tracebacks and debug messages")
@@ -361,6 +376,8 @@ def parse_worker(argv: Sequence[str]) -> WorkerSettings:
     arguments = vars(worker_parser().parse_args(argv))
     if not arguments["storage"]:
         raise NasKdError("a worker needs the study's storage: give --storage URL, or set NAS_KD_STORAGE")
+    if arguments["num_gpus"] is not None and arguments["ray"] is None:
+        raise NasKdError("--num-gpus is what Ray gives to a worker: add --ray, or use --device")
     return WorkerSettings(**{**arguments, "study_name": arguments["study_name"] or ""})
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import optuna
 import pytest
 import servers
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from nas_kd.search.storage import close_storage, open_storage
@@ -54,20 +55,31 @@ def trials(url: str) -> list[FrozenTrial]:
     """The trials of the study; none while it does not exist."""
     storage = open_storage(url)
     try:
-        return optuna.load_study(study_name=NAME, storage=storage).get_trials()
-    except KeyError:
-        return []
+        return trials_in(storage)
     finally:
         close_storage(storage)
 
 
-def wait_for_worker(url: str, process: subprocess.Popen[str], attribute: str = "rung/1", patience: float = 300) -> int:
-    """The process number of a worker whose trial has come to its first rung."""
+def trials_in(storage: BaseStorage) -> list[FrozenTrial]:
+    try:
+        return optuna.load_study(study_name=NAME, storage=storage).get_trials()
+    except KeyError:
+        return []
+
+
+def wait_for_worker(
+    url: str, process: subprocess.Popen[str], besides: tuple[int, ...] = (), patience: float = 300
+) -> int:
+    """The process number of a worker, besides those, whose trial has come to its first rung."""
     deadline = time.monotonic() + patience
+    storage = open_storage(url)
     while time.monotonic() < deadline and process.poll() is None:
-        for trial in trials(url):
-            if trial.state == TrialState.RUNNING and {attribute, WORKER} <= trial.user_attrs.keys():
-                return int(trial.user_attrs[WORKER].rpartition(":")[2])
+        for trial in trials_in(storage):
+            if trial.state == TrialState.RUNNING and {"rung/1", WORKER} <= trial.user_attrs.keys():
+                worker = int(trial.user_attrs[WORKER].rpartition(":")[2])
+                if worker not in besides:
+                    close_storage(storage)
+                    return worker
         time.sleep(0.1)
     raise AssertionError(f"no trial came to its first rung: {process.communicate()[1]}")
 
@@ -177,6 +189,29 @@ def test_a_worker_on_another_machine_gets_all_it_needs(shared: str, tmp_path: Pa
     close_storage(storage)
 
 
+def test_workers_that_are_killed_are_restarted_by_ray(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    out, url = tmp_path / "out", f"sqlite:///{tmp_path / 'study.db'}"
+    assert main([*command(out, "--trials", "1", "--proxy-epochs", "8", "--storage", url), "-q"]) == 0
+    study = optuna.load_study(study_name=NAME, storage=url)
+    kit = study.user_attrs["nas_kd kit"]
+    study.set_user_attr("nas_kd kit", {**kit, "settings": {**kit["settings"], "trials": 5}})
+    process = start("nas_kd.worker", ["--storage", url, "--jobs", "2", "--ray", "local", "--grace-period", "6"])
+    first = wait_for_worker(url, process)
+    os.kill(first, signal.SIGKILL)
+    os.kill(wait_for_worker(url, process, besides=(first,)), signal.SIGKILL)
+    errors = process.communicate(timeout=400)[1]
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors
+    found = trials(url)
+    check_nothing_lost(found, 5)
+    dead = [trial for trial in found if trial.state == TrialState.FAIL]
+    assert [trial.user_attrs["retry of"] for trial in found if "retry of" in trial.user_attrs] == [
+        trial.number for trial in dead
+    ]
+    assert len({trial.user_attrs[WORKER] for trial in found if WORKER in trial.user_attrs}) >= 4
+
+
 # what may be wrong
 
 
@@ -275,6 +310,7 @@ def test_another_version_and_a_foreign_study_are_refused(mistake: Path, capsys: 
         ("", "a worker needs the study's storage"),
         ("--storage sqlite:///{folder}/empty.db", "the storage holds no study yet"),
         ("--storage sqlite:///{folder}/study.db --study-name t", "holds no study 't'; did you mean|holds no study 't'"),
+        ("--storage sqlite:///{folder}/study.db --num-gpus 1", "--num-gpus is what Ray gives to a worker: add --ray"),
         ("--storage sqlite:///{folder}/study.db --device cuda:99", "there is no device 'cuda:99'"),
     ],
 )

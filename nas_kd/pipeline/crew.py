@@ -10,17 +10,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import optuna
 import torch
 from optuna.trial import FrozenTrial
 
-from nas_kd.arguments import STORAGE, Settings
+from nas_kd.arguments import STORAGE, Settings, WorkerSettings
 from nas_kd.budget import short
 from nas_kd.errors import NasKdError, StudyError
 from nas_kd.pipeline.job import storage_url
@@ -37,12 +37,30 @@ _RESTARTS = 5  # of workers in a row without a finished trial
 _logger = logging.getLogger(__name__)
 
 
+class Worker(Protocol):
+    """A worker that a crew starts, wherever it runs."""
+
+    def start(self) -> None:
+        """Starts it, again if it has ended."""
+
+    def code(self) -> int | None:
+        """Its exit code, 2 for a mistake of the user's; None while it runs."""
+
+    def words(self) -> str:
+        """What it said last, else how it ended."""
+
+    def ask_to_stop(self) -> None:
+        """Lets it put its trial back and end."""
+
+    def wait(self, seconds: float) -> None:
+        """Waits so long for its end, then ends it by force."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Crew:
-    """Workers to start: `commands`, one for each; they share `environment`, the study wants `trials` of `epochs`."""
+    """Workers to start, for a study that wants `trials` of `epochs`."""
 
-    commands: tuple[tuple[str, ...], ...]
-    environment: dict[str, str]
+    workers: tuple[Worker, ...]
     trials: int
     epochs: int
     grace: int
@@ -50,21 +68,26 @@ class Crew:
 
 def crew_of(settings: Settings, out: Path, kit: Kit) -> Crew:
     """The workers that a study's settings ask for: spread over the GPUs, or each with its share of the threads."""
-    command = [*worker_command(settings.name, settings.grace_period), "--out", str(out)]
+    command = [*worker_arguments(settings.name, settings.grace_period), "--out", str(out)]
+    shared = environment(storage_url(settings, out), settings.jobs)
     devices = devices_for(settings.device, settings.jobs)
     return Crew(
-        commands=tuple((*command, "--device", device) for device in devices),
-        environment=environment(storage_url(settings, out), settings.jobs),
+        workers=tuple(LocalWorker([*command, "--device", device], shared) for device in devices),
         trials=settings.trials,
         epochs=settings.proxy_epochs,
         grace=settings.grace_period,
     )
 
 
-def worker_command(name: str, grace: int) -> list[str]:
-    """The command of a worker process that ends when this one does."""
-    command = [sys.executable, "-m", "nas_kd.worker", "--leash", "--quiet"]
-    return [*command, "--study-name", name, "--grace-period", str(grace)]
+def worker_arguments(name: str, grace: int) -> list[str]:
+    """The arguments of a worker that ends when the process that started it does."""
+    return ["--leash", "--quiet", "--study-name", name, "--grace-period", str(grace)]
+
+
+def file_arguments(settings: WorkerSettings) -> list[str]:
+    """Where a worker's own workers find the study's files."""
+    given = (("--out", settings.out), ("--artifacts", settings.artifacts))
+    return [word for option, value in given if value for word in (option, value)]
 
 
 def devices_for(device: str | None, jobs: int, gpus: int | None = None) -> list[str]:
@@ -87,14 +110,14 @@ def run_crew(crew: Crew, study: optuna.Study, board: Board, sleep: Callable[[flo
     Raises what a worker ended with when that is a mistake of the user's, StudyError when workers die again and again.
     Ctrl-C lets each put its trial back.
     """
-    workers = [_Process(command, crew.environment) for command in crew.commands]
+    workers = crew.workers
     watch = Watch(grace=crew.grace)
     seen = {trial.number for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()}
     deaths = 0
     try:
         for worker in workers:
             worker.start()
-        while any(worker.is_alive() for worker in workers):
+        while any(worker.code() is None for worker in workers):
             sleep(_POLL)
             retry_abandoned(study, watch)
             if count_trained(study) < crew.trials:
@@ -110,7 +133,7 @@ def run_crew(crew: Crew, study: optuna.Study, board: Board, sleep: Callable[[flo
         _logger.warning("only %d of %d trials trained: the sampler found too few students", done, crew.trials)
 
 
-def _replace_dead(workers: Sequence[_Process]) -> int:
+def _replace_dead(workers: Sequence[Worker]) -> int:
     """Starts those workers anew that were killed, and returns how many. Raises NasKdError when one met a mistake."""
     dead = 0
     for worker in workers:
@@ -124,7 +147,7 @@ def _replace_dead(workers: Sequence[_Process]) -> int:
     return dead
 
 
-def stop_all(workers: Sequence[_Process]) -> None:
+def stop_all(workers: Sequence[Worker]) -> None:
     """Asks every worker to put its trial back and waits; kills those that do not end."""
     for worker in workers:
         worker.ask_to_stop()
@@ -160,11 +183,11 @@ def advance_by(board: Board, trial: FrozenTrial) -> None:
         board.advance(f"trial {trial.number}: {words} at {short(cost_of(trial).params)}")
 
 
-class _Process:
+class LocalWorker:
     """A worker process. It ends by itself when this one does: its standard input is a pipe that then closes."""
 
-    def __init__(self, command: Sequence[str], environment: dict[str, str]) -> None:
-        self.command, self.environment = command, environment
+    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+        self.command, self.environment = [sys.executable, "-m", "nas_kd.worker", *arguments], environment
         self.process: subprocess.Popen[bytes] | None = None
         self.errors: IO[Any] = tempfile.TemporaryFile()
 
@@ -185,10 +208,6 @@ class _Process:
         """Its exit code; None while it runs."""
         return None if self.process is None else self.process.poll()
 
-    def is_alive(self) -> bool:
-        """Whether it runs."""
-        return self.process is not None and self.process.poll() is None
-
     def words(self) -> str:
         """What it said last, else how it ended."""
         self.errors.seek(0)
@@ -200,7 +219,7 @@ class _Process:
 
     def ask_to_stop(self) -> None:
         """Sends what a cluster would: Ctrl-C is ignored by processes that a shell runs in the background."""
-        if self.process is not None and self.is_alive():
+        if self.process is not None and self.code() is None:
             with suppress(ProcessLookupError):
                 self.process.terminate()
 

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import optuna
 from optuna.storages import BaseStorage
 
 from nas_kd.arguments import WorkerSettings
 from nas_kd.errors import StudyError, nearest
-from nas_kd.pipeline.crew import Crew, advance_by, devices_for, environment, run_crew, worker_command
+from nas_kd.pipeline.crew import (
+    Crew,
+    LocalWorker,
+    Worker,
+    advance_by,
+    devices_for,
+    environment,
+    file_arguments,
+    run_crew,
+    worker_arguments,
+)
 from nas_kd.pipeline.job import choose_device
 from nas_kd.pipeline.kit import Kit, check_space, equip, locate, read_kit
+from nas_kd.pipeline.ray_crew import ray_workers
 from nas_kd.progress import Stages
 from nas_kd.search.rungs import make_pruner
 from nas_kd.search.sampler import KnapsackSampler, make_sampler
@@ -28,13 +39,16 @@ def join(settings: WorkerSettings, stages: Stages, sleep: Callable[[float], None
 
     Raises a NasKdError for everything that is wrong with the storage, the study or its files.
     """
-    device = choose_device(settings.device)
+    device = choose_device(settings.device if settings.ray is None else "cpu")
     storage = open_storage(settings.storage, grace=settings.grace_period)
     try:
         with storage_errors("use the study in its storage"):
             study, kit = _find(storage, settings, sleep)
+            if settings.ray is not None:
+                with ray_workers(settings, study.study_name) as workers:
+                    return _lead(study, kit, workers, settings, stages)
             if settings.jobs > 1:
-                return _lead(study, kit, settings, stages)
+                return _lead(study, kit, _local_workers(settings, study.study_name), settings, stages)
             with stages.stage("files"):
                 cache = locate(kit, settings.out, settings.artifacts)
             with stages.stage("model"):
@@ -50,12 +64,11 @@ def join(settings: WorkerSettings, stages: Stages, sleep: Callable[[float], None
         close_storage(storage)
 
 
-def _lead(study: optuna.Study, kit: Kit, settings: WorkerSettings, stages: Stages) -> int:
-    """Runs `--jobs` workers and returns how many trials finished meanwhile."""
+def _lead(study: optuna.Study, kit: Kit, workers: Sequence[Worker], settings: WorkerSettings, stages: Stages) -> int:
+    """Runs workers and returns how many trials finished meanwhile."""
     before = count_trained(study)
     crew = Crew(
-        commands=commands_for(settings, study.study_name),
-        environment=environment(settings.storage, settings.jobs),
+        workers=tuple(workers),
         trials=_wanted(study),
         epochs=int(kit.settings["proxy_epochs"]),
         grace=settings.grace_period,
@@ -65,12 +78,12 @@ def _lead(study: optuna.Study, kit: Kit, settings: WorkerSettings, stages: Stage
     return count_trained(study) - before
 
 
-def commands_for(settings: WorkerSettings, name: str) -> tuple[tuple[str, ...], ...]:
-    """What starts each of a worker's own `--jobs`."""
-    command = worker_command(name, settings.grace_period)
-    for option, value in (("--out", settings.out), ("--artifacts", settings.artifacts)):
-        command += [option, value] if value else []
-    return tuple((*command, "--device", device) for device in devices_for(settings.device, settings.jobs))
+def _local_workers(settings: WorkerSettings, name: str) -> list[LocalWorker]:
+    """A worker's own `--jobs` on this machine."""
+    command = [*worker_arguments(name, settings.grace_period), *file_arguments(settings)]
+    shared = environment(settings.storage, settings.jobs)
+    devices = devices_for(settings.device, settings.jobs)
+    return [LocalWorker([*command, "--device", device], shared) for device in devices]
 
 
 def _work(study: optuna.Study, objective: Objective, settings: WorkerSettings, stages: Stages) -> int:
