@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,6 +52,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     done = subprocess.run(command(out, "--near", "3"), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return out, done.stdout, done.stderr
+
+
+@pytest.fixture
+def prepared(finished: tuple[Path, str, str], tmp_path: Path) -> Path:
+    """A folder in which teacher, views and library are there, and nothing is measured yet."""
+    out = tmp_path / "prepared"
+    shutil.copytree(finished[0] / "cache", out / "cache")
+    return out
 
 
 def command(out: Path, *more: str) -> list[str]:
@@ -104,9 +113,8 @@ def test_the_same_command_trains_nothing_again(finished: tuple[Path, str, str]) 
     assert result(out).groups == before.groups
 
 
-def test_more_genotypes_and_other_proxies_keep_what_is_known(finished: tuple[Path, str, str], tmp_path: Path) -> None:
-    out = tmp_path / "copy"
-    out.mkdir()
+def test_more_genotypes_and_other_proxies_keep_what_is_known(finished: tuple[Path, str, str], prepared: Path) -> None:
+    out = prepared
     (out / "rank_check.jsonl").write_bytes((finished[0] / "rank_check.jsonl").read_bytes())
     before = records(out)
     assert main([*BASE, *SMALL, "--genotypes", "4", "--out", str(out), "-q"]) == 0
@@ -116,8 +124,8 @@ def test_more_genotypes_and_other_proxies_keep_what_is_known(finished: tuple[Pat
     assert Counter(key.split("/")[0] for key in (records(out) - before)) == dict.fromkeys(parts(out)[1:-1], 3)
 
 
-def test_a_killed_check_goes_on_where_it_was(finished: tuple[Path, str, str], tmp_path: Path) -> None:
-    out = tmp_path / "killed"
+def test_a_killed_check_goes_on_where_it_was(finished: tuple[Path, str, str], prepared: Path) -> None:
+    out = prepared
     process = subprocess.Popen(command(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log = out / "rank_check.jsonl"
     deadline = time.monotonic() + 120
@@ -138,8 +146,8 @@ def test_a_killed_check_goes_on_where_it_was(finished: tuple[Path, str, str], tm
         assert (ours.name, ours.values, ours.tau) == (first.name, first.values, first.tau) or math.isnan(ours.tau)
 
 
-def test_ctrl_c_says_that_nothing_is_lost(tmp_path: Path) -> None:
-    out = tmp_path / "stopped"
+def test_ctrl_c_says_that_nothing_is_lost(prepared: Path) -> None:
+    out = prepared
     process = subprocess.Popen(command(out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     log = out / "rank_check.jsonl"
     while not log.exists():
@@ -151,11 +159,11 @@ def test_ctrl_c_says_that_nothing_is_lost(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("asked", ["", "--search-stages"])
-def test_a_study_of_the_same_space_quotes_it(finished: tuple[Path, str, str], tmp_path: Path, asked: str) -> None:
-    (tmp_path / FILE).write_bytes((finished[0] / FILE).read_bytes())
+def test_a_study_of_the_same_space_quotes_it(finished: tuple[Path, str, str], prepared: Path, asked: str) -> None:
+    (prepared / FILE).write_bytes((finished[0] / FILE).read_bytes())
     few = "--batch-size 8 --trials 1 --front 1 --proxy-epochs 1 --refine-epochs 1 -q".split()
-    assert study([*BASE, *asked.split(), *few, "--out", str(tmp_path)]) == 0
-    report = (tmp_path / "report.html").read_text()
+    assert study([*BASE, *asked.split(), *few, "--out", str(prepared)]) == 0
+    report = (prepared / "report.html").read_text()
     assert "How far to trust the ranking" in report
     assert ("Measured on 3 random students" in report) == (not asked)
     assert ("Not measured: python -m nas_kd.rank_check" in report) == bool(asked)
@@ -191,6 +199,6 @@ def test_records_that_cannot_be_written_are_named(tmp_path: Path, capsys: pytest
     assert "cannot read" in capsys.readouterr().err
 
 
-def test_trainings_that_all_diverge_leave_nothing_to_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*BASE, *SMALL, "--lr", "1e30", "--out", str(tmp_path), "-q"]) == 2
+def test_trainings_that_all_diverge_leave_nothing_to_rank(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*BASE, *SMALL, "--lr", "1e30", "--out", str(prepared), "-q"]) == 2
     assert "0 of 3 long trainings ended with an accuracy" in capsys.readouterr().err

@@ -59,7 +59,8 @@ def check(settings: RankSettings, stages: Stages) -> tuple[RankCheck, Job]:
     larger one measures what is missing.
     """
     job = prepare(settings.study, InMemoryStorage())
-    # before anything is trained: a band without genotypes must fail at once
+    # before anything is trained: a band without genotypes and records that cannot be read must fail at once
+    records = Records(job.out / "rank_check.jsonl")
     drawn = draw_in_band(job.space.table, job.budget, settings.band, settings.genotypes, settings.study.seed)
     materials = gather(job, stages)
     ground = _ground(job, settings, materials)
@@ -73,7 +74,7 @@ def check(settings: RankSettings, stages: Stages) -> tuple[RankCheck, Job]:
             count=settings.near,
             seed=settings.study.seed,
         )
-    measured = _measure(ground, groups, stages)
+    measured = _measure(ground, groups, records, stages)
     with stages.stage("ranking"):
         result = _conclude(settings, ground, {name: _entries(ground, measured, groups[name]) for name in groups})
     write_atomically(job.out / FILE, result.to_json())
@@ -102,9 +103,10 @@ def _ground(job: Job, settings: RankSettings, materials: Materials) -> Ground:
     )
 
 
-def _measure(ground: Ground, groups: Mapping[str, Sequence[Genotype]], stages: Stages) -> dict[tuple[str, str], Record]:
+def _measure(
+    ground: Ground, groups: Mapping[str, Sequence[Genotype]], records: Records, stages: Stages
+) -> dict[tuple[str, str], Record]:
     """Each part of each genotype, by (part, digest): from the records, or measured now."""
-    records = Records(ground.job.out / "rank_check.jsonl")
     parts = parts_of(ground)
     genotypes = list(dict.fromkeys(genotype for group in groups.values() for genotype in group))
     missing = [g for g in genotypes if any(_key(part, g) not in records for part in parts)]
