@@ -13,6 +13,7 @@ COMMANDS = {
     "worker": "join a running study from another machine",
     "rank_check": "tell how far the ranking of short trainings can be trusted",
     "distill": "train one small model, online with its peers or beside a teacher",
+    "structure": "learn how wide each block must be, while it is distilled",
     "space": "show what a model may become and what that costs",
 }
 

@@ -75,6 +75,7 @@ class Settings:
     artifacts: str | None = None
     grace_period: int = 120
     new_study: bool = False
+    start_from: tuple[str, ...] = ()
     command: str = ""
     maximize: str | None = None
     pruner: str = "front"
@@ -119,7 +120,7 @@ def study_parser(prog: str = "python -m nas_kd.study") -> argparse.ArgumentParse
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"nas_kd {__version__}")
-    _add_base(parser)
+    add_base(parser)
     add_data(parser)
     _add_search(parser)
     _add_training(parser)
@@ -127,7 +128,8 @@ def study_parser(prog: str = "python -m nas_kd.study") -> argparse.ArgumentParse
     return parser
 
 
-def _add_base(parser: argparse.ArgumentParser) -> None:
+def add_base(parser: argparse.ArgumentParser) -> None:
+    """The arguments that name base and teacher."""
     group = parser.add_argument_group("base and teacher (as in timm)")
     add = group.add_argument
     add("--model", default="resnet18", metavar="NAME", help="timm model to search from, or local-dir:FOLDER (resnet18)")
@@ -190,6 +192,13 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
         " sha (successive halving, default), hyperband or median; or none",
     )
     _add_library(add)
+    add(
+        "--start-from",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="begin with the genotype in this file too: structure.json of nas_kd.structure (repeatable)",
+    )
     add("--front", type=number(1), default=8, metavar="N", help="refine at most so many students of the front (8)")
 
 
@@ -250,10 +259,11 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         " peers from scratch (kd)",
     )
     add("--peers", type=number(2), default=4, metavar="N", help="students that learn together, with online (4)")
-    _add_recipe(add)
+    add_recipe(add)
 
 
-def _add_recipe(add: Callable[..., object]) -> None:
+def add_recipe(add: Callable[..., object]) -> None:
+    """The arguments that say how networks are trained."""
     add("--teacher-epochs", type=number(1), metavar="N", help="epochs of a teacher trained here (by the data's size)")
     add("--batch-size", type=number(2), default=64, metavar="N", help="images per step (64)")
     add(
@@ -272,7 +282,7 @@ def _add_recipe(add: Callable[..., object]) -> None:
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
-    _add_report(add)
+    add_report(add)
     add(
         "--onnx",
         action=argparse.BooleanOptionalAction,
@@ -300,7 +310,8 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_report(add: Callable[..., object]) -> None:
+def add_report(add: Callable[..., object]) -> None:
+    """The arguments that say where results go and what is printed."""
     add("--out", metavar="DIR", help="output folder (results/STUDY); the same command again resumes")
     add("--study-name", metavar="NAME", help="name of the study (made of model, dataset and budget)")
     add("-q", "--quiet", action="store_true", help="print the result alone")
@@ -314,7 +325,7 @@ def parse_study(argv: Sequence[str]) -> Settings:
     again = (without_password(argument) for argument in argv if argument != "--new-study")
     arguments["command"] = " ".join(["python -m nas_kd.study", *again])
     arguments["storage"] = arguments["storage"] or os.environ.get(STORAGE)
-    return _settings(arguments)
+    return settings_from(arguments)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -381,12 +392,13 @@ def parse_worker(argv: Sequence[str]) -> WorkerSettings:
     return WorkerSettings(**{**arguments, "study_name": arguments["study_name"] or ""})
 
 
-def _settings(arguments: dict[str, Any]) -> Settings:
+def settings_from(arguments: dict[str, Any]) -> Settings:
+    """The settings of a study of parsed arguments. Raises NasKdError for bad ones."""
     parse_budget(arguments["budget"])
     parse_levels(arguments["levels"])
     if arguments["study_name"] is not None and not re.search(r"\w", arguments["study_name"]):
         raise NasKdError(f"--study-name {arguments['study_name']!r} needs a letter or digit")
-    arguments["pin"] = tuple(arguments["pin"])
+    arguments = {**arguments, **{name: tuple(arguments[name]) for name in ("pin", "start_from")}}
     arguments["pruner"] = _pruner(arguments["pruner"], bool(arguments["maximize"]))
     return Settings(**{field.name: arguments[field.name] for field in fields(Settings)})
 
@@ -423,7 +435,7 @@ def rank_parser(prog: str = "python -m nas_kd.rank_check") -> argparse.ArgumentP
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    _add_base(parser)
+    add_base(parser)
     add_data(parser)
     add = parser.add_argument_group("check").add_argument
     add("--budget", required=True, metavar="B", help="around which costs: params=1M,macs=30M or macs=50%% of the base")
@@ -436,8 +448,8 @@ def rank_parser(prog: str = "python -m nas_kd.rank_check") -> argparse.ArgumentP
     add("--truth-images", type=number(2), default=102_400, metavar="N", help="images that a truth sees (102400)")
     add("--proxy-images", type=number(8), default=6400, metavar="N", help="images that a short training sees (6400)")
     add("--val-images", type=number(2), default=2000, metavar="N", help="validation images a score looks at (2000)")
-    _add_recipe(add)
-    _add_report(parser.add_argument_group("output").add_argument)
+    add_recipe(add)
+    add_report(parser.add_argument_group("output").add_argument)
     return parser
 
 
@@ -454,7 +466,7 @@ def parse_rank_check(argv: Sequence[str]) -> RankSettings:
         raise NasKdError(f"--near {own['near']} genotypes have no order to speak of: give at least 3, or 0")
     others = vars(study_parser().parse_args([f"--budget={arguments['budget']}"]))
     command = " ".join(["python -m nas_kd.rank_check", *argv])
-    return RankSettings(study=_settings({**others, **arguments, "command": command}), **own)
+    return RankSettings(study=settings_from({**others, **arguments, "command": command}), **own)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from torch import nn
 from nas_kd import __version__
 from nas_kd.arguments import SAMPLERS, Settings
 from nas_kd.budget import LATENCY, Budget, parse_budget, parse_levels
-from nas_kd.errors import DeviceError, NasKdError, OutputError
+from nas_kd.errors import DeviceError, GenotypeError, NasKdError, OutputError
+from nas_kd.genotype import Genotype
 from nas_kd.models.hub import create_base
 from nas_kd.models.reduction import reduce_stride
 from nas_kd.pipeline.latency import latency_facts, make_meter
@@ -71,6 +73,7 @@ def prepare(settings: Settings, storage: BaseStorage | None = None) -> Job:
         load_checkpoint(base, Path(settings.initial_checkpoint))
     space = make_space(settings, base)
     assert space.budget is not None
+    space.given = tuple(read_start(Path(file), space) for file in settings.start_from)
     if settings.sampler not in SAMPLERS:
         directions = list(objectives(space.budget, settings.maximize).values())
         check_own_sampler(settings.sampler, settings.seed, directions, space.distributions)
@@ -116,6 +119,27 @@ def make_space(settings: Settings, base: nn.Module) -> Space[nn.Module]:
     )
     space.set_levels(parse_levels(settings.levels))
     return space
+
+
+def read_start(path: Path, space: Space[nn.Module]) -> Genotype:
+    """The genotype in a file: in `structure.json` under "genotype", or alone. Warns when it is over the space's budget.
+
+    Raises OutputError when the file cannot be read, GenotypeError when it holds none of this space.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"cannot read --start-from {path}: {reason}; give a structure.json") from error
+    try:
+        data = json.loads(text)
+        genotype = Genotype.from_json(json.dumps(data.get("genotype", data) if isinstance(data, dict) else data))
+        cost = space.cost(genotype)
+    except (ValueError, GenotypeError) as error:
+        raise GenotypeError(f"--start-from {path} holds no genotype of this space: {error}") from error
+    if space.budget is not None and (words := space.budget.explain(cost)):
+        _logger.warning("the genotype in %s is left out, it is %s", path, words)
+    return genotype
 
 
 def _is_trained(settings: Settings, base: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from nas_kd.pipeline.job import REFINE, TEACHER, TEACHER_LR, Job, epochs_of, recipe_of
@@ -50,8 +51,8 @@ def gather(job: Job, stages: Stages) -> Materials:
     return Materials(splits=splits, teacher=teacher, proxy_views=proxy_views, refine_views=whole)
 
 
-def gather_whole(job: Job, epochs: int, stages: Stages) -> Materials:
-    """What trainings of up to `epochs` epochs on all training images need: `gather` without a search."""
+def gather_whole(job: Job, epochs: Callable[[Splits], int], stages: Stages) -> Materials:
+    """What trainings on all images need, of as many epochs together as `epochs` says: `gather` without a search."""
     settings = job.settings
     with stages.stage("data"):
         splits = load_splits(job.data, job.cache)
@@ -59,7 +60,7 @@ def gather_whole(job: Job, epochs: int, stages: Stages) -> Materials:
     with stages.stage("teacher", 1 if job.trained_elsewhere else teaching) as advance:
         teacher = _teacher(job, splits, teaching, advance)
     with stages.stage("views"):
-        views = _views(job, splits, teacher, min(settings.views, epochs), splits.train)
+        views = _views(job, splits, teacher, min(settings.views, epochs(splits)), splits.train)
     return Materials(splits=splits, teacher=teacher, proxy_views=views, refine_views=views)
 
 

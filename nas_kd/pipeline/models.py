@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,12 +43,23 @@ _ATTEMPTS = 5  # to draw a random student that is as fast as its blocks promise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Wanted:
-    """A model to be made: what for, which genotype, and the space that the genotype is of."""
+class Start:
+    """Weights that a model begins with: how to build the student with them, and a digest that names them."""
+
+    build: Callable[[], nn.Module]
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Wanted:
+    """A model to be made: what for, which genotype, and the space that the genotype is of; how many epochs it trains,
+    and what it begins with where that is not what the space gives."""
 
     role: Role
     genotype: Genotype
     space: Space[nn.Module]
+    epochs: int
+    start: Start | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -66,16 +77,20 @@ def take_home(job: Job, study: optuna.Study, materials: Materials, stages: Stage
 
     What turns out slower than the budget allows is left out before it is refined.
     """
-    with stages.stage("latency"):
-        chosen = choose_front(study, job.settings.front, job.budget, job.space.levels)
-        plan = [_Wanted(role="front", genotype=genotype, space=job.space) for genotype in chosen]
-        plan += _baselines(job, chosen[0])
-        latencies = _latencies(job, plan)
     epochs = epochs_of(job.settings.refine_epochs, REFINE, materials.splits, job.device)
+    chosen = choose_front(study, job.settings.front, job.budget, job.space.levels)
+    plan = [Wanted(role="front", genotype=genotype, space=job.space, epochs=epochs) for genotype in chosen]
+    return make_models(job, [*plan, *_baselines(job, chosen[0], epochs)], materials, stages)
+
+
+def make_models(job: Job, plan: Sequence[Wanted], materials: Materials, stages: Stages) -> list[ModelRow]:
+    """Measures the latency of each model of a plan and of the teacher, refines, tests each once, and exports."""
+    with stages.stage("latency"):
+        latencies = _latencies(job, plan)
     models = [_timed(_teacher_model(job, materials), latencies[0])]
-    with stages.stage("refine", len(plan) * epochs) as advance:
+    with stages.stage("refine", sum(wanted.epochs for wanted in plan)) as advance:
         for wanted, latency in zip(plan, latencies[1:], strict=True):
-            refined = _refine(job, wanted, materials, epochs, advance)
+            refined = _refine(job, wanted, materials, advance)
             cost = wanted.space.cost(wanted.genotype)
             model = Model(role=wanted.role, genotype=wanted.genotype, cost=cost, refined=refined)
             models.append(_timed(model, latency))
@@ -91,7 +106,7 @@ def _timed(model: Model, nanoseconds: int) -> Model:
     return dataclasses.replace(model, cost=dataclasses.replace(model.cost, latency=nanoseconds))
 
 
-def _latencies(job: Job, plan: Sequence[_Wanted]) -> list[int]:
+def _latencies(job: Job, plan: Sequence[Wanted]) -> list[int]:
     """The latency (nanoseconds) of the teacher and of each model of the plan, as it was measured first, now or in an
     earlier run."""
     spaces = {id(wanted.space): wanted.space for wanted in plan}
@@ -142,16 +157,22 @@ def _rank(trial: FrozenTrial) -> tuple[float, float]:
     return -trial.values[0], cost_of(trial).params
 
 
-def _baselines(job: Job, best: Genotype) -> list[_Wanted]:
-    """What the front must beat: one width everywhere, a random genotype, its own best one without a teacher."""
-    baselines = [_Wanted(role="no teacher", genotype=best, space=job.space)]
+def _baselines(job: Job, best: Genotype, epochs: int) -> list[Wanted]:
+    """What the front must beat: its own best one without a teacher, one width everywhere, a random genotype."""
+    baselines = plain_baselines(job, best, epochs)
+    drawn = _random(job)
+    if drawn is not None:
+        baselines.append(Wanted(role="random", genotype=drawn, space=job.space, epochs=epochs))
+    return baselines
+
+
+def plain_baselines(job: Job, best: Genotype, epochs: int) -> list[Wanted]:
+    """What any way to choose `best` must beat: the same without a teacher, and one width everywhere."""
+    baselines = [Wanted(role="no teacher", genotype=best, space=job.space, epochs=epochs)]
     whole = _whole_space(job)
     uniform = None if whole is None else _uniform(job, whole)
     if whole is not None and uniform is not None:
-        baselines.append(_Wanted(role="uniform", genotype=uniform, space=whole))
-    drawn = _random(job)
-    if drawn is not None:
-        baselines.append(_Wanted(role="random", genotype=drawn, space=job.space))
+        baselines.append(Wanted(role="uniform", genotype=uniform, space=whole, epochs=epochs))
     return baselines
 
 
@@ -184,7 +205,7 @@ def _whole_space(job: Job) -> Space[nn.Module] | None:
         return None
 
 
-def _refine(job: Job, wanted: _Wanted, materials: Materials, epochs: int, advance: Advance) -> Refined:
+def _refine(job: Job, wanted: Wanted, materials: Materials, advance: Advance) -> Refined:
     role, genotype, space, settings = wanted.role, wanted.genotype, wanted.space, job.settings
     online = settings.distill == "online" and role != "no teacher"
     views = materials.refine_views
@@ -195,14 +216,14 @@ def _refine(job: Job, wanted: _Wanted, materials: Materials, epochs: int, advanc
             seed = derive_seed(settings.seed, "peer", number) if online else settings.seed
             seeded = dataclasses.replace(job, settings=dataclasses.replace(settings, seed=seed))
             return fresh_student(seeded, space, genotype, materials.splits.num_classes)
-        student = space.student(genotype).to(job.device)
-        recalibrate(student, views.sample(CALIBRATION))
+        student = wanted.start.build() if wanted.start is not None else space.student(genotype)
+        recalibrate(student.to(job.device), views.sample(CALIBRATION))
         return student
 
     refinement = Refinement(
         data=fresh if online else views,
         splits=materials.splits,
-        recipe=_recipe(settings, role, epochs),
+        recipe=_recipe(settings, role, wanted.epochs),
         folder=job.cache,
         key=f"{materials.splits.digest} {materials.teacher.digest} {settings.views} {settings.seed}",
         peers=settings.peers if online else 0,
@@ -211,7 +232,8 @@ def _refine(job: Job, wanted: _Wanted, materials: Materials, epochs: int, advanc
     def report(epoch: int, accuracy: float) -> None:
         advance(f"{role}: val accuracy {100 * accuracy:.1f} %")
 
-    return refine(Candidate(role=role, digest=genotype.digest, build=build), refinement, report=report)
+    digest = genotype.digest if wanted.start is None else f"{genotype.digest} {wanted.start.digest}"
+    return refine(Candidate(role=role, digest=digest, build=build), refinement, report=report)
 
 
 def _recipe(settings: Settings, role: Role, epochs: int) -> Recipe:

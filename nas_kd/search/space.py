@@ -38,7 +38,8 @@ class Space(Generic[Network]):
     Attributes: `base`, the network searched from; `budget`, or None; `blocks` with the choices open to each; `library`,
     None until there is one (`build_library`): students then start from its weights, and `starts` from its damages;
     `latency`, None until it is measured (`measure_latency`); `levels`, the shares of the budget that starts and
-    proposals are spread over.
+    proposals are spread over; `given`, genotypes of yours that a study begins with before `starts`, those within the
+    budget.
 
     Example::
 
@@ -75,6 +76,7 @@ class Space(Generic[Network]):
         self.levels: tuple[float, ...] = (1.0,)
         self.library: Library | None = None
         self.latency: LatencyTable | None = None
+        self.given: tuple[Genotype, ...] = ()
         if meter is not None:
             self.measure_latency(meter)
         if budget is not None:
@@ -286,7 +288,8 @@ class Space(Generic[Network]):
 
     def enqueue(self, study: optuna.Study, count: int = 8) -> int:
         """Queues `starts` in a study and returns how many; those that it has already are skipped."""
-        starts = self.starts(count)
+        given = [g for g in self.given if self.budget is None or self.budget.admits(self.confirmed_cost(g))]
+        starts = list(dict.fromkeys((*given, *self.starts(count))))
         for genotype in starts:
             study.enqueue_trial(self.point(genotype), user_attrs={"source": "warm start"}, skip_if_exists=True)
         self.recall_latencies(study)
