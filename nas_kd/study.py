@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from nas_kd.arguments import Settings, guarded, parse_study
 from nas_kd.budget import kinds_of
+from nas_kd.errors import without_password
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,12 +43,15 @@ def _conclude(summary: StudySummary, out: Path, settings: Settings, console: Con
     from nas_kd.results.table import render_table
 
     console.print(render_table(summary.models, folder=out, kinds=kinds_of(summary.budget)), crop=False)
-    storage = settings.storage or f"sqlite:///{out / 'study.db'}"
+    storage = without_password(settings.storage or f"sqlite:///{out / 'study.db'}")
+    artifacts = (
+        "" if "://" in (settings.artifacts or "") else f" --artifact-dir {settings.artifacts or out / 'artifacts'}"
+    )
     lines = (
         headline(summary),
         f"load one: import timm, nas_kd.models; timm.create_model('local-dir:{out}/MODEL', pretrained=True)",
         f"report: {out / 'report.html'}    table: {out / 'front.csv'}",
-        f"look closer: optuna-dashboard {storage}",
+        f"look closer: optuna-dashboard {storage}{artifacts}",
     )
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

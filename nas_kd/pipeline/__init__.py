@@ -10,6 +10,7 @@ from nas_kd.pipeline.job import prepare as prepare
 from nas_kd.pipeline.materials import gather
 from nas_kd.pipeline.models import take_home
 from nas_kd.pipeline.search import search
+from nas_kd.pipeline.showcase import show
 from nas_kd.pipeline.summary import summarise
 from nas_kd.progress import Stages
 from nas_kd.results.front import write_front_csv
@@ -25,6 +26,7 @@ def run(job: Job, stages: Stages) -> StudySummary:
         study = search(job, materials, stages)
         models = take_home(job, study, materials, stages)
         summary = summarise(job, study, models, materials, stages)
+        show(job, study, summary)
     finally:
         close_storage(job.storage)
     write_front_csv(job.out / "front.csv", summary.models)

@@ -122,7 +122,7 @@ def _connect(address: str) -> Any:
     try:
         ray.init(**options, log_to_driver=False, configure_logging=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
         raise StudyError(
             f"cannot reach the Ray cluster {address!r}: {first}; start one with 'ray start --head', or give --ray local"
         ) from error

@@ -10,6 +10,7 @@ from nas_kd.pipeline.crew import advance_by, crew_of, run_crew
 from nas_kd.pipeline.job import Job, choices_made, recipe_of
 from nas_kd.pipeline.kit import checkpoints, publish
 from nas_kd.pipeline.materials import Materials
+from nas_kd.pipeline.showcase import announce
 from nas_kd.progress import Stages
 from nas_kd.search.budgets import note_budget
 from nas_kd.search.rungs import make_pruner
@@ -28,6 +29,7 @@ def search(job: Job, materials: Materials, stages: Stages) -> optuna.Study:
         study = _open(job, materials)
         kit = publish(job, materials, study)
         note_budget(study, job.budget)
+        announce(job, study)
         retry_dead_trials(study)
         job.space.enqueue(study)
         with stages.board("search", max(1, settings.trials - count_trained(study))) as board:

@@ -223,7 +223,7 @@ def blocks_panel(summary: StudySummary) -> Panel:
     figure = bare_figure(60 + 28 * len(blocks) + 4 * longest)  # the names stand aslant above the map
     figure.add_heatmap(
         z=[[choice.width if choice.keep else 0 for choice in row] for row in choices],
-        text=[[_cell(choice) for choice in row] for row in choices],
+        text=[[choice_words(choice) for choice in row] for row in choices],
         customdata=[
             [_choice_hover(*cell) for cell in zip(blocks_of, models, row, strict=True)]
             for blocks_of, row in zip(([block] * len(models) for block in blocks), choices, strict=True)
@@ -252,7 +252,8 @@ def _choice(model: ModelRow, block: str) -> Choice:
     return model.genotype.get(block, Choice()) if model.genotype else Choice()
 
 
-def _cell(choice: Choice) -> str:
+def choice_words(choice: Choice) -> str:
+    """A choice in as few letters as will do: `50% dw 3`."""
     if not choice.keep:
         return "dropped"
     conv = "" if choice.conv is None else _CONV_SHORT.get(choice.conv) or f"g{group_count(choice.conv)}"

@@ -42,9 +42,13 @@ class Store:
         """Keeps a file, and returns the SHA-256 that it is found by. Raises OutputError when the store cannot be
         written."""
         digest = sha256_of(path)
-        with _store_errors(f"cannot write the artifact store {self.address}", OutputError), path.open("rb") as file:
-            self.inner.write(_name(digest), file)
+        self.put_as(_name(digest), path)
         return digest
+
+    def put_as(self, name: str, path: Path) -> None:
+        """Keeps a file under a name. Raises OutputError when the store cannot be written."""
+        with _store_errors(f"cannot write the artifact store {self.address}", OutputError), path.open("rb") as file:
+            self.inner.write(name, file)
 
     def get(self, digest: str, path: Path) -> None:
         """Fetches the file of this SHA-256 to `path`, in one step. Raises ArtifactError when it is missing or was
