@@ -30,6 +30,7 @@ from nas_kd.search.sampler import KnapsackSampler, make_sampler
 from nas_kd.search.storage import CONFIG, close_storage, open_storage, storage_errors
 from nas_kd.search.trials import Objective, count_trained
 from nas_kd.search.work import Limits, work
+from nas_kd.search.workers import RetryingStudy
 
 _POLL = 1.0  # seconds between two looks for a study that is to begin
 
@@ -123,7 +124,7 @@ def _named(storage: BaseStorage, name: str) -> optuna.Study | None:
         raise StudyError(f"the storage holds {len(names)} studies: give --study-name, e.g. {sorted(names)[0]!r}")
     if not names:
         return None
-    study = optuna.load_study(study_name=names[0], storage=storage)
+    study = RetryingStudy(names[0], storage)
     return study if CONFIG in study.user_attrs or study.get_trials(deepcopy=False) else None
 
 

@@ -18,7 +18,7 @@ from optuna.storages import BaseStorage, RDBStorage
 from sqlalchemy.exc import SQLAlchemyError
 
 from nas_kd.errors import OutputError, StudyError, without_password
-from nas_kd.search.workers import GRACE, requeue, running
+from nas_kd.search.workers import GRACE, RetryingStudy, requeue, running
 
 Direction = Literal["minimize", "maximize"]
 CONFIG = "nas_kd"  # the study's user attribute that holds what it was begun with
@@ -147,8 +147,8 @@ def open_study(
     begun with something else.
     """
     with storage_errors(f"use the study {name!r} in its storage"):
-        study, created = _create_or_load(storage, name, directions)
-        study.sampler, study.pruner = sampler, pruner or optuna.pruners.NopPruner()
+        created = _create(storage, name, directions)
+        study = RetryingStudy(name, storage, sampler, pruner or optuna.pruners.NopPruner())
         if [direction.name.lower() for direction in study.directions] != list(directions):
             raise StudyError(f"the study {name!r} has other objectives: choose another --study-name")
         if not created:
@@ -161,12 +161,13 @@ def open_study(
     return study
 
 
-def _create_or_load(storage: BaseStorage, name: str, directions: Sequence[Direction]) -> tuple[optuna.Study, bool]:
-    """The study, and whether it is new."""
+def _create(storage: BaseStorage, name: str, directions: Sequence[Direction]) -> bool:
+    """Creates a study unless it is there, and returns whether it is new."""
     try:
-        return optuna.create_study(storage=storage, study_name=name, directions=directions), True
+        optuna.create_study(storage=storage, study_name=name, directions=directions)
     except DuplicatedStudyError:
-        return optuna.load_study(storage=storage, study_name=name), False
+        return False
+    return True
 
 
 def _wait_for_creator(study: optuna.Study) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.distributions import BaseDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
@@ -61,6 +62,25 @@ def give_up(study: optuna.Study, trial: FrozenTrial, *, died: bool = True) -> bo
         return False
     requeue(study, trial, died=died)
     return True
+
+
+class RetryingStudy(optuna.Study):
+    """A study that gives what is to be retried before anything else that waits: a trial that has begun is nearer to its
+    end than one that has not."""
+
+    def ask(self, fixed_distributions: dict[str, BaseDistribution] | None = None) -> optuna.Trial:
+        """The next trial, as every `study.optimize` asks for it."""
+        retried = None if fixed_distributions else self._take_retried()
+        return super().ask(fixed_distributions) if retried is None else retried
+
+    def _take_retried(self) -> optuna.Trial | None:
+        for trial in self.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            with suppress(UpdateFinishedTrialError):  # another worker was faster, and so it says False below
+                if RETRY in trial.user_attrs and self._storage.set_trial_state_values(
+                    trial._trial_id, state=TrialState.RUNNING
+                ):
+                    return optuna.Trial(self, trial._trial_id)
+        return None
 
 
 def running(study: optuna.Study) -> list[FrozenTrial]:

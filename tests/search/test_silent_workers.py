@@ -128,6 +128,43 @@ def test_a_retry_that_is_retried_keeps_its_point(study: optuna.Study) -> None:
     assert begin(study).params == {"x": 7}
 
 
+def test_what_is_retried_comes_before_all_that_waits(storage: BaseStorage) -> None:
+    study = open_study(storage, "s", directions=["maximize"], config={}, sampler=make_optuna_sampler("random", 0))
+    for x in range(4):
+        study.enqueue_trial({"x": x})
+    asked = []
+
+    def objective(trial: optuna.Trial) -> float:
+        asked.append(trial.suggest_int("x", 0, 9))
+        if len(asked) == 1:
+            requeue(study, study.get_trials()[trial.number])
+        return 0.0
+
+    study.optimize(objective, n_trials=5)
+    assert asked == [0, 0, 1, 2, 3]
+    assert [trial.number for trial in study.get_trials() if RETRY in trial.user_attrs] == [4]
+
+
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage:UserWarning")  # optuna: ask without optimize
+def test_of_two_workers_one_takes_what_is_retried(storage: BaseStorage) -> None:
+    study = open_study(storage, "s", directions=["maximize"], config={}, sampler=make_optuna_sampler("random", 0))
+    study.enqueue_trial({"x": 1})
+    study.enqueue_trial({"x": 2}, user_attrs={RETRY: 0})
+    taken: list[int] = []
+    barrier = threading.Barrier(2)
+
+    def take() -> None:
+        barrier.wait()
+        taken.append(study.ask().suggest_int("x", 0, 9))
+
+    threads = [threading.Thread(target=take) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(taken) == [1, 2]
+
+
 def test_a_worker_counts_its_beat_up(study: optuna.Study) -> None:
     trial = begin(study)
     with beating(trial, 0.01):
