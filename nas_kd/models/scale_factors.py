@@ -25,7 +25,7 @@ from nas_kd.models.labels import Labels
 from nas_kd.models.structure import Analysis
 
 NORMS, FILTERS = "norm scales", "filter norms"
-_TINY = 1e-12  # the square of what counts as nothing: |γ| stays differentiable at 0
+_TINY = 1e-16  # the square of what counts as nothing: |γ| stays differentiable at 0
 
 
 class ScaleFactors:
