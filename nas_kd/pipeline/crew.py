@@ -27,7 +27,8 @@ from nas_kd.pipeline.job import storage_url
 from nas_kd.pipeline.kit import Kit
 from nas_kd.progress import Board, WorkerLine
 from nas_kd.search.claims import is_trained
-from nas_kd.search.trials import best_score, cost_of, count_trained, rung_scores
+from nas_kd.search.rungs import rung_scores
+from nas_kd.search.trials import best_score, cost_of, count_trained
 from nas_kd.search.work import retry_abandoned
 from nas_kd.search.workers import WORKER, Watch, running
 

@@ -22,12 +22,12 @@ from nas_kd.pipeline.materials import Materials
 from nas_kd.progress import Stages
 from nas_kd.results.rank_rows import FILE, read_check
 from nas_kd.results.rows import ModelRow, StudySummary, TrialRow, mark_levels
+from nas_kd.search.rungs import rung_scores
 from nas_kd.search.trials import (
     best_score,
     cost_of,
     importances,
     is_trained,
-    rung_scores,
 )
 
 _logger = logging.getLogger(__name__)

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
 
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
+from optuna.trial import FrozenTrial, TrialState
 
 from nas_kd.budget import KINDS, Cost
 
@@ -32,6 +35,30 @@ def rung_epochs(epochs: int) -> tuple[int, ...]:
     """
     powers = [2**power for power in range(epochs.bit_length()) if 2**power < epochs]
     return (*powers, epochs)
+
+
+def rung_scores(attributes: Mapping[str, Any]) -> tuple[tuple[int, float], ...]:
+    """(epoch, score) at each rung that is noted among a trial's user attributes, in the order of training."""
+    rungs = ((int(name.split("/")[1]), score) for name, score in attributes.items() if name.startswith("rung/"))
+    return tuple(sorted(rungs))
+
+
+def expected_scores(trials: Sequence[FrozenTrial]) -> dict[int, float]:
+    """By their numbers, what trials that were stopped at a rung would have come to: their score there, and what those
+    that came to their end gained from there on, on average; nothing where none of these was looked at."""
+    gains: dict[int, list[float]] = {}
+    for trial in trials:
+        if trial.state == TrialState.COMPLETE:
+            for epoch, score in _course(trial):
+                gains.setdefault(epoch, []).append(trial.values[0] - score)
+    stopped = [(trial.number, _course(trial)) for trial in trials if trial.state == TrialState.PRUNED]
+    last = [(number, *course[-1]) for number, course in stopped if course and course[-1][0] in gains]
+    return {number: score + fmean(gains[epoch]) for number, epoch, score in last}
+
+
+def _course(trial: FrozenTrial) -> tuple[tuple[int, float], ...]:
+    """(epoch, score) as a trial noted it, or as it reported it to Optuna."""
+    return rung_scores(trial.user_attrs) or tuple(sorted(trial.intermediate_values.items()))
 
 
 def make_pruner(name: str, epochs: int) -> BasePruner:

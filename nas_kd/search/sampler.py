@@ -16,9 +16,11 @@ from nas_kd.errors import GenotypeError
 from nas_kd.search.additive import AdditiveModel, features_of, fit
 from nas_kd.search.budgets import cost_of
 from nas_kd.search.own_sampler import make_own_sampler
+from nas_kd.search.rungs import expected_scores
 from nas_kd.search.space import Space
 from nas_kd.search.starts import smallest_level, solve_in_time, tightness
 
+_Trained = tuple[FrozenTrial, NDArray[np.int64]]  # a trial, and the positions of its choices
 _MUTATIONS = 0.2  # share of proposals that vary the front, against interactions that an additive model cannot see
 _TRIES = 64  # to find a genotype that the study has not had
 
@@ -42,10 +44,11 @@ def make_optuna_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
 class KnapsackSampler(optuna.samplers.BaseSampler):
     """Proposes genotypes of a `Space` within its budget, for any Optuna study whose first value is a score to maximise.
 
-    A Bayesian additive model of the score is refitted on the finished trials; one draw from its posterior, and the
-    knapsack solved on that draw at a random level up to the budget, is the next genotype. A share of the proposals
-    changes one or two blocks of a genotype on the front instead. A study with that one value gets what is best within
-    the whole budget, or within one of the space's levels. `damages` (per block, over its choices; by
+    A Bayesian additive model of the score is refitted on the finished trials, and on what is expected of those that
+    were stopped at a rung; one draw from its posterior, and the knapsack solved on that draw at a random level up to
+    the budget, is the next genotype. A share of the proposals changes one or two blocks of a genotype on the front
+    instead. A study with that one value gets what is best within the whole budget, or within one of the space's levels.
+    `damages` (per block, over its choices; by
     default the space's) are the prior.
     """
 
@@ -87,7 +90,7 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
         self.space.recall_latencies(study)
         had = [(other, row) for other in study.get_trials(deepcopy=False) if (row := self._row(other)) is not None]
         known = {tuple(row.tolist()) for other, row in had if not self._was_refused(other)}
-        proposal = self._propose([(other, row) for other, row in had if other.state == TrialState.COMPLETE])
+        proposal = self._propose([(other, row) for other, row in had if other.state == TrialState.COMPLETE], had)
         for _ in range(_TRIES):
             if tuple(proposal.tolist()) not in known:
                 break
@@ -123,13 +126,22 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
             return None
         return self.space.table.indices(genotype)
 
-    def _propose(self, finished: Sequence[tuple[FrozenTrial, NDArray[np.int64]]]) -> NDArray[np.int64]:
-        rows = np.array([row for _, row in finished], dtype=np.int64).reshape(len(finished), len(self.space.blocks))
-        scores = np.array([trial.values[0] for trial, _ in finished], dtype=np.float64)
+    def _propose(self, finished: Sequence[_Trained], had: Sequence[_Trained]) -> NDArray[np.int64]:
+        rows, scores = self._table([(row, trial.values[0]) for trial, row in finished])
         within = self._within(rows)
         if within.any() and self._generator.random() < _MUTATIONS:
             return self._mutate(self._on_front(rows[within], scores[within]))
+        expected = expected_scores([trial for trial, _ in had])
+        stopped = self._table([(row, expected[trial.number]) for trial, row in had if trial.number in expected])
+        rows, scores = np.concatenate([rows, stopped[0]]), np.concatenate([scores, stopped[1]])
         return self._solve(fit(self._features, rows, scores, self._damages))
+
+    def _table(
+        self, scored: Sequence[tuple[NDArray[np.int64], float]]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Genotypes (N × blocks positions of choices) and their scores (N)."""
+        rows = np.array([row for row, _ in scored], dtype=np.int64).reshape(len(scored), len(self.space.blocks))
+        return rows, np.array([score for _, score in scored], dtype=np.float64)
 
     def _solve(self, model: AdditiveModel) -> NDArray[np.int64]:
         level = self._level()

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from nas_kd.search.budgets import cost_of as cost_of
 from nas_kd.search.budgets import count_trained as count_trained
 from nas_kd.search.claims import REUSED, RUNG, claim
 from nas_kd.search.claims import is_trained as is_trained
-from nas_kd.search.rungs import RungScore, deficit, rung_epochs
+from nas_kd.search.rungs import RungScore, deficit, rung_epochs, rung_scores
 from nas_kd.search.space import Space
 from nas_kd.search.storage import Direction
 from nas_kd.search.workers import WORKER, worker_name
@@ -207,12 +207,6 @@ def best_score(trial: FrozenTrial) -> float:
         return float(trial.values[0])
     rungs = rung_scores(trial.user_attrs)
     return rungs[-1][1] if rungs else math.nan
-
-
-def rung_scores(attributes: Mapping[str, Any]) -> tuple[tuple[int, float], ...]:
-    """(epoch, score) at each rung that is noted among a trial's user attributes, in the order of training."""
-    rungs = ((int(name.split("/")[1]), score) for name, score in attributes.items() if name.startswith("rung/"))
-    return tuple(sorted(rungs))
 
 
 def importances(study: optuna.Study) -> tuple[tuple[str, float], ...]:

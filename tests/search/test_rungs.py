@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from nas_kd.budget import Cost
-from nas_kd.search.rungs import PATIENCE, RungScore, deficit, rung_epochs
+from nas_kd.search.rungs import PATIENCE, RungScore, deficit, expected_scores, rung_epochs
 
 scores = st.builds(
     RungScore,
@@ -44,6 +46,31 @@ def test_the_deficit_is_the_distance_to_the_worst_of_the_best() -> None:
     assert PATIENCE == 3
     assert round(deficit(own, peers), 9) == 0.2
     assert deficit(own, peers[:2]) == 0.0
+
+
+def trial(number: int, rungs: dict[int, float], value: float | None = None, *, reports: bool = False) -> FrozenTrial:
+    """A trial with scores at rungs that came to its end, or was stopped at the last of them."""
+    made = create_trial(
+        state=TrialState.PRUNED if value is None else TrialState.COMPLETE,
+        value=value,
+        intermediate_values=rungs if reports else None,
+        user_attrs={} if reports else {f"rung/{epoch}": score for epoch, score in rungs.items()},
+    )
+    made.number = number
+    return made
+
+
+@pytest.mark.parametrize("reports", [False, True])
+def test_what_was_stopped_is_expected_to_gain_what_others_did(reports: bool) -> None:
+    trials = [
+        trial(0, {1: 0.5, 2: 0.6, 10: 0.7}, 0.7, reports=reports),
+        trial(1, {1: 0.6, 2: 0.8, 10: 0.9}, 0.9, reports=reports),
+        trial(2, {1: 0.3}, reports=reports),
+        trial(3, {1: 0.3, 2: 0.5}, reports=reports),
+        trial(4, {}),  # over budget
+        trial(5, {1: 0.1, 4: 0.2}, reports=reports),  # nothing that ended was looked at after four epochs
+    ]
+    assert expected_scores(trials) == {2: pytest.approx(0.55), 3: pytest.approx(0.6)}
 
 
 def test_dearer_peers_never_stop_a_cheap_trial() -> None:

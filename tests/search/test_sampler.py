@@ -83,6 +83,28 @@ def test_with_one_objective_the_whole_budget_or_a_level_is_used(tight: Space[nn.
         assert 0.4 < share <= 0.5 or 0.8 < share <= 1
 
 
+def test_it_learns_from_trials_that_were_stopped_at_a_rung(tight: Space[nn.Module]) -> None:
+    def proposal(stopped: bool) -> dict[str, object]:
+        study = optuna.create_study(
+            directions=["maximize", "minimize", "minimize"], sampler=KnapsackSampler(tight, seed=0)
+        )
+        for index, genotype in enumerate(tight.starts(8)):
+            study.enqueue_trial(tight.point(genotype))
+            trial, cost = study.ask(), tight.cost(genotype)
+            tight.suggest_genotype(trial)
+            score = 0.9 - 0.1 * (index % 3)
+            trial.set_user_attr("rung/1", score - 0.1)
+            if stopped and index > 3:
+                study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            elif index <= 3:
+                study.tell(trial, (score, cost.params, cost.macs))
+            else:
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        return study.ask(dict(tight.distributions)).params
+
+    assert proposal(stopped=True) != proposal(stopped=False)
+
+
 def test_it_finds_better_students_than_those_it_starts_from(tight: Space[nn.Module]) -> None:
     gains = []
     for seed in range(3):
