@@ -283,14 +283,19 @@ def add_recipe(add: Callable[..., object]) -> None:
 def _add_output(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
     add_report(add)
+    add_onnx(add)
+    add("--new-study", action="store_true", help="begin anew under this name; the study that had it is kept")
+    add("--storage", metavar="URL", help="Optuna storage (study.db in the output folder, or $NAS_KD_STORAGE)")
+    _add_workers(parser)
+
+
+def add_onnx(add: Callable[..., object]) -> None:
+    """Whether models are written as ONNX too."""
     add(
         "--onnx",
         action=argparse.BooleanOptionalAction,
         help="write the front's models as ONNX as well (where onnx is installed)",
     )
-    add("--new-study", action="store_true", help="begin anew under this name; the study that had it is kept")
-    add("--storage", metavar="URL", help="Optuna storage (study.db in the output folder, or $NAS_KD_STORAGE)")
-    _add_workers(parser)
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:

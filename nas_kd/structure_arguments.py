@@ -13,6 +13,7 @@ from nas_kd.arguments import (
     Settings,
     add_base,
     add_data,
+    add_onnx,
     add_recipe,
     add_report,
     number,
@@ -49,7 +50,9 @@ def structure_parser(prog: str = "python -m nas_kd.structure") -> argparse.Argum
     add_data(parser)
     _add_widths(parser.add_argument_group("widths").add_argument)
     _add_training(parser)
-    add_report(parser.add_argument_group("output").add_argument)
+    output = parser.add_argument_group("output").add_argument
+    add_report(output)
+    add_onnx(output)
     return parser
 
 

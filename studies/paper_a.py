@@ -256,8 +256,8 @@ def header(study: Study, size: str, seconds: float) -> Iterator[str]:
     yield (
         f"Images: `{scale.images}`. Every model trains for {study.epochs} epochs (`{scale.training}`) from the same "
         f"trained base, of which the learnt structure spends {scale.learn} on its widths; the one from scratch draws "
-        "new weights. Means and standard deviations over the seeds, of costs the largest. Test accuracy, looked at once "
-        "per model.\n"
+        "new weights. Means and standard deviations over the seeds, of costs the largest. Test accuracy, looked at "
+        "once per model.\n"
     )
 
 
