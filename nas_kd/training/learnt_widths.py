@@ -144,7 +144,8 @@ def structure_loss(
     soft: SoftLoss,
 ) -> Tensor:
     """(1 − α)·CE + α·soft + Σ_b λ_b·G_b, α the `distill_weight`: a criterion. λ moves a step with every call."""
-    return student_loss(outputs, labels, teacher_logits, distill_weight=distill_weight, soft=soft) + learner.step()
+    loss = student_loss(outputs, labels, teacher_logits, distill_weight=distill_weight, soft=soft)
+    return loss + learner.step().to(loss.dtype)
 
 
 def effective_count(strengths: Tensor, scales: ScaleFactors) -> Tensor:
