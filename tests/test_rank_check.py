@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nas_kd.rank_check import main
@@ -87,7 +88,8 @@ def test_scores_are_taken_on_every_rung_of_every_start(finished: tuple[Path, str
     for group in check.groups:
         found = {(row.name, row.start, row.steps) for row in group.scores}
         assert len(found) == len(group.scores)
-        for name in ("accuracy", "distillation loss", "cross-entropy", "sum of training losses"):
+        trained = ("sum of training losses", "training losses since the last rung")
+        for name in ("accuracy", "accuracy, with a bonus for size", "distillation loss", "cross-entropy", *trained):
             assert {(name, start, steps) for start in starts for steps in (1, 2, 4)} <= found
         assert ("accuracy", "closed form", 0) in found
         assert ("accuracy", "fresh weights", 0) not in found
@@ -98,6 +100,14 @@ def test_scores_are_taken_on_every_rung_of_every_start(finished: tuple[Path, str
             if math.isfinite(row.tau):
                 assert row.low <= row.tau <= row.high
             assert 0 <= row.regrets[1] <= row.regrets[0] <= max(group.truth) - min(group.truth)
+        for steps in (1, 2, 4):
+            plain, sized = (
+                group.row(name, "closed form", steps) for name in ("accuracy", "accuracy, with a bonus for size")
+            )
+            assert plain is not None
+            assert sized is not None
+            bonus = np.subtract(sized.values, plain.values)
+            assert np.array_equal(np.argsort(bonus), np.argsort(group.params))
     rows = [result(finished[0]).groups[0].row("sum of training losses", "closed form", steps) for steps in (1, 2, 4)]
     for one, next_one in itertools.pairwise(row for row in rows if row):
         assert one.values < next_one.values

@@ -29,6 +29,7 @@ from nas_kd.search.trials import objectives
 from nas_kd.training.augment import derive_seed
 from nas_kd.training.checkpoint import load_checkpoint
 from nas_kd.training.data import DIGITS, DataSpec, Splits
+from nas_kd.training.loop import LOOK_CALIBRATION
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.sources import open_source
 
@@ -213,6 +214,7 @@ def choices_made(settings: Settings, budget: Budget) -> dict[str, Any]:
         **latency_facts(settings, budget),
         **space_of(settings),
         "proxy": repr(recipe_of(settings, settings.proxy_epochs)),
+        "score": f"accuracy after batch norms see {LOOK_CALIBRATION} images",
         "version": __version__,
     }
 

@@ -14,6 +14,7 @@ from optuna.storages import InMemoryStorage
 from torch import nn
 
 from nas_kd.arguments import RankSettings
+from nas_kd.budget import Cost
 from nas_kd.errors import TrainingError
 from nas_kd.genotype import Genotype
 from nas_kd.pipeline.job import Job, prepare, recipe_of, space_of
@@ -33,8 +34,11 @@ from nas_kd.training.portions import Portions
 from nas_kd.training.validation import validation_of
 
 SCORE = "accuracy"  # what a study ranks by
+SIZED = "accuracy, with a bonus for size"
+SIZE_BONUS = 0.05  # of accuracy for e times the params: small students learn fast and have less to gain
 _LEAST = 3  # genotypes of a group that an order can be spoken of
-_LOWER = ("damage", "sum of training", "distillation", "cross-entropy")  # scores of which less is better
+# scores of which less is better
+_LOWER = ("damage", "sum of training", "training losses", "distillation", "cross-entropy")
 _logger = logging.getLogger(__name__)
 
 
@@ -175,16 +179,21 @@ def _scores(ground: Ground, entry: _Entry) -> Iterator[Found]:
         if name != "genotype":
             yield (name, FRESH, 0), *found
     for start in ground.starts:
+        before = 0.0
         for rung in entry.records[start].get("rungs", ()):
-            yield from _rung_scores(start, rung)
+            yield from _rung_scores(start, rung, before, cost)
+            before = rung["loss"]
 
 
-def _rung_scores(start: str, rung: Record) -> Iterator[Found]:
+def _rung_scores(start: str, rung: Record, before: float, cost: Cost) -> Iterator[Found]:
+    """The scores of a genotype at a rung; `before` is the sum of the losses at the rung below."""
     steps, training = rung["steps"], rung["train_seconds"]
     if steps:
         yield ("sum of training losses", start, steps), rung["loss"], training
+        yield ("training losses since the last rung", start, steps), rung["loss"] - before, training
     looked = training + rung["look_seconds"]
     yield (SCORE, start, steps), rung["accuracy"], looked
+    yield (SIZED, start, steps), rung["accuracy"] + SIZE_BONUS * math.log(cost.params), looked
     yield ("distillation loss", start, steps), rung["distillation"], looked
     yield ("cross-entropy", start, steps), rung["cross_entropy"], looked
 

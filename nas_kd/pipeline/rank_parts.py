@@ -23,8 +23,7 @@ from nas_kd.pipeline.records import Record
 from nas_kd.search.space import Space
 from nas_kd.training.images import normalise
 from nas_kd.training.library import Library
-from nas_kd.training.loop import CALIBRATION, Task, evaluate, fit, recalibrate, train
-from nas_kd.training.losses import student_loss
+from nas_kd.training.loop import CALIBRATION, LOOK_CALIBRATION, evaluate, fit, recalibrate, student_task, train
 from nas_kd.training.portions import Portions
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.validation import Look, Validation
@@ -97,6 +96,7 @@ def parts_of(ground: Ground) -> tuple[Part, ...]:
     for start in ground.starts:
         about = (
             f"{start} {ground.recipe(start, RUNGS[-1])} {len(ground.validation.images)} {_library_key(ground, start)}"
+            f" {LOOK_CALIBRATION}"
         )
         measure = functools.partial(_proxy, ground, start)
         parts.append(Part(name=start, key=_digest(shared + about), measure=measure))
@@ -129,13 +129,15 @@ def _truth(ground: Ground, genotype: Genotype) -> Record:
 class _Watch:
     """Looks at a network and keeps what was seen, and when: the time spent looking is no training."""
 
-    def __init__(self, validation: Validation, clock: Callable[[], float]) -> None:
-        self.validation, self.clock = validation, clock
-        self.started, self.looking = clock(), 0.0
+    def __init__(self, ground: Ground) -> None:
+        self.validation, self.clock = ground.validation, ground.clock
+        self.calibration = ground.portions.sample(LOOK_CALIBRATION)
+        self.started, self.looking = self.clock(), 0.0
         self.looks: list[tuple[Look, float, float]] = []  # with the seconds of training before it, and its own
 
     def __call__(self, network: nn.Module) -> float:
         before = self.clock()
+        recalibrate(network, self.calibration)
         look = self.validation.look(network)
         spent = self.clock() - before
         self.looks.append((look, before - self.started - self.looking, spent))
@@ -145,14 +147,13 @@ class _Watch:
 
 def _proxy(ground: Ground, start: str, genotype: Genotype) -> Record:
     """A short training with a schedule of its own, looked at on its rungs; and at its start where it inherits."""
-    watch = _Watch(ground.validation, ground.clock)
+    watch = _Watch(ground)
     student = ground.student(genotype, start)
     if start != FRESH:
         watch(student)
     recipe = dataclasses.replace(ground.recipe(start, RUNGS[-1]), eval_epochs=RUNGS)
-    criterion = functools.partial(student_loss, distill_weight=recipe.distill_weight, soft=recipe.make_soft_loss())
     try:
-        result = fit(Task(network=student, criterion=criterion, measure=watch), ground.portions, recipe)
+        result = fit(student_task(student, recipe, watch), ground.portions, recipe)
     except TrainingError as error:
         return {"failed": str(error)}
     rungs = RUNGS if start == FRESH else (0, *RUNGS)

@@ -29,7 +29,7 @@ from nas_kd.search.space import Space
 from nas_kd.search.storage import Direction
 from nas_kd.search.workers import WORKER, worker_name
 from nas_kd.training.images import Images
-from nas_kd.training.loop import CALIBRATION, Run, recalibrate, train
+from nas_kd.training.loop import CALIBRATION, LOOK_CALIBRATION, Run, evaluate, fit, recalibrate, student_task
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.views import OnlineViews, Views
 
@@ -73,6 +73,12 @@ class Proxy:
         student = student.to(self.device)
         recalibrate(student, self.views.sample(CALIBRATION))
         return student
+
+    def score(self, student: nn.Module) -> float:
+        """The validation accuracy of a student at a rung, its batch norms recalibrated: while weights move fast, the
+        running averages lag behind them."""
+        recalibrate(student, self.views.sample(LOOK_CALIBRATION))
+        return evaluate(student, self.val)
 
 
 class Objective:
@@ -135,7 +141,8 @@ class Objective:
             look(trial, epoch, RungScore(cost=cost, score=accuracy))
 
         try:
-            result = train(student, self.proxy.views, self.recipe, val=self.proxy.val, report=report, run=run)
+            task = student_task(student, self.recipe, self.proxy.score)
+            result = fit(task, self.proxy.views, self.recipe, report=report, run=run)
         except TrainingError as error:
             trial.set_user_attr("reason", str(error))
             trial.set_constraint(RUNG, 1.0)

@@ -48,7 +48,7 @@ from nas_kd.training.losses import distillation_loss
 from nas_kd.training.resume import replace_file
 from nas_kd.training.views import weights_digest
 
-_FORMAT = 2  # of the entries
+_VERSION = 1  # of what the entries hold
 _INHERIT_IMAGES = 600  # that a frame sees while an entry of it is fitted and measured, counted as forward passes
 _UNBEATEN = 0.3  # of a block's choices
 _LEAST_STEPS = 8  # that are worth while
@@ -138,7 +138,7 @@ class _Builder:
         spec = replace(self.spec, rounds=())
         teacher = f"{weights_digest(self.base)} {self.analysis.input_size}"
         choices = [(block.name, block.choices) for block in self.analysis.blocks]
-        facts = f"{_FORMAT} {teacher} {spec} {self.images.mean} {self.images.std} {choices}"
+        facts = f"{_VERSION} {teacher} {spec} {self.images.mean} {self.images.std} {choices}"
         digest = hashlib.sha256(facts.encode())
         digest.update(np.ascontiguousarray(self.images.pixels.cpu().numpy()).data)
         return digest.hexdigest()[:16]

@@ -25,6 +25,7 @@ from nas_kd.training.resume import Stateful, restore, store
 Criterion = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # outputs, labels, the teacher's logits → mean loss
 _CHECK_STEPS = 50  # between two looks at the loss: each look makes a GPU wait
 CALIBRATION = 512  # images are enough to recalibrate batch norms on
+LOOK_CALIBRATION = 256  # and these before a look at a student whose training has not ended
 _RESIDENT = 0.25  # of the free device memory may hold the training data
 _logger = logging.getLogger(__name__)
 
@@ -80,10 +81,14 @@ def train(
 
     At each of the recipe's `eval_epochs` (and the last) the accuracy on `val` is passed to `report`.
     """
-    criterion = functools.partial(student_loss, distill_weight=recipe.distill_weight, soft=recipe.make_soft_loss())
     measure = None if val is None else functools.partial(evaluate, images=val)
-    task = Task(network=student, criterion=criterion, measure=measure)
-    return fit(task, data, recipe, report=report, run=run)
+    return fit(student_task(student, recipe, measure), data, recipe, report=report, run=run)
+
+
+def student_task(student: nn.Module, recipe: Recipe, measure: Callable[[nn.Module], float] | None = None) -> Task:
+    """Training a student with the recipe's `student_loss`."""
+    criterion = functools.partial(student_loss, distill_weight=recipe.distill_weight, soft=recipe.make_soft_loss())
+    return Task(network=student, criterion=criterion, measure=measure)
 
 
 def fit(

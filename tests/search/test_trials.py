@@ -14,6 +14,7 @@ from typing import Any
 
 import optuna
 import pytest
+import torch
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from torch import nn
 
@@ -37,6 +38,7 @@ from nas_kd.search.trials import (
 )
 from nas_kd.search.work import run_trials
 from nas_kd.search.workers import WORKER, retry_dead_trials, worker_name
+from nas_kd.training.loop import predict_logits
 
 MakeProxy = Callable[..., Proxy]
 
@@ -68,6 +70,19 @@ def test_a_trial_gives_score_and_costs_and_notes_what_it_did(small: Space[nn.Mod
     assert trial.user_attrs["digest"] == genotype.digest
     assert trial.constraints == {"params": pytest.approx(cost.params / small.budget["params"] - 1), RUNG: 0.0}  # type: ignore[index]
     assert len(OBJECTIVES) == len(trial.values)
+
+
+def test_batch_norms_that_lag_behind_do_not_spoil_a_score(small: Space[nn.Module], make_proxy: MakeProxy) -> None:
+    proxy = make_proxy()
+    student = proxy.prepare(small.student(small.analysis.identity))
+    score = proxy.score(student)
+    wanted = predict_logits(student, proxy.val)
+    for module in student.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+    assert not torch.allclose(predict_logits(student, proxy.val), wanted)
+    assert proxy.score(student) == score
+    assert torch.equal(predict_logits(student, proxy.val), wanted)
 
 
 def test_a_digest_is_never_trained_twice(small: Space[nn.Module], make_proxy: MakeProxy) -> None:
