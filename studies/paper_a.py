@@ -93,11 +93,11 @@ SCALES = {
     ),
     "short": Scale(
         bases=("cifar_resnet20",),
-        images="--img-size 32 --train-images 4000",
+        images="--img-size 32 --train-images 2000",
         first="--epochs 30 --lr 0.1 --batch-size 64",
-        learn=2,
+        learn=3,
         refine=3,
-        training="--batch-size 64 --amp",
+        training="--batch-size 32 --amp",
         library=0.25,
         seeds=2,
     ),
@@ -170,7 +170,8 @@ class Study:
         key = shlex.join(arguments)
         if key in self.records:
             return
-        name = "-".join((base, budget, arm, str(seed))).translate(str.maketrans(" =%,", "----"))
+        shared = "" if arm == LIBRARY else budget  # one library for all budgets
+        name = "-".join((base, shared, arm, str(seed))).translate(str.maketrans(" =%,", "----"))
         out = self.out / name
         sys.stderr.write(f"{datetime.datetime.now():%H:%M} {arm}: {key}\n")
         started, clock = time.process_time(), time.monotonic()

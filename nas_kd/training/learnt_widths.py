@@ -37,6 +37,7 @@ from nas_kd.training.recipe import Recipe
 _FIRST = 5.0  # the λ that a training begins with
 _DESCENT = 0.6  # of the steps, in which the cost is led from the base's down to the budget
 _PULL, _DAMPING, _FASTEST = 0.5, 10.0, 0.2  # of log λ per step: by the distance, by its change, and at most
+_NOTHING = 1e-30  # of Σs²: where all channels are dead, none is missed
 _SPARED = 1e-3  # a factor of 0 counts as this much when widths are rounded
 
 
@@ -86,9 +87,10 @@ class LearntWidths:
         return order
 
     def damages(self, analysis: Analysis, factors: Mapping[str, float]) -> list[NDArray[np.float64]]:
-        """Per block over its choices, how much it hurts: the share of Σγ² that goes, over the block's factor.
+        """Per block over its choices, how much it hurts: −log of the share of Σs² that stays, over the block's factor.
 
-        Sums over the segments of the block. To weigh a block's cost by λ_b or its damage by 1/λ_b is the same choice.
+        So a block is never emptied to spare others. Sums over the segments of the block. To weigh a block's cost by λ_b
+        or its damage by 1/λ_b is the same choice.
         """
         order = self.order(analysis)
         damages = []
@@ -104,7 +106,7 @@ def _lost(channels: Sequence[Channels], width: float, order: NDArray[np.float64]
     for own in channels:
         for units, kept in zip(own.segments, own.kept(width), strict=True):
             energies = np.sort(order[units] ** 2)[::-1]
-            lost += float(energies[kept:].sum() / max(energies.sum(), np.finfo(np.float64).tiny))
+            lost -= math.log((energies[:kept].sum() + _NOTHING) / (energies.sum() + _NOTHING))
     return lost
 
 
