@@ -123,6 +123,8 @@ def run_crew(crew: Crew, study: optuna.Study, board: Board, sleep: Callable[[flo
             retry_abandoned(study, watch)
             if count_trained(study) < crew.trials:
                 deaths += _replace_dead(workers)
+            elif not running(study):  # what has not begun, as a task that waits for a GPU, need not
+                break
             if _show_progress(study, seen, crew, board):
                 deaths = 0
             if deaths > _RESTARTS:

@@ -47,8 +47,9 @@ def open_storage(url: str, *, grace: float = GRACE) -> BaseStorage:
                 heartbeat_stale_trial_callback=requeue,
                 engine_kwargs=_engine_arguments(url),
             )
-    except (SQLAlchemyError, ImportError, ValueError, RuntimeError) as error:
-        raise OutputError(f"cannot open the storage {without_password(url)}: {reason(error)}") from error
+    except (SQLAlchemyError, StorageInternalError, ImportError, ValueError, RuntimeError) as error:
+        foreign = "; is it a database of another program?" if isinstance(error, StorageInternalError) else ""
+        raise OutputError(f"cannot open the storage {without_password(url)}: {reason(error)}{foreign}") from error
     if url.startswith("sqlite"):
         _use_wal(storage)
     return storage
@@ -189,7 +190,7 @@ def check_study(storage: BaseStorage, name: str, config: Mapping[str, Any]) -> N
 
 def _begun_with(study: optuna.Study) -> dict[str, Any] | None:
     begun: dict[str, Any] | None = study.user_attrs.get(CONFIG)
-    if begun is None and study.get_trials(deepcopy=False):
+    if begun is None and (study.user_attrs or study.get_trials(deepcopy=False)):
         raise StudyError(
             f"the study {study.study_name!r} in this storage was not made by nas_kd: choose another --study-name"
         )

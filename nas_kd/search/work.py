@@ -16,6 +16,7 @@ import optuna
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
+from nas_kd.errors import OutputError
 from nas_kd.search.storage import is_storage_error
 from nas_kd.search.trials import Objective, count_trained
 from nas_kd.search.workers import (
@@ -68,7 +69,8 @@ def work(
     """Runs trials of a study, beside other workers, as many as are still missing.
 
     While others run the last missing ones it waits, to take over what they leave. Ctrl-C and SIGTERM end it with
-    KeyboardInterrupt; the trial that it was at is queued again and goes on from its last rung.
+    KeyboardInterrupt; the trial that it was at is queued again and goes on from its last rung, also when a disk is full
+    or a database gone.
     """
     worker = _Worker(study, objective, limits, tick)
     asks = max(0, limits.target() - count_trained(study)) * limits.cap
@@ -76,8 +78,9 @@ def work(
         with worker.interruptible():
             while worker.asked < asks and worker.may_start():
                 worker.optimize(asks - worker.asked)
-    except KeyboardInterrupt:
-        worker.release()
+    except BaseException as error:
+        if _is_from_outside(error):
+            worker.release()
         raise
     if (done := count_trained(study)) < (wanted := limits.target()):
         _logger.warning("only %d of %d trials trained: the sampler found too few students within budget", done, wanted)
@@ -101,6 +104,11 @@ def retry_abandoned(study: optuna.Study, watch: Watch) -> None:
         optuna.storages.fail_stale_trials(study)
 
 
+def _is_from_outside(error: BaseException) -> bool:
+    """Whether a trial ended by nothing of its own: it was interrupted, or nothing could be written."""
+    return isinstance(error, KeyboardInterrupt | OutputError) or is_storage_error(error)
+
+
 class _Worker:
     """The state of a worker: how many trials it `asked` for, the one that it is `at`, and whether it is to stop."""
 
@@ -118,6 +126,9 @@ class _Worker:
         try:
             self.study.optimize(self._run, n_trials=asks, callbacks=[self._after], gc_after_trial=False)
         except Exception as error:
+            cause = error.__context__
+            if isinstance(error, AssertionError) and cause is not None and is_storage_error(cause):
+                raise cause from cause.__cause__  # Optuna does not think of trials that cannot be ended
             if not self._was_taken(error):
                 raise
             _logger.warning("trial %d was given to another worker: this one was silent for too long", self._number())
@@ -176,10 +187,15 @@ class _Worker:
         return self._trial().number
 
     def release(self) -> None:
-        """Queues the interrupted trial again."""
-        release_own_trials(self.study)
-        if isinstance(self.error, KeyboardInterrupt) and self._trial().state == TrialState.FAIL:
-            requeue(self.study, self._trial(), died=False)
+        """Queues the interrupted trial again. What cannot be written now is found by the next worker: a trial whose
+        process is gone."""
+        try:
+            release_own_trials(self.study)
+            if self.error and _is_from_outside(self.error) and self._trial().state == TrialState.FAIL:
+                requeue(self.study, self._trial(), died=False)
+        except Exception as error:
+            if not is_storage_error(error):
+                raise
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:

@@ -63,6 +63,21 @@ def test_a_foreign_study_is_refused(storage: BaseStorage) -> None:
     assert "nas_kd" not in optuna.load_study(storage=storage, study_name="mine").user_attrs
 
 
+def test_a_foreign_study_that_is_empty_is_refused_too(storage: BaseStorage) -> None:
+    foreign = optuna.create_study(storage=storage, study_name="mine", directions=DIRECTIONS)
+    foreign.set_user_attr("by", "another tool")
+    with pytest.raises(StudyError, match="'mine' in this storage was not made by nas_kd"):
+        study(storage, "mine", a=1)
+
+
+def test_a_database_of_another_program_is_one_line(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "other.db")) as database:
+        database.execute("CREATE TABLE version_info (version INTEGER)")
+    with pytest.raises(OutputError, match=r"no such column.*is it a database of another program") as caught:
+        open_storage(sqlite_url(tmp_path / "other.db"))
+    assert "\n" not in str(caught.value)
+
+
 def test_other_objectives_are_refused(storage: BaseStorage) -> None:
     optuna.create_study(storage=storage, study_name="one", direction="maximize")
     with pytest.raises(StudyError, match="'one' has other objectives"):
