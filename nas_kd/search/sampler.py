@@ -22,6 +22,7 @@ from nas_kd.search.starts import smallest_level, solve_in_time, tightness
 
 _Trained = tuple[FrozenTrial, NDArray[np.int64]]  # a trial, and the positions of its choices
 _MUTATIONS = 0.2  # share of proposals that vary the front, against interactions that an additive model cannot see
+_APART = 0.7  # share of proposals whose bounds are lowered each by itself: the front spreads over every cost
 _TRIES = 64  # to find a genotype that the study has not had
 
 
@@ -46,10 +47,9 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
 
     A Bayesian additive model of the score is refitted on the finished trials, and on what is expected of those that
     were stopped at a rung; one draw from its posterior, and the knapsack solved on that draw at a random level up to
-    the budget, is the next genotype. A share of the proposals changes one or two blocks of a genotype on the front
-    instead. A study with that one value gets what is best within the whole budget, or within one of the space's levels.
-    `damages` (per block, over its choices; by
-    default the space's) are the prior.
+    the budget, of all bounds or of each, is the next genotype. A share of the proposals changes one or two blocks of a
+    genotype on the front instead. A study with that one value gets what is best within the whole budget, or within one
+    of the space's levels. `damages` (per block, over its choices; by default the space's) are the prior.
     """
 
     def __init__(
@@ -144,24 +144,32 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
         return rows, np.array([score for _, score in scored], dtype=np.float64)
 
     def _solve(self, model: AdditiveModel) -> NDArray[np.int64]:
-        level = self._level()
+        levels = [self._budget.scaled(self._level(self._least)), self._budget]
+        if len(self._budget) > 1 and not self._single and self._generator.random() < _APART:
+            levels.insert(0, self._apart())
         worth = model.draw(self._generator, boldness=self._generator.random() ** 2)
-        for share in (level, 1.0):
-            genotype = solve_in_time(self.space.table, self._budget.scaled(share), [-values for values in worth])
+        for level in levels:
+            genotype = solve_in_time(self.space.table, level, [-values for values in worth])
             if genotype is not None:
                 return self.space.table.indices(genotype)
         return self._tightest()
 
-    def _level(self) -> float:
-        """A random share of the budget: evenly over all, or over each stretch between two of the space's levels; where
-        the score alone counts, one of the levels."""
-        levels = [level for level in self.space.levels if level > self._least] or [1.0]
+    def _apart(self) -> Budget:
+        """The budget with each bound at a random level of its own, down to what the cheapest genotype needs."""
+        table = self.space.table
+        least = {kind: min(1.0, table.cost(table.cheapest(kind))[kind] / bound) for kind, bound in self._budget.items()}
+        return Budget(tuple((kind, bound * self._level(least[kind])) for kind, bound in self._budget.items()))
+
+    def _level(self, least: float) -> float:
+        """A random share of the budget, from `least` on: evenly over all, or over each stretch between two of the
+        space's levels; where the score alone counts, one of the levels."""
+        levels = [level for level in self.space.levels if level > least] or [1.0]
         if self._single:
             return levels[int(self._generator.integers(len(levels)))]
         if len(levels) == 1:
-            return float(self._generator.uniform(self._least, 1.0))
+            return float(self._generator.uniform(least, 1.0))
         chosen = int(self._generator.integers(len(levels)))
-        return float(self._generator.uniform(levels[chosen - 1] if chosen else self._least, levels[chosen]))
+        return float(self._generator.uniform(levels[chosen - 1] if chosen else least, levels[chosen]))
 
     def _tightest(self) -> NDArray[np.int64]:
         """The genotype that is the deepest within the budget, of the cheapest of each kind of cost."""
