@@ -90,8 +90,8 @@ class ChannelCost:
     def by_block(self, counts: Tensor) -> Tensor:
         """G_b (B×2): what the channels of each block cost beside those of the others, which are taken as they are.
 
-        S counts; the gradient of G_b reaches the counts of block b alone, as in MorphNet (arXiv 1711.06798, equation
-        4), where a layer's regulariser takes the other side's channels as constants.
+        S counts; the gradient of G_b reaches the counts of block b alone, as in MorphNet (arXiv 1711.06798),
+        where a layer's regulariser takes the other side's channels as constants.
         """
         others = counts.detach()
         mine = torch.where(self.own, counts, others)
