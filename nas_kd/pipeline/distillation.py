@@ -22,7 +22,7 @@ from nas_kd.models.reduction import reduce_stride
 from nas_kd.models.student import build_student
 from nas_kd.models.trace import meta_image, without_storage
 from nas_kd.models.verify import measure
-from nas_kd.pipeline.job import DIGITS_SIZE, TEACHER, TEACHER_LR, choose_device, epochs_of, open_folder
+from nas_kd.pipeline.job import DIGITS_SIZE, TEACHER, TEACHER_LR, choose_device, data_spec, epochs_of, open_folder
 from nas_kd.progress import Stages
 from nas_kd.results.export import Card, export
 from nas_kd.results.refine import Candidate, Refined, Refinement, refine
@@ -103,21 +103,7 @@ def prepare_distillation(settings: DistillSettings) -> DistillJob:
     for network in filter(None, (student, teacher)):
         _try_out(network, size)
     brings = teacher if _teacher_is_trained(settings) else student if settings.has_weights else None
-    config: Any = getattr(brings, "pretrained_cfg", None) or {}
-    known = len(config.get("mean", ())) == size[0]  # weights from elsewhere bring their normalisation
-    data = DataSpec(
-        dataset=settings.dataset,
-        data_dir=settings.data_dir,
-        img_size=size[1],
-        in_chans=size[0],
-        num_classes=settings.num_classes,
-        mean=tuple(config["mean"]) if known else None,
-        std=tuple(config["std"]) if known else None,
-        val_fraction=settings.val_fraction,
-        train_images=settings.train_images,
-        seed=settings.seed,
-        workers=settings.workers,
-    )
+    data = data_spec(settings, size, brings)
     return DistillJob(
         settings=settings, device=device, out=out, input_size=size, classes=classes, data=data, teacher=teacher
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 from nas_kd import __version__
 from nas_kd.arguments import SAMPLERS, Settings
 from nas_kd.budget import LATENCY, Budget, parse_budget, parse_levels
+from nas_kd.distill_arguments import DistillSettings
 from nas_kd.errors import DeviceError, GenotypeError, NasKdError, OutputError
 from nas_kd.genotype import Genotype
 from nas_kd.models.hub import create_base
@@ -86,13 +88,14 @@ def prepare(settings: Settings, storage: BaseStorage | None = None) -> Job:
     except NasKdError:
         close_storage(storage)
         raise
+    weighted = settings.pretrained or settings.initial_checkpoint
     return Job(
         settings=settings,
         device=device,
         out=out,
         space=space,
         budget=space.budget,
-        data=_data_spec(settings, space, base),
+        data=data_spec(settings, space.input_size, base if weighted else None),
         trained_elsewhere=_is_trained(settings, base),
         storage=storage,
     )
@@ -184,11 +187,11 @@ def make_base(settings: Settings, classes: int, in_chans: int) -> nn.Module:
     return base if settings.reduction is None else reduce_stride(base, settings.reduction, in_chans)
 
 
-def _data_spec(settings: Settings, space: Space[nn.Module], base: nn.Module) -> DataSpec:
-    """Weights from elsewhere bring their normalisation; else it is taken from the training images."""
-    weights_given = settings.pretrained or settings.initial_checkpoint
-    config: Any = (getattr(base, "pretrained_cfg", None) or {}) if weights_given else {}
-    channels, side, _ = space.input_size
+def data_spec(settings: Settings | DistillSettings, input_size: Sequence[int], weighted: nn.Module | None) -> DataSpec:
+    """The images, in the form that networks want. `weighted` is the network that brings weights from elsewhere, if any,
+    and with them its normalisation; else it is taken from the training images."""
+    config: Any = getattr(weighted, "pretrained_cfg", None) or {}
+    channels, side, _ = input_size
     known = len(config.get("mean", ())) == channels
     return DataSpec(
         dataset=settings.dataset,
