@@ -389,7 +389,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "huge seed": ("--seed 5000000000", r"argument --seed: must be at least 0 and below"),
     "infinite rate": ("--lr inf", r"argument --lr: must be at least"),
     "unknown option": ("--trails 3", r"unrecognized arguments: --trails"),
-    "unknown sampler": ("--sampler best", r"argument --sampler: invalid choice: 'best'"),
+    "unknown sampler": ("--sampler best", r"argument --sampler: unknown sampler 'best': use knapsack"),
     "nameless study": ("--study-name ///", r"--study-name '///' needs a letter or digit"),
 }
 
