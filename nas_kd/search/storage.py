@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ Direction = Literal["minimize", "maximize"]
 CONFIG = "nas_kd"  # the study's user attribute that holds what it was begun with
 PROXY = "grpc://"  # how the URL of Optuna's gRPC proxy begins
 _PROXY_SECONDS = 30  # to wait until a proxy answers
+_ATTEMPTS, _PAUSE = 5, 0.2  # to open a database whose tables another is making, and seconds between two
 _CREATOR_SECONDS = 5.0  # to wait until who created a study has said what it is
 
 
@@ -38,21 +40,36 @@ def open_storage(url: str, *, grace: float = GRACE) -> BaseStorage:
     if url.startswith(PROXY):
         return _open_proxy(url)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)  # optuna: heartbeat
-            storage = RDBStorage(
-                url,
-                heartbeat_interval=max(1, int(grace) // 4),
-                grace_period=max(2, int(grace)),
-                heartbeat_stale_trial_callback=requeue,
-                engine_kwargs=_engine_arguments(url),
-            )
+        storage = _open_database(url, grace)
     except (SQLAlchemyError, StorageInternalError, ImportError, ValueError, RuntimeError) as error:
         foreign = "; is it a database of another program?" if isinstance(error, StorageInternalError) else ""
         raise OutputError(f"cannot open the storage {without_password(url)}: {reason(error)}{foreign}") from error
     if url.startswith("sqlite"):
         _use_wal(storage)
     return storage
+
+
+def _open_database(url: str, grace: float) -> RDBStorage:
+    """Optuna's storage in a database. Who comes first makes its tables; who comes at the same moment tries again."""
+    attempt = 0
+    while True:
+        attempt += 1
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ExperimentalWarning)  # optuna: heartbeat
+                return RDBStorage(
+                    url,
+                    heartbeat_interval=max(1, int(grace) // 4),
+                    grace_period=max(2, int(grace)),
+                    heartbeat_stale_trial_callback=requeue,
+                    engine_kwargs=_engine_arguments(url),
+                )
+        except (SQLAlchemyError, StorageInternalError) as error:
+            if attempt == _ATTEMPTS or not re.search(
+                "already exists|unique constraint|duplicate key", reason(error), re.IGNORECASE
+            ):
+                raise
+            time.sleep(_PAUSE * attempt)
 
 
 def _engine_arguments(url: str) -> dict[str, Any] | None:

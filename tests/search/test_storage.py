@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from optuna.storages import BaseStorage, RDBStorage
 
 from nas_kd.errors import OutputError, StudyError
 from nas_kd.search.sampler import make_optuna_sampler
-from nas_kd.search.storage import open_storage, open_study, sqlite_url
+from nas_kd.search.storage import close_storage, open_storage, open_study, sqlite_url
 from nas_kd.search.trials import DIRECTIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")  # optuna: heartbeat
@@ -76,6 +78,20 @@ def test_a_database_of_another_program_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"no such column.*is it a database of another program") as caught:
         open_storage(sqlite_url(tmp_path / "other.db"))
     assert "\n" not in str(caught.value)
+
+
+def test_several_who_open_a_new_database_at_once_all_get_it(tmp_path: Path) -> None:
+    barrier = threading.Barrier(4)
+
+    def open_one(index: int) -> str:
+        barrier.wait()
+        storage = open_storage(sqlite_url(tmp_path / "study.db"))
+        name = optuna.create_study(storage=storage, study_name=f"s{index}").study_name
+        close_storage(storage)
+        return name
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(open_one, range(4))) == ["s0", "s1", "s2", "s3"]
 
 
 def test_other_objectives_are_refused(storage: BaseStorage) -> None:
