@@ -6,9 +6,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from nas_kd.arguments import guarded
+from nas_kd.arguments.distill import DistillSettings, parse_distill
+from nas_kd.arguments.parsing import guarded
 from nas_kd.budget import short
-from nas_kd.distill_arguments import DistillSettings, parse_distill
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nas_kd.arguments import RankSettings, guarded, parse_rank_check
+from nas_kd.arguments.parsing import guarded
+from nas_kd.arguments.rank_check import RankSettings, parse_rank_check
 
 if TYPE_CHECKING:
     from rich.console import Console

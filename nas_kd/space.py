@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from nas_kd.arguments import SpaceSettings, guarded, parse_space
+from nas_kd.arguments.parsing import guarded
+from nas_kd.arguments.space import SpaceSettings, parse_space
 from nas_kd.budget import COUNTED, KINDS, Budget, parse_budget, short
 from nas_kd.errors import BudgetError
 

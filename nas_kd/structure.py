@@ -6,9 +6,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from nas_kd.arguments import guarded
+from nas_kd.arguments.parsing import guarded
+from nas_kd.arguments.structure import StructureSettings, parse_structure
 from nas_kd.budget import kinds_of
-from nas_kd.structure_arguments import StructureSettings, parse_structure
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nas_kd.arguments import Settings, guarded, parse_study
+from nas_kd.arguments.parsing import guarded
+from nas_kd.arguments.study import Settings, parse_study
 from nas_kd.budget import kinds_of
 from nas_kd.errors import without_password
 

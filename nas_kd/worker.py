@@ -8,7 +8,8 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from nas_kd.arguments import WorkerSettings, guarded, parse_worker
+from nas_kd.arguments.parsing import guarded
+from nas_kd.arguments.worker import WorkerSettings, parse_worker
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -43,7 +43,7 @@ import torch
 from optuna.storages import InMemoryStorage
 from rich.console import Console
 
-from nas_kd.arguments import parse_study
+from nas_kd.arguments.study import parse_study
 from nas_kd.distill import main as distill
 from nas_kd.pipeline.job import prepare
 from nas_kd.pipeline.materials import gather

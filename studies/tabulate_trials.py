@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from optuna.storages import InMemoryStorage
 from torch import nn
 
-from nas_kd.arguments import parse_study
+from nas_kd.arguments.study import parse_study
 from nas_kd.pipeline.job import Job, prepare, recipe_of
 from nas_kd.pipeline.materials import Materials, gather
 from nas_kd.pipeline.records import Record, Records

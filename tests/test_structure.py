@@ -12,7 +12,7 @@ import pytest
 import timm
 
 from nas_kd.__main__ import main as nas_kd_main
-from nas_kd.arguments import parse_study
+from nas_kd.arguments.study import parse_study
 from nas_kd.budget import parse_budget
 from nas_kd.genotype import Genotype
 from nas_kd.models.verify import measure

@@ -20,7 +20,8 @@ import optuna
 import torch
 from optuna.trial import FrozenTrial
 
-from nas_kd.arguments import STORAGE, Settings, WorkerSettings
+from nas_kd.arguments.study import STORAGE, Settings
+from nas_kd.arguments.worker import WorkerSettings
 from nas_kd.budget import short
 from nas_kd.errors import NasKdError, StudyError
 from nas_kd.pipeline.job import storage_url

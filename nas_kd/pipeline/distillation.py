@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from nas_kd.arguments.distill import DistillSettings
 from nas_kd.budget import COUNTED, Cost
-from nas_kd.distill_arguments import DistillSettings
 from nas_kd.errors import ModelError
 from nas_kd.models.blocks import analyse
 from nas_kd.models.cheap import cheap_genotype

@@ -15,9 +15,9 @@ from optuna.storages import BaseStorage
 from torch import nn
 
 from nas_kd import __version__
-from nas_kd.arguments import SAMPLERS, Settings
+from nas_kd.arguments.distill import DistillSettings
+from nas_kd.arguments.study import SAMPLERS, Settings
 from nas_kd.budget import LATENCY, Budget, parse_budget, parse_levels
-from nas_kd.distill_arguments import DistillSettings
 from nas_kd.errors import DeviceError, GenotypeError, NasKdError, OutputError
 from nas_kd.genotype import Genotype
 from nas_kd.models.hub import create_base

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import optuna
 from optuna.storages import BaseStorage
 
-from nas_kd.arguments import WorkerSettings
+from nas_kd.arguments.worker import WorkerSettings
 from nas_kd.errors import StudyError, nearest
 from nas_kd.pipeline.crew import (
     Crew,

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nas_kd import __version__
-from nas_kd.arguments import Settings
+from nas_kd.arguments.study import Settings
 from nas_kd.errors import ArtifactError, CheckpointError, StudyError
 from nas_kd.pipeline.job import Job, choices_made, in_chans_of, make_base, make_space, recipe_of
 from nas_kd.pipeline.materials import Materials

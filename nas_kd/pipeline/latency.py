@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nas_kd.arguments import Settings
+from nas_kd.arguments.study import Settings
 from nas_kd.budget import LATENCY, Budget
 from nas_kd.errors import OutputError
 from nas_kd.models.latency_table import Meter, store_key

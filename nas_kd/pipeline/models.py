@@ -13,7 +13,7 @@ import torch
 from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 
-from nas_kd.arguments import Settings
+from nas_kd.arguments.study import Settings
 from nas_kd.budget import COUNTED, LATENCY, Budget, Cost, amount
 from nas_kd.errors import ModelError, TrainingError
 from nas_kd.genotype import Genotype

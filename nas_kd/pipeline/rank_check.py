@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from optuna.storages import InMemoryStorage
 from torch import nn
 
-from nas_kd.arguments import RankSettings
+from nas_kd.arguments.rank_check import RankSettings
 from nas_kd.budget import Cost
 from nas_kd.errors import TrainingError
 from nas_kd.genotype import Genotype

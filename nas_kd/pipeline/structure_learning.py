@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from nas_kd.arguments.structure import StructureSettings
 from nas_kd.budget import Budget
 from nas_kd.errors import BudgetError, CheckpointError, GenotypeError, nearest
 from nas_kd.genotype import Genotype
@@ -29,7 +30,6 @@ from nas_kd.progress import Stages
 from nas_kd.results.front import write_atomically, write_front_csv
 from nas_kd.results.rows import ModelRow
 from nas_kd.search.solver import solve
-from nas_kd.structure_arguments import StructureSettings
 from nas_kd.training.checkpoint import load_exactly
 from nas_kd.training.data import Splits
 from nas_kd.training.learnt_widths import Goal, LearntWidths, WidthLearner, learn_widths

@@ -10,7 +10,7 @@ import optuna
 import pytest
 from torch import nn
 
-from nas_kd.arguments import parse_study
+from nas_kd.arguments.study import parse_study
 from nas_kd.errors import NasKdError, StudyError
 from nas_kd.search.own_sampler import check_own_sampler, make_own_sampler
 from nas_kd.search.sampler import make_sampler

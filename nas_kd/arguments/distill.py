@@ -1,4 +1,4 @@
-"""What `python -m nas_kd.distill` understands. Standard library only, as `nas_kd.arguments`."""
+"""The arguments of `python -m nas_kd.distill`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from nas_kd.arguments import Parser, add_data, number
+from nas_kd.arguments.parsing import Parser, number
+from nas_kd.arguments.shared import add_data, add_shape
 from nas_kd.errors import NasKdError
 
 LOSSES = ("kd", "dkd")
@@ -117,10 +118,7 @@ def _add_model(add: Callable[..., object]) -> None:
     add("--pretrained", action="store_true", help="start from timm's weights")
     add("--initial-checkpoint", metavar="FILE", help="start from these weights (.safetensors, .pth)")
     add("--from-scratch", action="store_true", help="start an exported model from new weights, not from its own")
-    add("--reduction", type=number(1), metavar="R", help="total stride of the network; small images need 8 or 4")
-    add("--img-size", type=number(4), metavar="N", help="side of the images in pixels (the model's; digits: 16)")
-    add("--in-chans", type=int, choices=(1, 3), help="channels of the images (3; digits: 1)")
-    add("--num-classes", type=number(2), metavar="N", help="outputs (as many as the data has classes)")
+    add_shape(add)
 
 
 def _add_mode(parser: argparse.ArgumentParser) -> None:

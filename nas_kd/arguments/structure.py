@@ -1,4 +1,4 @@
-"""What `python -m nas_kd.structure` understands. Standard library only, as `nas_kd.arguments`."""
+"""The arguments of `python -m nas_kd.structure`."""
 
 from __future__ import annotations
 
@@ -8,18 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nas_kd.arguments import (
-    Parser,
-    Settings,
-    add_base,
-    add_data,
-    add_onnx,
-    add_recipe,
-    add_report,
-    number,
-    settings_from,
-    study_parser,
-)
+from nas_kd.arguments.parsing import Parser, number
+from nas_kd.arguments.shared import add_base, add_data, add_onnx, add_recipe, add_report
+from nas_kd.arguments.study import Settings, settings_from, study_parser
 from nas_kd.budget import KINDS, parse_budget
 from nas_kd.errors import BudgetError, GenotypeError, NasKdError
 

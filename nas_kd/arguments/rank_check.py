@@ -1,0 +1,70 @@
+"""The arguments of `python -m nas_kd.rank_check`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from nas_kd.arguments.parsing import Parser, number
+from nas_kd.arguments.shared import add_base, add_choices, add_data, add_library, add_recipe, add_report
+from nas_kd.arguments.study import Settings, settings_from, study_parser
+from nas_kd.errors import NasKdError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankSettings:
+    """The arguments of `python -m nas_kd.rank_check`: those of the `study` that it speaks of, and its own. A truth sees
+    `truth_images`, a proxy `proxy_images`; a score looks at `val_images` of the validation images."""
+
+    study: Settings
+    genotypes: int
+    band: float
+    near: int
+    truth_images: int
+    proxy_images: int
+    val_images: int
+
+
+def rank_parser(prog: str = "python -m nas_kd.rank_check") -> argparse.ArgumentParser:
+    """The parser of the rank check."""
+    parser = Parser(
+        prog=prog,
+        description="How far the ranking of short trainings can be trusted: trains random genotypes for long and tells "
+        "how well each score would have ordered them.",
+        epilog=f"example: {prog} --budget params=1M --genotypes 10 --truth-images 20000",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_base(parser)
+    add_data(parser)
+    add = parser.add_argument_group("check").add_argument
+    add("--budget", required=True, metavar="B", help="around which costs: params=1M,macs=30M or macs=50%% of the base")
+    add("--genotypes", type=number(3), default=30, metavar="N", help="random genotypes to train (30)")
+    add("--band", type=number(0.001, float, 1), default=0.15, metavar="F", help="how far off the budget (0.15)")
+    add("--near", type=number(0), default=0, metavar="N", help="genotypes near the optimum to train as well (0)")
+    add_choices(add)
+    add_library(add)
+    add = parser.add_argument_group("training").add_argument
+    add("--truth-images", type=number(2), default=102_400, metavar="N", help="images that a truth sees (102400)")
+    add("--proxy-images", type=number(8), default=6400, metavar="N", help="images that a short training sees (6400)")
+    add("--val-images", type=number(2), default=2000, metavar="N", help="validation images a score looks at (2000)")
+    add_recipe(add)
+    add_report(parser.add_argument_group("output").add_argument)
+    return parser
+
+
+def parse_rank_check(argv: Sequence[str]) -> RankSettings:
+    """Reads the arguments of the rank check. Raises NasKdError for bad ones."""
+    arguments = vars(rank_parser().parse_args(argv))
+    own = {field.name: arguments.pop(field.name) for field in fields(RankSettings) if field.name != "study"}
+    if own["truth_images"] < 2 * own["proxy_images"]:
+        raise NasKdError(
+            f"--truth-images {own['truth_images']} is no truth beside --proxy-images {own['proxy_images']}: give it at "
+            "least twice as many"
+        )
+    if 0 < own["near"] < 3:
+        raise NasKdError(f"--near {own['near']} genotypes have no order to speak of: give at least 3, or 0")
+    others = vars(study_parser().parse_args([f"--budget={arguments['budget']}"]))
+    command = " ".join(["python -m nas_kd.rank_check", *argv])
+    return RankSettings(study=settings_from({**others, **arguments, "command": command}), **own)

@@ -1,0 +1,125 @@
+"""Arguments that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+
+from nas_kd.arguments.parsing import number
+
+
+def add_base(parser: argparse.ArgumentParser) -> None:
+    """The arguments that name base and teacher."""
+    group = parser.add_argument_group("base and teacher (as in timm)")
+    add = group.add_argument
+    add("--model", default="resnet18", metavar="NAME", help="timm model to search from, or local-dir:FOLDER (resnet18)")
+    add("--pretrained", action="store_true", help="take timm's weights as the teacher's")
+    add("--initial-checkpoint", metavar="FILE", help="take these weights as the teacher's (.safetensors, .pth)")
+    add_shape(add)
+
+
+def add_shape(add: Callable[..., object]) -> None:
+    """The arguments that say what a network reads and writes."""
+    add("--reduction", type=number(1), metavar="R", help="total stride of the network; small images need 8 or 4")
+    add("--img-size", type=number(4), metavar="N", help="side of the images in pixels (the model's; digits: 16)")
+    add("--in-chans", type=int, choices=(1, 3), help="channels of the images (3; digits: 1)")
+    add("--num-classes", type=number(2), metavar="N", help="outputs (as many as the data has classes)")
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """The arguments that name a dataset."""
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    add(
+        "--dataset",
+        default="digits",
+        metavar="NAME",
+        help="digits (ships with scikit-learn), a name of timm's dataset"
+        " factory (torch/cifar10, torch/fashion_mnist, …), or folder",
+    )
+    add("--data-dir", metavar="DIR", help="where the data lies; image folders as timm takes them")
+    add("--train-images", type=number(2), metavar="N", help="use at most so many training images, class by class (all)")
+    add(
+        "--val-fraction",
+        type=number(0.01, float, 1),
+        default=0.2,
+        metavar="F",
+        help="cut from train to select on (0.2)",
+    )
+
+
+def add_choices(add: Callable[..., object]) -> None:
+    """The arguments that say what a base may become."""
+    add(
+        "--space",
+        default="width,kernel,conv",
+        metavar="S",
+        help="what may change, e.g. width,conv=standard/depthwise; keep: blocks may go",
+    )
+    add("--search-stages", action="store_true", help="each stage's residual stream gets a width as well")
+    add("--pin", action="append", default=[], metavar="P", help="limit blocks: 'layer1.*:conv=standard' (repeatable)")
+
+
+def add_library(add: Callable[..., object]) -> None:
+    """How much the library of trained block choices may cost."""
+    add(
+        "--library-budget",
+        type=number(0, float, 0.9),
+        default=0.25,
+        metavar="F",
+        help="share of the study's work that goes into the library of trained block choices; 0: none (0.25)",
+    )
+
+
+def add_recipe(add: Callable[..., object]) -> None:
+    """The arguments that say how networks are trained."""
+    add("--teacher-epochs", type=number(1), metavar="N", help="epochs of a teacher trained here (by the data's size)")
+    add("--batch-size", type=number(2), default=64, metavar="N", help="images per step (64)")
+    add(
+        "--lr",
+        type=number(1e-9, float, math.inf),
+        default=0.005,
+        metavar="F",
+        help="peak learning rate of students (0.005)",
+    )
+    add("--views", type=number(1), default=8, metavar="N", help="augmented views with cached teacher logits (8)")
+    add("--device", metavar="D", help="cpu, cuda, cuda:1, … (cuda where there is one)")
+    add("--amp", action="store_true", help="mixed precision")
+    add("--workers", type=number(1), default=2, metavar="N", help="threads that decode images (2)")
+    add("--seed", type=number(0, int, 2**32), default=0, metavar="N", help="decides everything that is random (0)")
+
+
+def add_report(add: Callable[..., object]) -> None:
+    """The arguments that say where results go and what is printed."""
+    add("--out", metavar="DIR", help="output folder (results/STUDY); the same command again resumes")
+    add("--study-name", metavar="NAME", help="name of the study (made of model, dataset and budget)")
+    add("-q", "--quiet", action="store_true", help="print the result alone")
+    add("--debug", action="store_true", help="tracebacks and debug messages")
+
+
+def add_onnx(add: Callable[..., object]) -> None:
+    """Whether models are written as ONNX too."""
+    add(
+        "--onnx",
+        action=argparse.BooleanOptionalAction,
+        help="write the front's models as ONNX as well (where onnx is installed)",
+    )
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """The arguments of processes that train trials."""
+    add = parser.add_argument_group("workers (docs/workers.md)").add_argument
+    add("--jobs", type=number(1), default=1, metavar="N", help="processes that train trials, spread over the GPUs (1)")
+    add(
+        "--artifacts",
+        metavar="STORE",
+        help="where workers on other machines fetch the teacher, views and library: FOLDER, s3://… or gs://…",
+    )
+    add(
+        "--grace-period",
+        type=number(4),
+        default=120,
+        metavar="S",
+        help="seconds of silence after which a worker is dead and its trial goes to another (120)",
+    )

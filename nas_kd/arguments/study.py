@@ -1,0 +1,229 @@
+"""The arguments of `python -m nas_kd.study`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from nas_kd import __version__
+from nas_kd.arguments.parsing import Parser, number
+from nas_kd.arguments.shared import (
+    add_base,
+    add_choices,
+    add_data,
+    add_library,
+    add_onnx,
+    add_recipe,
+    add_report,
+    add_workers,
+)
+from nas_kd.budget import parse_budget, parse_levels
+from nas_kd.errors import NasKdError, nearest, without_password
+
+STORAGE = "NAS_KD_STORAGE"  # environment variable: a URL with a password is not for every eye on the machine
+DISTILLATIONS = ("kd", "dkd", "online")
+RUNTIMES = ("torch", "onnx")  # that time a network
+SAMPLERS = ("knapsack", "tpe", "nsgaii", "nsgaiii", "random")
+PRUNERS = {False: ("front", "none"), True: ("sha", "hyperband", "median", "none")}  # with one objective: Optuna's own
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The arguments of `python -m nas_kd.study`, checked as far as that is possible without torch."""
+
+    model: str
+    pretrained: bool
+    initial_checkpoint: str | None
+    reduction: int | None
+    img_size: int | None
+    in_chans: int | None
+    num_classes: int | None
+    dataset: str
+    data_dir: str | None
+    train_images: int | None
+    val_fraction: float
+    budget: str
+    levels: str
+    latency_runtime: str
+    latency_device: str
+    latency_batch: int
+    latency_threads: int
+    latency_command: str
+    trials: int
+    space: str
+    search_stages: bool
+    pin: tuple[str, ...]
+    sampler: str
+    library_budget: float
+    proxy_epochs: int
+    proxy_images: int
+    teacher_epochs: int | None
+    refine_epochs: int | None
+    distill: str
+    peers: int
+    front: int
+    batch_size: int
+    lr: float
+    views: int
+    device: str | None
+    amp: bool
+    workers: int
+    seed: int
+    out: str | None
+    study_name: str | None
+    storage: str | None
+    quiet: bool
+    debug: bool
+    onnx: bool | None = None
+    jobs: int = 1
+    artifacts: str | None = None
+    grace_period: int = 120
+    new_study: bool = False
+    start_from: tuple[str, ...] = ()
+    command: str = ""
+    maximize: str | None = None
+    pruner: str = "front"
+
+    @property
+    def name(self) -> str:
+        """The study's name: as given, or model, dataset and budget."""
+        text = self.study_name or f"{self.model}-{self.dataset or 'folder'}-{self.budget.replace('=', '')}"
+        return re.sub(r"[^\w.%+-]+", "-", text).strip("-.")
+
+
+def study_parser(prog: str = "python -m nas_kd.study") -> argparse.ArgumentParser:
+    """The parser of the main command."""
+    parser = Parser(
+        prog=prog,
+        description="Any timm CNN in, a family of smaller timm CNNs out, each within a hard budget.",
+        epilog=f"example: {prog} --budget params=1M     (no data, network or GPU needed)",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"nas_kd {__version__}")
+    add_base(parser)
+    add_data(parser)
+    _add_search(parser)
+    _add_training(parser)
+    _add_output(parser)
+    return parser
+
+
+def _add_search(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("search")
+    add = group.add_argument
+    add(
+        "--budget",
+        required=True,
+        metavar="B",
+        help="hard upper bounds: params=1M,macs=30M,latency=4ms or macs=50%% of the base",
+    )
+    add("--levels", default="1", metavar="L", help="shares of the budget that get a best model each: 0.25,0.5,1 (1)")
+    _add_latency(add)
+    add("--trials", type=number(1), default=20, metavar="N", help="students to train; over-budget ones are free (20)")
+    add_choices(add)
+    add(
+        "--sampler",
+        type=_sampler,
+        metavar="NAME",
+        default="knapsack",
+        help=f"who proposes genotypes after the warm starts: {', '.join(SAMPLERS)}, or package.module:Class of your own"
+        " (knapsack, never over budget)",
+    )
+    add("--maximize", choices=("accuracy",), help="search for this alone, within the budget (for a front: costs too)")
+    add(
+        "--pruner",
+        choices=list(dict.fromkeys((*PRUNERS[False], *PRUNERS[True]))),
+        help="what stops trials early: front, where cheaper students are better (default); with --maximize Optuna's"
+        " sha (successive halving, default), hyperband or median; or none",
+    )
+    add_library(add)
+    add(
+        "--start-from",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="begin with the genotype in this file too: structure.json of nas_kd.structure (repeatable)",
+    )
+    add("--front", type=number(1), default=8, metavar="N", help="refine at most so many students of the front (8)")
+
+
+def _sampler(text: str) -> str:
+    """The type of --sampler: a short name, or the path of the user's own, which is imported later."""
+    if text not in SAMPLERS and not re.fullmatch(r"[^\W\d][\w.]*[.:][^\W\d]\w*", text):
+        hint = nearest(text, SAMPLERS)
+        raise argparse.ArgumentTypeError(
+            f"unknown sampler {text!r}: use {', '.join(SAMPLERS)}, or package.module:Class of your own{hint}"
+        )
+    return text
+
+
+def _add_latency(add: Callable[..., object]) -> None:
+    add("--latency-runtime", choices=RUNTIMES, default="torch", help="what runs a network while it is timed (torch)")
+    add("--latency-device", default="cpu", metavar="D", help="where it is timed: cpu, cuda, cuda:1, … (cpu)")
+    add("--latency-batch", type=number(1), default=1, metavar="N", help="images that go through it at once (1)")
+    add("--latency-threads", type=number(1), default=1, metavar="N", help="CPU threads that it may use (1)")
+    add(
+        "--latency-command",
+        default="",
+        metavar="CMD",
+        help="a command of yours that is given an ONNX file and prints the milliseconds of one forward pass",
+    )
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("training").add_argument
+    add("--proxy-epochs", type=number(1), default=4, metavar="N", help="epochs of a trial, at most (4)")
+    add("--proxy-images", type=number(2), default=10_000, metavar="N", help="training images of a trial (10000)")
+    add("--refine-epochs", type=number(1), metavar="N", help="epochs of the front's models (by the data's size)")
+    add(
+        "--distill",
+        choices=DISTILLATIONS,
+        default="kd",
+        help="how the front's models learn: by logit KD or decoupled KD from the teacher, or online, each with its"
+        " peers from scratch (kd)",
+    )
+    add("--peers", type=number(2), default=4, metavar="N", help="students that learn together, with online (4)")
+    add_recipe(add)
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("output").add_argument
+    add_report(add)
+    add_onnx(add)
+    add("--new-study", action="store_true", help="begin anew under this name; the study that had it is kept")
+    add("--storage", metavar="URL", help="Optuna storage (study.db in the output folder, or $NAS_KD_STORAGE)")
+    add_workers(parser)
+
+
+def parse_study(argv: Sequence[str]) -> Settings:
+    """Reads the arguments of the main command. Raises NasKdError for bad ones."""
+    arguments = vars(study_parser().parse_args(argv))
+    # starting over is done once: the same command again resumes
+    again = (without_password(argument) for argument in argv if argument != "--new-study")
+    arguments["command"] = " ".join(["python -m nas_kd.study", *again])
+    arguments["storage"] = arguments["storage"] or os.environ.get(STORAGE)
+    return settings_from(arguments)
+
+
+def settings_from(arguments: dict[str, Any]) -> Settings:
+    """The settings of a study of parsed arguments. Raises NasKdError for bad ones."""
+    parse_budget(arguments["budget"])
+    parse_levels(arguments["levels"])
+    if arguments["study_name"] is not None and not re.search(r"\w", arguments["study_name"]):
+        raise NasKdError(f"--study-name {arguments['study_name']!r} needs a letter or digit")
+    arguments = {**arguments, **{name: tuple(arguments[name]) for name in ("pin", "start_from")}}
+    arguments["pruner"] = _pruner(arguments["pruner"], bool(arguments["maximize"]))
+    return Settings(**{field.name: arguments[field.name] for field in fields(Settings)})
+
+
+def _pruner(name: str | None, single: bool) -> str:
+    fitting = PRUNERS[single]
+    if name is not None and name not in fitting:
+        mode = "one objective (--maximize)" if single else "several objectives (no --maximize)"
+        raise NasKdError(f"--pruner {name} does not go with {mode}: use {' or '.join(fitting)}")
+    return name or fitting[0]
