@@ -3,10 +3,11 @@
     python studies/samplers.py > docs/results/samplers.md      # some minutes; --seeds 3 for a look
 
 The table (docs/results/samplers_table.json, made by studies/tabulate_trials.py) holds what a trial of every genotype
-within the budget scores at each of its rungs. A study within the budget asks a sampler until so many trials have
-trained; over-budget proposals are pruned with their constraints, repeated genotypes take the score of the first, and
-neither counts as trained. Quality is the hypervolume of scores and costs within the budget over that of the whole
-table: 1 means that the true front was found.
+within the budget scores at each of its rungs (with running averages; trials by now recalibrate their batch norms
+before each look). A study within the budget asks a sampler until so many trials have trained; over-budget proposals
+are pruned with their constraints, repeated genotypes take the score of the first, and neither counts as trained.
+Quality is the hypervolume of scores and costs within the budget over that of the whole table: 1 means that the true
+front was found.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
 
 The space is a ResNet of five blocks with three to six choices each on Fashion-MNIST (DIR holds FashionMNIST/raw); all
 of its genotypes within the budget are trained, so that what a search proposes can be looked up and nothing is
-interpolated. A killed run goes on where it was. `studies/samplers.py` compares samplers on the table.
+interpolated. Unlike a trial, a student is looked at with its running averages, not recalibrated. A killed run goes on
+where it was. `studies/samplers.py` compares samplers on the table.
 """
 
 from __future__ import annotations
