@@ -26,6 +26,7 @@ CONFIG = "nas_kd"  # the study's user attribute that holds what it was begun wit
 PROXY = "grpc://"  # how the URL of Optuna's gRPC proxy begins
 _PROXY_SECONDS = 30  # to wait until a proxy answers
 _ATTEMPTS, _PAUSE = 5, 0.2  # to open a database whose tables another is making, and seconds between two
+_LONG = 200  # characters of two values together, from which on only their difference is shown
 _CREATOR_SECONDS = 5.0  # to wait until who created a study has said what it is
 
 
@@ -226,10 +227,20 @@ def _check_config(name: str, begun: Mapping[str, Any], config: Mapping[str, Any]
     if changed:
         key = changed[0]
         more = f" (and {', '.join(changed[1:])})" if len(changed) > 1 else ""
+        before, now = _apart(begun.get(key), config.get(key))
         raise StudyError(
-            f"the study {name!r} was begun with {key} {begun.get(key)!r}, not {config.get(key)!r}{more}: "
+            f"the study {name!r} was begun with {key} {before}, not {now}{more}: "
             "its trials cannot be compared; choose another --study-name or --out, or start over with --new-study"
         )
+
+
+def _apart(before: Any, now: Any) -> tuple[str, str]:
+    """Two values as they are shown; of two long texts, such as recipes, the parts that differ."""
+    if not (isinstance(before, str) and isinstance(now, str) and len(before) + len(now) > _LONG):
+        return repr(before), repr(now)
+    parts = [re.split(r", |\(", text) for text in (before, now)]
+    one, other = (", ".join(part for part in parts[i] if part not in parts[1 - i]) for i in (0, 1))
+    return one or repr(before), other or repr(now)
 
 
 def set_aside(storage: BaseStorage, name: str, now: Callable[[], datetime.datetime] = datetime.datetime.now) -> str:

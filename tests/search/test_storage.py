@@ -57,6 +57,13 @@ def test_another_configuration_is_refused_in_one_line_that_says_what_changed(sto
     study(storage, "other", model="resnet18", budget="params=2M", seed=0)
 
 
+def test_of_long_values_the_difference_is_shown(storage: BaseStorage) -> None:
+    same = ", ".join(f"value{index}={index}" for index in range(30))
+    study(storage, proxy=f"Recipe(epochs=2, {same})")
+    with pytest.raises(StudyError, match="was begun with proxy epochs=2, not epochs=4: its trials"):
+        study(storage, proxy=f"Recipe(epochs=4, {same})")
+
+
 def test_a_foreign_study_is_refused(storage: BaseStorage) -> None:
     foreign = optuna.create_study(storage=storage, study_name="mine", directions=DIRECTIONS)
     foreign.add_trial(optuna.trial.create_trial(values=[0.5, 1, 1]))
