@@ -89,7 +89,8 @@ def test_scores_are_taken_on_every_rung_of_every_start(finished: tuple[Path, str
         found = {(row.name, row.start, row.steps) for row in group.scores}
         assert len(found) == len(group.scores)
         trained = ("sum of training losses", "training losses since the last rung")
-        for name in ("accuracy", "accuracy, with a bonus for size", "distillation loss", "cross-entropy", *trained):
+        looked = ("accuracy", "error, size allowed for", "distillation loss", "distillation loss, size allowed for")
+        for name in (*looked, "cross-entropy", *trained):
             assert {(name, start, steps) for start in starts for steps in (1, 2, 4)} <= found
         assert ("accuracy", "closed form", 0) in found
         assert ("accuracy", "fresh weights", 0) not in found
@@ -102,12 +103,13 @@ def test_scores_are_taken_on_every_rung_of_every_start(finished: tuple[Path, str
             assert 0 <= row.regrets[1] <= row.regrets[0] <= max(group.truth) - min(group.truth)
         for steps in (1, 2, 4):
             plain, sized = (
-                group.row(name, "closed form", steps) for name in ("accuracy", "accuracy, with a bonus for size")
+                group.row(name, "closed form", steps)
+                for name in ("distillation loss", "distillation loss, size allowed for")
             )
             assert plain is not None
             assert sized is not None
-            bonus = np.subtract(sized.values, plain.values)
-            assert np.array_equal(np.argsort(bonus), np.argsort(group.params))
+            factors = np.divide(sized.values, plain.values)
+            assert np.array_equal(np.argsort(-factors), np.argsort(group.params))
     rows = [result(finished[0]).groups[0].row("sum of training losses", "closed form", steps) for steps in (1, 2, 4)]
     for one, next_one in itertools.pairwise(row for row in rows if row):
         assert one.values < next_one.values

@@ -27,18 +27,18 @@ from nas_kd.results.front import write_atomically
 from nas_kd.results.rank_page import render_check
 from nas_kd.results.rank_rows import FILE, GroupRows, RankCheck, ScoreRow
 from nas_kd.search.band import draw_in_band, near_optimum
-from nas_kd.search.ranking import agreement, tau_difference
+from nas_kd.search.ranking import agreement, allowing_for_size, tau_difference
 from nas_kd.search.space import Space
 from nas_kd.search.starts import prior_damages
 from nas_kd.training.portions import Portions
 from nas_kd.training.validation import validation_of
 
 SCORE = "accuracy"  # what a study ranks by
-SIZED = "accuracy, with a bonus for size"
-SIZE_BONUS = 0.05  # of accuracy for e times the params: small students learn fast and have less to gain
+SIZED = ", size allowed for"
+_LEAST_ERROR = 1e-4  # of an accuracy that cannot be told from 1
 _LEAST = 3  # genotypes of a group that an order can be spoken of
 # scores of which less is better
-_LOWER = ("damage", "sum of training", "training losses", "distillation", "cross-entropy")
+_LOWER = ("damage", "sum of training", "training losses", "distillation", "error", "cross-entropy")
 _logger = logging.getLogger(__name__)
 
 
@@ -193,8 +193,10 @@ def _rung_scores(start: str, rung: Record, before: float, cost: Cost) -> Iterato
         yield ("training losses since the last rung", start, steps), rung["loss"] - before, training
     looked = training + rung["look_seconds"]
     yield (SCORE, start, steps), rung["accuracy"], looked
-    yield (SIZED, start, steps), rung["accuracy"] + SIZE_BONUS * math.log(cost.params), looked
     yield ("distillation loss", start, steps), rung["distillation"], looked
+    error = max(1 - rung["accuracy"], _LEAST_ERROR)
+    yield (f"error{SIZED}", start, steps), allowing_for_size(error, cost.params), looked
+    yield (f"distillation loss{SIZED}", start, steps), allowing_for_size(rung["distillation"], cost.params), looked
     yield ("cross-entropy", start, steps), rung["cross_entropy"], looked
 
 

@@ -12,6 +12,7 @@ Numbers = NDArray[np.float64]
 LEVEL = 0.9  # of the intervals
 RESAMPLES = 4000
 TOP = (1, 3)  # k of the top-k regrets
+SIZE_EXPONENT = 0.15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +27,16 @@ class Agreement:
     low: float
     high: float
     regrets: tuple[float, ...]
+
+
+def allowing_for_size(loss: float, params: int) -> float:
+    """A loss (or error) after a short training as an order of what a long one leaves: loss · params^-0.15.
+
+    Short trainings favour small students: they learn fast, and have less to gain afterwards. What is left at the end
+    follows a power law of the short loss and of the size, as in neural scaling laws; the order does not depend on the
+    task's scale. The exponent is one for all, not fitted to a study (docs/decisions.md has what decided it).
+    """
+    return float(loss * params**-SIZE_EXPONENT)
 
 
 def agreement(scores: ArrayLike, truth: ArrayLike, *, seed: int) -> Agreement:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
-from nas_kd.search.ranking import agreement, kendall_tau, tau_difference, tau_interval, top_regret
+from nas_kd.search.ranking import agreement, allowing_for_size, kendall_tau, tau_difference, tau_interval, top_regret
 
 TRUTH = [0.80, 0.82, 0.84, 0.86, 0.88]
 
@@ -100,3 +100,11 @@ def test_a_better_score_is_told_from_a_worse_one() -> None:
     assert tau_difference(good, bad, truth, seed=0)[0] > 0
     assert tau_difference(good, good, truth, seed=0) == (0, 0)
     assert all(math.isnan(end) for end in tau_difference(np.ones(30), bad, truth, seed=0))
+
+
+def test_a_small_student_must_be_ahead_by_a_power_of_its_size() -> None:
+    assert allowing_for_size(0.3, 20_000) > allowing_for_size(0.3, 40_000)
+    # twice the size makes up for 2^0.15 of the loss, whatever the loss
+    for loss in (3.0, 0.01):
+        assert allowing_for_size(loss * 2**0.15, 40_000) == pytest.approx(allowing_for_size(loss, 20_000))
+        assert allowing_for_size(loss * 1.12, 40_000) > allowing_for_size(loss, 20_000)
