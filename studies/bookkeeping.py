@@ -115,7 +115,7 @@ def instantly(space: nas_kd.Space[nn.Module]) -> contextlib.ExitStack:
         current[0] = sum(float(d[i]) for d, i in zip(damages, space.table.indices(genotype), strict=True))
         return nn.Identity()
 
-    def train(student: nn.Module, views: object, recipe: Recipe, *, report: Any, **others: object) -> TrainResult:
+    def fit(task: object, views: object, recipe: Recipe, *, report: Any, run: object) -> TrainResult:
         noise = float(np.random.default_rng(round(1e6 * current[0])).normal(0, 0.003))
         score = 0.95 - 0.1 * current[0] + noise
         for epoch in recipe.eval_epochs:
@@ -124,7 +124,7 @@ def instantly(space: nas_kd.Space[nn.Module]) -> contextlib.ExitStack:
 
     stack = contextlib.ExitStack()
     stack.enter_context(mock.patch.object(nas_kd.Space, "student", student))
-    stack.enter_context(mock.patch("nas_kd.search.trials.train", train))
+    stack.enter_context(mock.patch("nas_kd.search.trials.fit", fit))
     return stack
 
 
@@ -151,11 +151,12 @@ def fill(study: optuna.Study, space: nas_kd.Space[nn.Module], count: int) -> Non
     assert space.budget is not None
     rows, within = draw(space.table, space.budget, seed=1, draws=100 * count)
     missing = count - len(study.get_trials(deepcopy=False))
+    damages = prior_damages(space.table)
     pattern = next(t for t in study.get_trials() if t.state == TrialState.COMPLETE)
     for row in rows[np.flatnonzero(within)[:missing]]:
         genotype = space.table.genotype(row)
         cost = space.cost(genotype)
-        damage = sum(float(d[i]) for d, i in zip(prior_damages(space.table), row, strict=True))
+        damage = sum(float(d[i]) for d, i in zip(damages, row, strict=True))
         noted = {"genotype": genotype.to_json(), "digest": genotype.digest, "params": cost.params, "macs": cost.macs}
         pattern.params, pattern.user_attrs = space.point(genotype), {**pattern.user_attrs, **noted}
         pattern.values = [0.95 - 0.1 * damage, float(cost.params), float(cost.macs)]
@@ -202,13 +203,19 @@ def main() -> None:
         windows = ends_of_a_study(space, storage, arguments.trials, arguments.window)
         close_storage(storage)
     print("\n".join(["## A trained trial, on SQLite\n", *table(windows)]))
-    study = study_of(space, InMemoryStorage(), "random")
-    run(study, space, Limits(target=lambda: 1))
-    fill(study, space, arguments.trials)
-    found = run(study, space, Limits(target=lambda: 2 * arguments.trials, cap=1))
-    over = [trial for trial in found if not trial["trained"]]
+    over = over_budget(space, arguments.trials, 5 * arguments.window)
     print("\n## An over-budget trial, the storage in memory\n")
     print(f"{ms(over, 'all, CPU'):.1f} ms, the median of {len(over)} (a random sampler's).")
+
+
+def over_budget(space: nas_kd.Space[nn.Module], trials: int, asks: int) -> list[dict[str, float]]:
+    """The over-budget ones of so many random trials, beside `trials` that are finished."""
+    study = study_of(space, InMemoryStorage(), "random")
+    run(study, space, Limits(target=lambda: 1))
+    fill(study, space, trials)
+    target = count_trained(study) + asks
+    found = run(study, space, Limits(target=lambda: target, cap=1))
+    return [trial for trial in found if not trial["trained"]]
 
 
 def ends_of_a_study(
