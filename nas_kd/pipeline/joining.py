@@ -22,7 +22,7 @@ from nas_kd.pipeline.crew import (
     worker_arguments,
 )
 from nas_kd.pipeline.job import choose_device
-from nas_kd.pipeline.kit import Kit, check_space, equip, locate, read_kit
+from nas_kd.pipeline.kit import Kit, check_space, equip, locate, read_kit, settings_of
 from nas_kd.pipeline.ray_crew import ray_workers
 from nas_kd.progress import Stages
 from nas_kd.search.rungs import make_pruner
@@ -58,7 +58,7 @@ def join(settings: WorkerSettings, stages: Stages, sleep: Callable[[float], None
             study.sampler = make_sampler(str(kit.settings["sampler"]), space, int(kit.settings["seed"]))
             if not isinstance(study.sampler, KnapsackSampler):  # which draws from each trial's own number
                 study.sampler.reseed_rng()
-            pruner = str(kit.settings["pruner"])
+            pruner = settings_of(kit).pruner
             study.pruner = make_pruner(pruner, int(kit.settings["proxy_epochs"]))
             return _work(study, Objective(space, proxy, front_pruning=pruner == "front"), settings, stages)
     finally:
