@@ -1,19 +1,25 @@
-"""A fault campaign: processes of a study are killed at random moments, its database restarted, and nothing may be lost.
+"""A fault campaign: processes of studies are killed at random moments, their database crashes, nothing may be lost.
 
-    python studies/faults.py --kills 50 --storage sqlite            # or postgresql: a server of its own is started
-    python studies/faults.py --kills 3 --storage sqlite --trials 4  # the short form, as in tests/test_faults.py
+    python studies/faults.py > docs/results/faults.md               # 50 kills on SQLite and 50 on PostgreSQL: an hour
+    python studies/faults.py --kills 3 --trials 4 --storage sqlite  # the short form, as in tests/test_faults.py
 
-Each round starts the study's command anew, waits a random time and sends SIGKILL to a random process of it: the command
-itself, which is at any of its stages, or one of its workers. After the last one the command runs to its end and
-everything is checked; the exit code is 1 when something was lost.
+Each round starts a study's command anew, waits and sends SIGKILL to a random process of it: the command itself or one
+of its workers. Half of the moments are random, the other half random within a stage that is drawn first, so that the
+short stages get their share. On PostgreSQL, a server of its own, every fifth round the server crashes as well. A study
+that reaches its end is checked as a whole, and the next one begins: no finished trial may have changed or vanished,
+none been trained twice, none be left running, every weight file must be readable and every model within the budget.
+The exit code is 1 when something was lost.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
+import platform
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -38,24 +44,28 @@ import nas_kd
 from nas_kd.search.claims import is_trained
 from nas_kd.search.storage import close_storage, open_storage
 
-NAME = "faults"
 BUDGET = 0.6  # of the base's parameters
 GRACE = 8
+STAGES = ("data", "teacher", "views", "library", "search", "refine", "export")  # in the words of the progress lines
+WITHIN = {"search": 20.0, "library": 5.0, "teacher": 4.0, "refine": 4.0}  # seconds that a stage lasts, at least 1
 
 
 @dataclass
-class Campaign:
-    """What is done to a study, and what came of it."""
+class Subject:
+    """A study that is killed again and again: its name, its folder, its storage, and what it had finished."""
 
+    name: str
     out: Path
     url: str
     trials: int
     jobs: int
-    longest: float
-    generator: random.Random
     finished: dict[int, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
-    stages: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def log(self) -> Path:
+        """What all its commands said."""
+        return self.out.parent / f"{self.name}.log"
 
     def command(self) -> list[str]:
         """The study's command: small, but through every stage."""
@@ -63,41 +73,15 @@ class Campaign:
             "--model test_resnet --img-size 32 --train-images 120 --teacher-epochs 2 --proxy-epochs 8 --front 2 "
         )
         arguments += f"--refine-epochs 1 --library-budget 0.2 --budget params={BUDGET:.0%} --trials {self.trials} "
-        arguments += f"--jobs {self.jobs} --study-name {NAME} --grace-period {GRACE}"
+        arguments += f"--jobs {self.jobs} --study-name {self.name} --grace-period {GRACE}"
         return [sys.executable, "-m", "nas_kd.study", *arguments.split(), "--out", str(self.out), "--storage", self.url]
-
-    def kill_once(self) -> None:
-        """Starts the command, waits and kills one of its processes; or lets it finish, if it is faster."""
-        with (self.out.parent / "log").open("a") as log:
-            process = subprocess.Popen(self.command(), stdout=log, stderr=log)
-        wait = self.generator.uniform(0.5, self.longest)
-        try:
-            process.wait(wait)
-            self.stages["finished before"] += 1
-        except subprocess.TimeoutExpired:
-            self._kill_one_of(process)
-        self.look()
-
-    def _kill_one_of(self, process: subprocess.Popen[bytes]) -> None:
-        workers = children(process.pid)
-        victim = self.generator.choice([process.pid, *workers])
-        self.stages["command" if victim == process.pid else "worker"] += 1
-        for pid in [victim]:
-            with nullcontext() if pid == process.pid else suppressed():
-                os.kill(pid, signal.SIGKILL)
-        if victim != process.pid:  # the command replaces it; then it goes, too
-            time.sleep(self.generator.uniform(0, 3))
-            process.kill()
-        process.wait()
-        for worker in workers:  # they follow their command by themselves
-            wait_for_end(worker)
 
     def look(self) -> None:
         """No trial that was finished may change or vanish."""
         now = {trial.number: facts(trial) for trial in self.found() if trial.state.is_finished()}
         for number, before in self.finished.items():
             if now.get(number) != before:
-                self.problems.append(f"trial {number} was {before}, is {now.get(number)}")
+                self.problems.append(f"{self.name}: trial {number} was {before}, is {now.get(number)}")
         self.finished = now
 
     def found(self) -> list[FrozenTrial]:
@@ -106,20 +90,120 @@ class Campaign:
             return []
         storage = open_storage(self.url)
         try:
-            return optuna.load_study(study_name=NAME, storage=storage).get_trials()
+            return optuna.load_study(study_name=self.name, storage=storage).get_trials()
         except KeyError:
             return []
         finally:
             close_storage(storage)
 
+    def check(self) -> None:
+        """Of a study whose command reached its end: everything."""
+        self.look()
+        trials = [*check_trials(self.found(), self.trials, self.jobs), *check_files(self.out)]
+        self.problems += [f"{self.name}: {problem}" for problem in trials]
+
     def finish(self) -> None:
         """Runs the command to its end and checks everything."""
         done = subprocess.run(self.command(), capture_output=True, text=True, check=False)
         if done.returncode:
-            self.problems.append(f"the last run ended with {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
-            return
-        self.look()
-        self.problems += [*check_trials(self.found(), self.trials, self.jobs), *check_files(self.out)]
+            last = done.stderr.strip().splitlines()[-1:]
+            self.problems.append(f"{self.name}: the last run ended with {done.returncode}: {last}")
+        else:
+            self.check()
+
+
+@dataclass
+class Campaign:
+    """Kills of one study after another, in an empty folder."""
+
+    folder: Path
+    server: servers.Postgres | None
+    trials: int
+    longest: float
+    generator: random.Random
+    subjects: list[Subject] = field(default_factory=list)
+    kills: Counter[tuple[str, str]] = field(default_factory=Counter)  # by stage and victim
+    restarts: int = 0
+
+    @property
+    def problems(self) -> list[str]:
+        """What was lost."""
+        return [problem for subject in self.subjects for problem in subject.problems]
+
+    def begin(self) -> Subject:
+        """The next study."""
+        name = f"faults{len(self.subjects)}"
+        out = self.folder / name
+        url = f"sqlite:///{out / 'study.db'}" if self.server is None else self.server.url
+        self.subjects.append(Subject(name, out, url, self.trials, 2))
+        return self.subjects[-1]
+
+    def run(self, kills: int) -> None:
+        """So many kills; then the last study is run to its end."""
+        subject = self.begin()
+        while self.kills.total() < kills:
+            if not self.kill_once(subject):
+                subject.check()
+                subject = self.begin()
+            elif self.server is not None and self.kills.total() % 5 == 0:
+                self.server.stop()
+                self.server.start()
+                self.restarts += 1
+            subject.look()
+        subject.finish()
+
+    def kill_once(self, subject: Subject) -> bool:
+        """Starts the command, waits and kills one of its processes; False when the command ended before."""
+        said = subject.log.stat().st_size if subject.log.exists() else 0
+        with subject.log.open("a") as log:
+            process = subprocess.Popen(subject.command(), stdout=log, stderr=log)
+        if not self._wait(process, subject, said):
+            if process.returncode:
+                subject.problems.append(f"{subject.name}: a run ended with {process.returncode}: {subject.log}")
+            return False
+        self.kills[stage_of(subject, said), self._kill_one_of(process)] += 1
+        return True
+
+    def _wait(self, process: subprocess.Popen[bytes], subject: Subject, said: int) -> bool:
+        """Until the moment of the kill; False when the command ends before it."""
+        if self.generator.random() < 0.5:
+            return still_runs(process, self.generator.uniform(0.5, self.longest))
+        stage = self.generator.choice(STAGES)
+        while stage_of(subject, said) != stage:
+            if not still_runs(process, 0.05):
+                return False
+        return still_runs(process, self.generator.uniform(0, WITHIN.get(stage, 1.0)))
+
+    def _kill_one_of(self, process: subprocess.Popen[bytes]) -> str:
+        workers = children(process.pid)
+        victim = self.generator.choice([process.pid, *workers])
+        with suppressed():
+            os.kill(victim, signal.SIGKILL)
+        if victim != process.pid:  # the command replaces it; then it goes, too
+            time.sleep(self.generator.uniform(0, 3))
+            process.kill()
+        process.wait()
+        for worker in workers:  # they follow their command by themselves
+            wait_for_end(worker)
+        return "command" if victim == process.pid else "worker, then command"
+
+
+def still_runs(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Waits, and tells whether the process is there after that."""
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return True
+    return False
+
+
+def stage_of(subject: Subject, said: int) -> str:
+    """The stage that a command is at, by the last line of its log that tells; `said` bytes were there before it."""
+    with subject.log.open("rb") as log:
+        log.seek(said)
+        text = log.read().decode(errors="replace")
+    begun = re.findall(rf"^({'|'.join(STAGES)}): \d+ step", text, re.MULTILINE)
+    return str(begun[-1]) if begun else "start"
 
 
 def facts(trial: FrozenTrial) -> tuple[Any, ...]:
@@ -184,36 +268,51 @@ def wait_for_end(pid: int, patience: float = 60) -> None:
 def run(folder: Path, kills: int, storage: str, trials: int = 12, seed: int = 0, longest: float = 40) -> Campaign:
     """A campaign of so many kills in an empty folder; on PostgreSQL the server itself crashes now and then as well."""
     with servers.postgres() if storage == "postgresql" else nullcontext() as server:
-        url = server.url if server is not None else f"sqlite:///{folder / 'out' / 'study.db'}"
-        campaign = Campaign(folder / "out", url, trials, 2, longest, random.Random(seed))
-        for number in range(kills):
-            campaign.kill_once()
-            if server is not None and number % 5 == 4:
-                server.stop()
-                server.start()
-        campaign.finish()
+        campaign = Campaign(folder, server, trials, longest, random.Random(seed))
+        campaign.run(kills)
     return campaign
 
 
+def report(campaign: Campaign, storage: str, seconds: float) -> Iterator[str]:
+    """A part of the page of results."""
+    yield f"## {storage}\n"
+    yield (
+        f"{campaign.kills.total()} kills over {len(campaign.subjects)} studies of {campaign.trials} trials, "
+        f"{campaign.restarts} crashes of the server, {seconds:.0f} s. Trials finished at the end: "
+        f"{sum(len(subject.finished) for subject in campaign.subjects)}. **Problems: {len(campaign.problems)}.**\n"
+    )
+    yield "| killed in stage | the command | a worker, then the command |\n|---|---|---|"
+    for stage in ("start", *STAGES):
+        counts = [campaign.kills[stage, victim] for victim in ("command", "worker, then command")]
+        yield f"| {stage} | {counts[0]} | {counts[1]} |"
+    yield from ["", *(f"- {problem}" for problem in campaign.problems)]
+
+
 def main() -> int:
-    """Runs the campaign of the command line and prints what came of it."""
-    parser = argparse.ArgumentParser(description="Kills processes of a study at random moments and checks the rest.")
+    """Runs the campaigns of the command line and prints what came of them."""
+    parser = argparse.ArgumentParser(description="Kills processes of studies at random moments and checks the rest.")
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--storage", choices=("sqlite", "postgresql"), default="sqlite")
+    parser.add_argument("--storage", nargs="+", choices=("sqlite", "postgresql"), default=["sqlite", "postgresql"])
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--longest", type=float, default=40, help="seconds until a kill, at most")
+    parser.add_argument("--longest", type=float, default=40, help="seconds until a kill at a random moment, at most")
     arguments = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="faults-"))
-    started = time.monotonic()
-    campaign = run(folder, **vars(arguments))
-    print(f"| {arguments.storage} | {arguments.kills} | {dict(campaign.stages)} | {len(campaign.problems)} problems |")
-    print(f"{time.monotonic() - started:.0f} s")
-    for problem in campaign.problems:
-        print(f"PROBLEM: {problem}")
-    if not campaign.problems:
-        shutil.rmtree(folder)
-    return int(bool(campaign.problems))
+    options = f"--kills {arguments.kills} --trials {arguments.trials} --longest {arguments.longest:.0f}"
+    print("# Kills at random moments\n")
+    print(
+        f"`python studies/faults.py {options}`, seed {arguments.seed}, {datetime.date.today()}, {platform.machine()}, "
+        f"{os.cpu_count()} cores of a shared machine, optuna {optuna.__version__}.\n"
+    )
+    print(" ".join(__doc__.split("\n\n")[2].split()), flush=True)
+    lost = False
+    for storage in arguments.storage:
+        folder, started = Path(tempfile.mkdtemp(prefix="faults-")), time.monotonic()
+        campaign = run(folder, arguments.kills, storage, arguments.trials, arguments.seed, arguments.longest)
+        print("\n" + "\n".join(report(campaign, storage, time.monotonic() - started)), flush=True)
+        lost = lost or bool(campaign.problems)
+        if not campaign.problems:
+            shutil.rmtree(folder)
+    return int(lost)
 
 
 if __name__ == "__main__":
