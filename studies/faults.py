@@ -96,20 +96,20 @@ class Subject:
         finally:
             close_storage(storage)
 
-    def check(self) -> None:
-        """Of a study whose command reached its end: everything."""
+    def ended(self, code: int) -> None:
+        """Its command came to an end by itself: everything is checked."""
         self.look()
+        if code:
+            last = self.log.read_text().strip().splitlines()[-1:]
+            self.problems.append(f"{self.name}: a run ended with {code}: {last}")
+            return
         trials = [*check_trials(self.found(), self.trials, self.jobs), *check_files(self.out)]
         self.problems += [f"{self.name}: {problem}" for problem in trials]
 
     def finish(self) -> None:
         """Runs the command to its end and checks everything."""
-        done = subprocess.run(self.command(), capture_output=True, text=True, check=False)
-        if done.returncode:
-            last = done.stderr.strip().splitlines()[-1:]
-            self.problems.append(f"{self.name}: the last run ended with {done.returncode}: {last}")
-        else:
-            self.check()
+        with self.log.open("a") as log:
+            self.ended(subprocess.run(self.command(), stdout=log, stderr=log, check=False).returncode)
 
 
 @dataclass
@@ -143,7 +143,6 @@ class Campaign:
         subject = self.begin()
         while self.kills.total() < kills:
             if not self.kill_once(subject):
-                subject.check()
                 subject = self.begin()
             elif self.server is not None and self.kills.total() % 5 == 0:
                 self.server.stop()
@@ -158,8 +157,7 @@ class Campaign:
         with subject.log.open("a") as log:
             process = subprocess.Popen(subject.command(), stdout=log, stderr=log)
         if not self._wait(process, subject, said):
-            if process.returncode:
-                subject.problems.append(f"{subject.name}: a run ended with {process.returncode}: {subject.log}")
+            subject.ended(process.returncode)
             return False
         self.kills[stage_of(subject, said), self._kill_one_of(process)] += 1
         return True

@@ -27,9 +27,10 @@ from nas_kd.errors import NasKdError, StudyError
 from nas_kd.pipeline.job import storage_url
 from nas_kd.pipeline.kit import Kit
 from nas_kd.progress import Board, WorkerLine
+from nas_kd.search.budgets import cost_of, count_trained, has_cost
 from nas_kd.search.claims import is_trained
 from nas_kd.search.rungs import rung_scores
-from nas_kd.search.trials import best_score, cost_of, count_trained
+from nas_kd.search.trials import best_score
 from nas_kd.search.work import retry_abandoned
 from nas_kd.search.workers import WORKER, Watch, running
 
@@ -174,7 +175,7 @@ def line_of(trial: FrozenTrial, epochs: int) -> WorkerLine:
     """What is known of a running trial."""
     rungs = [epoch for epoch, _ in rung_scores(trial.user_attrs)]
     score = best_score(trial)
-    size = f", {short(cost_of(trial).params)}" if "params" in trial.user_attrs else ""
+    size = f", {short(cost_of(trial).params)}" if has_cost(trial) else ""
     words = "" if math.isnan(score) else f": {100 * score:.1f} %"
     return WorkerLine(done=max(rungs, default=0), total=epochs, words=f"trial {trial.number}{size}{words}")
 

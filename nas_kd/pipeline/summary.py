@@ -15,20 +15,15 @@ import torch
 from optuna.trial import FrozenTrial, TrialState
 
 from nas_kd import __version__
-from nas_kd.budget import KINDS
 from nas_kd.errors import OutputError
 from nas_kd.pipeline.job import Job, space_of
 from nas_kd.pipeline.materials import Materials
 from nas_kd.progress import Stages
 from nas_kd.results.rank_rows import FILE, read_check
 from nas_kd.results.rows import ModelRow, StudySummary, TrialRow, mark_levels
+from nas_kd.search.budgets import cost_of, has_cost
 from nas_kd.search.rungs import rung_scores
-from nas_kd.search.trials import (
-    best_score,
-    cost_of,
-    importances,
-    is_trained,
-)
+from nas_kd.search.trials import best_score, importances, is_trained
 
 _logger = logging.getLogger(__name__)
 
@@ -67,7 +62,7 @@ def _trial_row(trial: FrozenTrial) -> TrialRow:
         number=trial.number,
         state=state,
         digest=attributes.get("digest", ""),
-        cost=cost_of(trial) if all(kind in attributes for kind in KINDS) else None,
+        cost=cost_of(trial) if has_cost(trial) else None,
         score=None if math.isnan(score) else score,
         rungs=rung_scores(attributes),
         seconds=float(attributes.get("seconds", 0.0)),

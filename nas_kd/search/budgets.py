@@ -14,10 +14,15 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial
 
-from nas_kd.budget import BOUNDABLE, Budget, Cost
+from nas_kd.budget import BOUNDABLE, KINDS, Budget, Cost
 from nas_kd.search.claims import is_trained
 
 _BUDGETS = "budgets"  # the study's user attribute: the first trial of each budget, and its bounds
+
+
+def has_cost(trial: FrozenTrial) -> bool:
+    """Whether the cost was noted: a trial that has just begun has none of it, or a part."""
+    return all(kind in trial.user_attrs for kind in KINDS)
 
 
 def cost_of(trial: FrozenTrial) -> Cost:

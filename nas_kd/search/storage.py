@@ -46,7 +46,7 @@ def open_storage(url: str, *, grace: float = GRACE) -> BaseStorage:
         foreign = "; is it a database of another program?" if isinstance(error, StorageInternalError) else ""
         raise OutputError(f"cannot open the storage {without_password(url)}: {reason(error)}{foreign}") from error
     if url.startswith("sqlite"):
-        _use_wal(storage)
+        _make_sqlite_safe(storage)
     return storage
 
 
@@ -107,16 +107,22 @@ def close_storage(storage: BaseStorage) -> None:
             storage.close()
 
 
-def _use_wal(storage: RDBStorage) -> None:
-    """SQLite's write-ahead log: every suggested parameter is a transaction, and readers do not block them."""
+def _make_sqlite_safe(storage: RDBStorage) -> None:
+    """Its write-ahead log, since every suggested parameter is a transaction; and transactions one after the other: left
+    to itself Python's driver begins them at the first write, and two workers that read a waiting trial both take it."""
 
     def prepare(connection: Any, record: Any) -> None:
+        connection.isolation_level = None  # the driver begins nothing by itself
         cursor = connection.cursor()
         cursor.execute("PRAGMA journal_mode=WAL")
         cursor.execute("PRAGMA synchronous=NORMAL")
         cursor.close()
 
+    def begin(connection: sqlalchemy.Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
     sqlalchemy.event.listen(storage.engine, "connect", prepare)
+    sqlalchemy.event.listen(storage.engine, "begin", begin)
     storage.engine.dispose()
 
 

@@ -127,3 +127,26 @@ def test_a_file_that_is_no_database_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot open the storage") as caught:
         open_storage(sqlite_url(tmp_path / "study.db"))
     assert "\n" not in str(caught.value)
+
+
+def test_of_many_workers_one_takes_a_waiting_trial(storage: BaseStorage, tmp_path: Path) -> None:
+    """Each with a connection of its own, as processes have."""
+    study(storage)
+    storages = [open_storage(sqlite_url(tmp_path / "study.db")) for _ in range(4)]
+    ours = optuna.load_study(study_name="s", storage=storage)
+    barrier = threading.Barrier(len(storages))
+
+    def take(other: BaseStorage, trial: int) -> bool:
+        barrier.wait()
+        try:
+            return other.set_trial_state_values(trial, state=optuna.trial.TrialState.RUNNING)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            return False
+
+    with ThreadPoolExecutor(len(storages)) as pool:
+        for number in range(12):
+            ours.enqueue_trial({"x": number})
+            trial = ours.get_trials()[-1]._trial_id
+            assert sum(pool.map(take, storages, [trial] * len(storages))) == 1
+    for other in storages:
+        close_storage(other)
