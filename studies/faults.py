@@ -70,9 +70,9 @@ class Subject:
     def command(self) -> list[str]:
         """The study's command: small, but through every stage."""
         arguments = (
-            "--model test_resnet --img-size 32 --train-images 120 --teacher-epochs 2 --proxy-epochs 8 --front 2 "
+            "--model test_resnet --img-size 32 --train-images 120 --teacher-epochs 4 --proxy-epochs 8 --front 2 "
         )
-        arguments += f"--refine-epochs 1 --library-budget 0.2 --budget params={BUDGET:.0%} --trials {self.trials} "
+        arguments += f"--refine-epochs 8 --library-budget 0.2 --budget params={BUDGET:.0%} --trials {self.trials} "
         arguments += f"--jobs {self.jobs} --study-name {self.name} --grace-period {GRACE}"
         return [sys.executable, "-m", "nas_kd.study", *arguments.split(), "--out", str(self.out), "--storage", self.url]
 
@@ -167,7 +167,7 @@ class Campaign:
         if self.generator.random() < 0.5:
             return still_runs(process, self.generator.uniform(0.5, self.longest))
         stage = self.generator.choice(STAGES)
-        while stage_of(subject, said) != stage:
+        while stage_of(subject, said) not in STAGES[STAGES.index(stage) :]:  # the shortest pass between two looks
             if not still_runs(process, 0.05):
                 return False
         return still_runs(process, self.generator.uniform(0, WITHIN.get(stage, 1.0)))
