@@ -223,6 +223,13 @@ class TestInput:
         assert input_size_of(network, None) == (1, 160, 160)
         assert input_size_of(network, 32) == (1, 32, 32)
 
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_an_image_may_be_rearranged_before_it_is_convolved(self, channels: int) -> None:
+        with torch.device("meta"):
+            network = timm.create_model("tresnet_m", in_chans=channels)
+        assert network.body.conv1.conv.in_channels == 16 * channels
+        assert input_size_of(network, 64) == (channels, 64, 64)
+
     def test_a_model_without_convolutions_is_refused(self) -> None:
         with pytest.raises(
             ModelError, match="has no spatial convolutions: only convolutional networks can be searched"
