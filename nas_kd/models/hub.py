@@ -8,6 +8,7 @@ is needed.
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -181,6 +182,8 @@ def _layers(network: nn.Module) -> dict[str, str]:
 
 def create_base(name: str, **kwargs: Any) -> nn.Module:
     """`timm.create_model`, with errors that a person understands. Raises ModelError."""
+    if ":" not in name and os.path.isdir(name):
+        raise ModelError(f"{name} is a folder, but not of an exported model, which has a config.json")
     stem = name.split(".")[0]
     if ":" not in name and not timm.is_model(stem):
         raise ModelError(f"timm knows no model {name!r}{nearest(stem, timm.list_models())}; see timm.list_models()")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -229,6 +230,16 @@ class TestInput:
             network = timm.create_model("tresnet_m", in_chans=channels)
         assert network.body.conv1.conv.in_channels == 16 * channels
         assert input_size_of(network, 64) == (channels, 64, 64)
+
+    def test_a_base_that_was_changed_by_hand_is_told_at_once(self, caplog: pytest.LogCaptureFixture) -> None:
+        with torch.device("meta"):
+            network = timm.create_model("test_resnet")
+        with caplog.at_level(logging.WARNING):
+            Space(network, img_size=32)
+            assert caplog.text == ""
+            network.maxpool = nn.Identity()
+            Space(network, img_size=32)
+        assert "this test_resnet was changed after timm created it (maxpool is gone, not MaxPool2d(" in caplog.text
 
     def test_a_model_without_convolutions_is_refused(self) -> None:
         with pytest.raises(
