@@ -22,6 +22,7 @@ from nas_kd.genotype import Choice, group_count
 from nas_kd.models.convs import ConvSpec, Pair, Shift2d
 from nas_kd.models.labels import FROZEN, Call, Labels, Split
 from nas_kd.models.memory import passage
+from nas_kd.models.plan import plan_of
 from nas_kd.models.structure import Analysis as Analysis
 from nas_kd.models.structure import Block as Block
 from nas_kd.models.structure import Channels as Channels
@@ -47,10 +48,7 @@ def analyse(
     Raises ModelError when the network cannot run at that size, has no convolution, or offers no choice.
     """
     name = name or type(network).__name__
-    if unknown := set(open) - {*ASPECTS, "stages", "keep"}:
-        raise ModelError(f"cannot open {', '.join(sorted(unknown))}: use {', '.join((*ASPECTS, 'stages', 'keep'))}")
-    if not any(isinstance(module, nn.Conv2d) and _looks_around(module) for module in network.modules()):
-        raise ModelError(f"{name} has no spatial convolutions: only convolutional networks can be searched")
+    _check_searchable(network, name, open)
     traced = trace(network, input_size)
     blocks, left_alone = _find_blocks(network, traced, frozenset(open))
     if not blocks and any(isinstance(module, Shift2d) for module in network.modules()):
@@ -68,6 +66,16 @@ def analyse(
         name=name, input_size=size, trace=traced, blocks=tuple(blocks), left_alone=tuple(dict.fromkeys(left_alone))
     )
     return verified(found, network)
+
+
+def _check_searchable(network: nn.Module, name: str, open: Collection[str]) -> None:
+    """Raises ModelError for what can be refused before the network runs."""
+    if unknown := set(open) - {*ASPECTS, "stages", "keep"}:
+        raise ModelError(f"cannot open {', '.join(sorted(unknown))}: use {', '.join((*ASPECTS, 'stages', 'keep'))}")
+    if not any(isinstance(module, nn.Conv2d) and _looks_around(module) for module in network.modules()):
+        raise ModelError(f"{name} has no spatial convolutions: only convolutional networks can be searched")
+    if plan_of(network).fused:
+        raise ModelError(f"{name} is in its inference form, which nothing can be made of: search its training form")
 
 
 def _find_blocks(network: nn.Module, traced: Trace, open: frozenset[str]) -> tuple[list[Block], list[tuple[str, str]]]:

@@ -266,24 +266,29 @@ def _cfg(first_conv: str = "conv1", pool: int = 8) -> dict[str, Any]:
     }
 
 
-_DEPTHS = (20, 32, 44, 56, 110)
+# our models: the class and the arguments that make it what its name says
+FORMS: dict[str, tuple[type[_CifarNet], dict[str, Any]]] = {
+    **{f"cifar_resnet{depth}": (CifarResNet, {"depth": depth}) for depth in (20, 32, 44, 56, 110)},
+    **{f"cifar_resnet{depth}_cheap": (CifarResNet, {"depth": depth, "conv": "standard"}) for depth in (20, 56)},
+    "cifar_vgg16_bn": (CifarVGG, {}),
+}
+# what the source of a class above needs beside itself, for `definition.py`
+PARTS = (_CifarNet, _PadShortcut, BasicBlock, CheapBlock, _conv)
+CONSTANTS = {"_RESNET_CHANNELS": _RESNET_CHANNELS, "_VGG_CHANNELS": _VGG_CHANNELS}
 default_cfgs = generate_default_cfgs(
-    {
-        **{f"cifar_resnet{depth}.untrained": _cfg() for depth in _DEPTHS},
-        **{f"cifar_resnet{depth}_cheap.untrained": _cfg() for depth in (20, 56)},
-        "cifar_vgg16_bn.untrained": _cfg("features.0", 2),
-    }
+    {f"{name}.untrained": _cfg("features.0", 2) if kind is CifarVGG else _cfg() for name, (kind, _) in FORMS.items()}
 )
 
 
-def _create(variant: str, kind: type[_CifarNet], pretrained: bool, levels: int, **kwargs: Any) -> nn.Module:
+def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    kind, fixed = FORMS[name]
     model: nn.Module = build_model_with_cfg(
         kind,
-        variant,
+        name,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": tuple(range(levels)), "feature_cls": "getter"},
-        **kwargs,
+        feature_cfg={"out_indices": tuple(range(5 if kind is CifarVGG else 4)), "feature_cls": "getter"},
+        **{**fixed, **kwargs},
     )
     return model
 
@@ -291,46 +296,46 @@ def _create(variant: str, kind: type[_CifarNet], pretrained: bool, levels: int, 
 @register_model  # type: ignore[untyped-decorator]
 def cifar_resnet20(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-20 for 32×32 images: 269,722 parameters with ten classes."""
-    return _create("cifar_resnet20", CifarResNet, pretrained, 4, depth=20, **kwargs)
+    return _create("cifar_resnet20", pretrained, **kwargs)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def cifar_resnet32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-32 for 32×32 images: 464,154 parameters with ten classes."""
-    return _create("cifar_resnet32", CifarResNet, pretrained, 4, depth=32, **kwargs)
+    return _create("cifar_resnet32", pretrained, **kwargs)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def cifar_resnet44(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-44 for 32×32 images: 658,586 parameters with ten classes."""
-    return _create("cifar_resnet44", CifarResNet, pretrained, 4, depth=44, **kwargs)
+    return _create("cifar_resnet44", pretrained, **kwargs)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def cifar_resnet56(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-56 for 32×32 images: 853,018 parameters with ten classes."""
-    return _create("cifar_resnet56", CifarResNet, pretrained, 4, depth=56, **kwargs)
+    return _create("cifar_resnet56", pretrained, **kwargs)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def cifar_resnet110(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-110 for 32×32 images: 1,727,962 parameters with ten classes."""
-    return _create("cifar_resnet110", CifarResNet, pretrained, 4, depth=110, **kwargs)
+    return _create("cifar_resnet110", pretrained, **kwargs)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def cifar_resnet20_cheap(pretrained: bool = False, conv: str = "standard", **kwargs: Any) -> nn.Module:
     """ResNet-20 in the form of arXiv 1909.13063; `conv` is standard, depthwise, shift or group4."""
-    return _create("cifar_resnet20_cheap", CifarResNet, pretrained, 4, depth=20, conv=conv, **kwargs)
+    return _create("cifar_resnet20_cheap", pretrained, conv=conv, **kwargs)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def cifar_resnet56_cheap(pretrained: bool = False, conv: str = "standard", **kwargs: Any) -> nn.Module:
     """ResNet-56 in the form of arXiv 1909.13063; `conv` is standard, depthwise, shift or group4."""
-    return _create("cifar_resnet56_cheap", CifarResNet, pretrained, 4, depth=56, conv=conv, **kwargs)
+    return _create("cifar_resnet56_cheap", pretrained, conv=conv, **kwargs)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def cifar_vgg16_bn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """VGG-16 with batch norm for 32×32 images: global pooling and one linear layer."""
-    return _create("cifar_vgg16_bn", CifarVGG, pretrained, 5, **kwargs)
+    return _create("cifar_vgg16_bn", pretrained, **kwargs)

@@ -142,6 +142,9 @@ def tap_shares(channels: int, kernel_size: int) -> list[int]:
     return shares
 
 
+PARTS = (build_conv, Pair, _spatial, Shift2d, tap_shares)  # what a convolution of ours is made of, for `definition.py`
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvCost:
     """Weights of one convolution as a polynomial in its channels i (in) and o (out): `both`·i·o + `square`·i² +

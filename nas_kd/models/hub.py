@@ -8,6 +8,8 @@ is needed.
 from __future__ import annotations
 
 import functools
+import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,8 +21,7 @@ from timm.models._features import FeatureGetterNet
 from torch import nn
 
 from nas_kd.errors import ModelError, NasKdError, PlanError, nearest
-from nas_kd.models.plan import Plan, apply_plan
-from nas_kd.models.student import plan_of
+from nas_kd.models.plan import Plan, apply_plan, plan_of
 
 ENTRY_POINT = "nas_kd_student"
 # not arguments of the base: timm's, for the loading itself
@@ -45,6 +46,7 @@ _FAILURES = (
     SafetensorError,
 )
 
+_MOMENTUM = re.compile(r"momentum=[^,]*,? ?")  # of batch norms: training alone sees it
 _SHARED = ("num_classes", "in_chans", "global_pool")  # timm has defaults of its own for these
 
 default_cfgs: dict[str, Any] = {ENTRY_POINT: {}}  # every export brings its own
@@ -126,6 +128,12 @@ def base_of(network: nn.Module) -> tuple[str, dict[str, Any]]:
     return name, _without(args, _LOADING)
 
 
+def input_channels(network: nn.Module) -> int | None:
+    """The channels of the images for which timm created a network; None where it does not say."""
+    channels = get_model_args(network).get("in_chans") if hasattr(network, "pretrained_cfg") else None
+    return channels if isinstance(channels, int) else None
+
+
 def _without(args: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     return {name: value for name, value in args.items() if name not in names}
 
@@ -139,8 +147,43 @@ def student_args(network: nn.Module) -> dict[str, Any]:
         raise PlanError(f"the plan of {base} cannot be written: {error}") from error
 
 
+def check_rebuilds(network: nn.Module, args: Mapping[str, Any]) -> None:
+    """Raises ModelError, naming a module, when a network is not what `args` of `student_args` build.
+
+    It was changed by hand since timm created it: an export of it would not load, or would compute something else.
+    """
+    try:
+        with torch.device("meta"):
+            again = timm.create_model(ENTRY_POINT, **args)
+    except PlanError:  # some networks compute with numbers while they are made
+        again = timm.create_model(ENTRY_POINT, **args)
+    have, want = _layers(network), _layers(again)
+    path = next((path for path in {**have, **want} if have.get(path) != want.get(path)), None)
+    if path is not None:
+        raise ModelError(
+            f"this {args['base']} was changed after timm created it ({path} is {have.get(path, 'gone')}, not "
+            f"{want.get(path, 'there')}), so no export of it could be loaded: register the changed network with "
+            "timm.models.register_model and create it there; for the strides of small images there is "
+            "nas_kd.reduce_stride, for the inference form nas_kd.models.fuse.fused"
+        )
+
+
+def _layers(network: nn.Module) -> dict[str, str]:
+    """What the layers with tensors, and poolings, are, by path; what only training needs is left out."""
+    layers = {}
+    for path, module in network.named_modules():
+        tensors = {**module._parameters, **module._buffers}
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor is not None}
+        if shapes or "pool" in type(module).__name__.lower():
+            said = "" if next(module.children(), None) is not None else _MOMENTUM.sub("", module.extra_repr())
+            layers[path] = f"{type(module).__name__}({said}) {shapes or ''}".rstrip()
+    return layers
+
+
 def create_base(name: str, **kwargs: Any) -> nn.Module:
     """`timm.create_model`, with errors that a person understands. Raises ModelError."""
+    if ":" not in name and os.path.isdir(name):
+        raise ModelError(f"{name} is a folder, but not of an exported model, which has a config.json")
     stem = name.split(".")[0]
     if ":" not in name and not timm.is_model(stem):
         raise ModelError(f"timm knows no model {name!r}{nearest(stem, timm.list_models())}; see timm.list_models()")

@@ -22,9 +22,9 @@ from nas_kd.genotype import Choice, group_count
 from nas_kd.models.convs import ConvSpec, Shift2d
 from nas_kd.models.importance import unit_importance
 from nas_kd.models.labels import Axes, Labels
-from nas_kd.models.plan import resize
+from nas_kd.models.plan import plan_of, resize
 from nas_kd.models.structure import Analysis, Site, is_replaced
-from nas_kd.models.student import build_student, plan_of
+from nas_kd.models.student import build_student
 from nas_kd.models.trace import named_tensors
 
 Network = TypeVar("Network", bound=nn.Module)

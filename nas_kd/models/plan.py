@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nas_kd.errors import PlanError
 from nas_kd.models.convs import ConvSpec, build_conv
+from nas_kd.models.folding import fold
 
 VERSION = 1  # of the JSON form; every older one stays readable
 SETTABLE = frozenset(  # sizes that modules keep as plain numbers; nothing else is ever set from a file
@@ -48,24 +49,29 @@ class Edit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Edits by module path ("" is the network itself), and the channels of timm's `feature_info` levels."""
+    """Edits by module path ("" is the network itself), the channels of timm's `feature_info` levels, and whether the
+    network is in its inference form after that (`fuse.fused`)."""
 
     edits: Mapping[str, Edit] = field(default_factory=dict)
     features: tuple[int, ...] = ()
+    fused: bool = False
 
     def then(self, later: Plan) -> Plan:
-        """This plan and then `later`, as one plan."""
+        """This plan and then `later`, as one plan. Raises PlanError when nothing can follow this one."""
+        if self.fused and later != Plan():
+            raise PlanError("a network in its inference form cannot be changed: begin with its training form")
         edits = dict(self.edits)
         for path, edit in later.edits.items():
             if edit.conv is not None or edit.drop:  # whatever was here, or below, is gone
                 edits = {old: e for old, e in edits.items() if old != path and not old.startswith(f"{path}.")}
             edits[path] = edits[path].then(edit) if path in edits else edit
-        return Plan(edits=edits, features=later.features or self.features)
+        return Plan(edits=edits, features=later.features or self.features, fused=self.fused or later.fused)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain JSON values, with a version."""
         edits = {path: _edit_to_json(edit) for path, edit in self.edits.items()}
-        return {"version": VERSION, "edits": edits, "features": list(self.features)}
+        data = {"version": VERSION, "edits": edits, "features": list(self.features)}
+        return {**data, "fused": True} if self.fused else data
 
     @classmethod
     def from_json(cls, data: Any) -> Plan:
@@ -76,11 +82,18 @@ class Plan:
                     f"this plan has version {data['version']!r}, this nas_kd reads up to {VERSION}: update it"
                 )
             edits = {str(path): _edit_from_json(edit) for path, edit in data["edits"].items()}
-            return cls(edits=edits, features=tuple(int(channels) for channels in data["features"]))
+            features = tuple(int(channels) for channels in data["features"])
+            return cls(edits=edits, features=features, fused=bool(data.get("fused", False)))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, PlanError):
                 raise
             raise PlanError(f"the plan is damaged ({type(error).__name__}: {error}): export the model again") from error
+
+
+def plan_of(network: nn.Module) -> Plan:
+    """The plan by which a network differs from the timm model that it was made of; empty for timm's own."""
+    plan = getattr(network, "nas_kd_plan", None)
+    return plan if isinstance(plan, Plan) else Plan()
 
 
 def _edit_to_json(edit: Edit) -> dict[str, Any]:
@@ -139,6 +152,8 @@ def apply_plan(network: nn.Module, plan: Plan) -> nn.Module:
             ) from error
     if plan.features:
         _set_features(network, plan.features)
+    if plan.fused:
+        fold(network)
     return network
 
 

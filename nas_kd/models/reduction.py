@@ -9,8 +9,7 @@ from typing import Any
 from torch import nn
 
 from nas_kd.errors import ModelError
-from nas_kd.models.plan import Edit, Number, Plan, apply_plan
-from nas_kd.models.student import plan_of
+from nas_kd.models.plan import Edit, Number, Plan, apply_plan, plan_of
 from nas_kd.models.trace import Flow, trace
 
 _PROBE = 256  # pixels: large enough for every stride to show

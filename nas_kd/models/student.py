@@ -13,7 +13,7 @@ from torch import nn
 
 from nas_kd.genotype import Choice
 from nas_kd.models.labels import Axes, Labels, Split, tensors
-from nas_kd.models.plan import SETTABLE, Edit, Number, Plan, apply_plan
+from nas_kd.models.plan import SETTABLE, Edit, Number, Plan, apply_plan, plan_of
 from nas_kd.models.structure import Analysis, Site, is_replaced, padding_for, replaced
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -55,12 +55,6 @@ def _patched_copy(base: nn.Module, plan: Plan, alike: Collection[nn.Module]) -> 
         if id(tensor) in shared:
             tensor.data = tensor.detach().clone()
     return student
-
-
-def plan_of(network: nn.Module) -> Plan:
-    """The plan by which a network differs from the timm model that it was made of; empty for timm's own."""
-    plan = getattr(network, "nas_kd_plan", None)
-    return plan if isinstance(plan, Plan) else Plan()
 
 
 def student_plan(base: nn.Module, analysis: Analysis, genotype: Mapping[str, Choice]) -> Plan:

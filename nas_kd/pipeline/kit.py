@@ -13,7 +13,7 @@ from typing import Any
 import optuna
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from nas_kd import __version__
@@ -31,8 +31,8 @@ from nas_kd.training.checkpoint import load_exactly
 from nas_kd.training.entries import EntryFile
 from nas_kd.training.images import AugmentedImages, Images
 from nas_kd.training.library import Library, entry_file, made_choices
-from nas_kd.training.resume import replace_file
 from nas_kd.training.teacher import Teacher
+from nas_kd.training.tensor_files import write_tensors
 from nas_kd.training.views import OnlineViews, Views, open_views, weights_digest
 
 KIT = "nas_kd kit"  # the study's user attribute
@@ -92,8 +92,7 @@ def _describe(job: Job, materials: Materials) -> Kit:
     assert splits.folder is not None
     weights = f"weights-{materials.teacher.digest}.safetensors"
     if not (job.cache / weights).exists():
-        state = {name: t.detach().cpu().clone().contiguous() for name, t in job.space.base.state_dict().items()}
-        replace_file(job.cache / weights, lambda draft: save_file(state, draft))
+        write_tensors(job.cache / weights, job.space.base.state_dict())
     return Kit(
         version=__version__,
         settings={**dataclasses.asdict(job.settings), **_PRIVATE},

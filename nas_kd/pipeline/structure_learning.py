@@ -12,7 +12,6 @@ from pathlib import Path
 
 from optuna.storages import InMemoryStorage
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nas_kd.arguments.structure import StructureSettings
@@ -34,7 +33,7 @@ from nas_kd.training.checkpoint import load_exactly
 from nas_kd.training.data import Splits
 from nas_kd.training.learnt_widths import Goal, LearntWidths, WidthLearner, learn_widths
 from nas_kd.training.loop import Run
-from nas_kd.training.resume import replace_file
+from nas_kd.training.tensor_files import read_tensors, write_tensors
 
 FILE = "structure.json"
 _WARMUP = 0.1  # of the steps; channels are given up while the learning rate is high
@@ -141,7 +140,7 @@ def _learn(job: Job, goal: Goal, materials: Materials, epochs: int, stages: Stag
             state = path.with_suffix(".resume")
             val, data = materials.splits.val, materials.refine_views
             learnt = learn_widths(learner, data, recipe, val=val, report=report, run=Run(checkpoint=state))
-            _keep(learner, path)
+            write_tensors(path, learner.state_dict())
             state.unlink(missing_ok=True)
     return learnt, digest
 
@@ -160,16 +159,11 @@ def _say_sources(scales: ScaleFactors, analysis: Analysis) -> None:
         )
 
 
-def _keep(learner: WidthLearner, path: Path) -> None:
-    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in learner.state_dict().items()}
-    replace_file(path, lambda draft: save_file(tensors, draft))
-
-
 def _fetch(learner: WidthLearner, path: Path) -> LearntWidths | None:
     if not path.exists():
         return None
     try:
-        load_exactly(learner, load_file(path), path)
+        load_exactly(learner, read_tensors(path)[0], path)
     except (OSError, SafetensorError, CheckpointError) as error:
         _logger.warning("the learnt widths %s are damaged (%s): learning them again", path, error)
         return None

@@ -19,10 +19,12 @@ from timm.models import save_for_hf
 from torch import nn
 
 from nas_kd.errors import ModelError, NasKdError, OutputError, PlanError
-from nas_kd.models.hub import ENTRY_POINT, student_args
+from nas_kd.models.definition import definition
+from nas_kd.models.hub import ENTRY_POINT, check_rebuilds, student_args
 from nas_kd.models.onnx import difference, write_model
 
 ONNX = "model.onnx"
+DEFINITION = "model.py"
 _CLOSE = 1e-3  # of the largest output: sums in another order differ by less
 
 
@@ -40,16 +42,18 @@ class Card:
 
 
 def export(network: nn.Module, folder: str | os.PathLike[str], card: Card = Card(), *, onnx: bool = False) -> Path:
-    """Writes a student, or a base, as `config.json`, `model.safetensors` and a model card, and returns the folder.
+    """Writes a student, or a base, as `config.json`, `model.safetensors`, `model.py`, a model card. Returns the folder.
 
     `import timm, nas_kd.models; timm.create_model("local-dir:FOLDER", pretrained=True)` loads it with the same
-    outputs; `num_classes`, `in_chans`, `features_only` work as for any timm model. With `onnx` there is a `model.onnx`
-    too, for any number of images, compared with the network where ONNX Runtime is installed. The folder appears whole
-    or not at all; an earlier export in it is replaced. Raises ModelError for a network that timm did not create or that
-    cannot be written as ONNX, OutputError when the folder cannot be written or holds something else.
+    outputs; `num_classes`, `in_chans`, `features_only` work as for any timm model. `model.py` builds the same network
+    with torch and timm alone. With `onnx` there is a `model.onnx` too, for any number of images, compared with the
+    network where ONNX Runtime is installed. The folder appears whole or not at all; an earlier export in it is
+    replaced. Raises ModelError for a network that timm did not create, that was changed by hand since or that cannot
+    be written as ONNX, OutputError when the folder cannot be written or holds something else.
     """
     target = Path(folder)
     args = student_args(network)
+    check_rebuilds(network, args)
     _check_target(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -109,6 +113,7 @@ def _write(network: nn.Module, folder: Path, args: dict[str, Any], card: Card) -
     size = card.input_size or (args["base_args"].get("in_chans", channels), *sides)
     saved.pretrained_cfg = {**config, "architecture": ENTRY_POINT, "input_size": size}
     data = {key: value for key, value in (("mean", card.mean), ("std", card.std)) if value is not None}
+    images = {**data, "input_size": tuple(size)}
     extra: dict[str, Any] = {"pretrained_cfg": {"architecture": ENTRY_POINT}, "nas_kd": dict(card.facts)}
     if card.label_names:
         extra["label_names"] = list(card.label_names)
@@ -118,8 +123,9 @@ def _write(network: nn.Module, folder: Path, args: dict[str, Any], card: Card) -
         model_config=extra,
         model_args=args,
         safe_serialization=True,
-        data_config={**data, "input_size": size},
+        data_config=images,
     )
+    (folder / DEFINITION).write_text(definition(network, card.title or args["base"], images), encoding="utf-8")
     (folder / "README.md").write_text(_model_card(args, card, size), encoding="utf-8")
     return tuple(size)
 
@@ -134,6 +140,8 @@ def _model_card(args: Mapping[str, Any], card: Card, size: tuple[int, ...]) -> s
 import timm, nas_kd.models
 model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True)
 ```
+
+Without nas_kd: `model.py` in this folder builds the same network with torch and timm alone.
 
 | | |
 |---|---|

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nas_kd.errors import CheckpointError
@@ -21,7 +20,7 @@ from nas_kd.training.images import TrainingData
 from nas_kd.training.loop import Run, evaluate, ignore, train
 from nas_kd.training.online import accuracies, train_online
 from nas_kd.training.recipe import Recipe
-from nas_kd.training.resume import replace_file
+from nas_kd.training.tensor_files import read_tensors, write_tensors
 
 _logger = logging.getLogger(__name__)
 
@@ -110,13 +109,10 @@ def _together(candidate: Candidate, refinement: Refinement, report: Callable[[in
 
 
 def _keep(refined: Refined, path: Path) -> None:
-    state = refined.network.state_dict()
-    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
     scores: dict[str, Any] = {"val_accuracy": refined.val_accuracy, "test_accuracy": refined.test_accuracy}
     if refined.peers:
         scores["peers"] = [[peer.val, peer.test] for peer in refined.peers]
-    metadata = {"accuracies": json.dumps(scores)}
-    replace_file(path, lambda draft: save_file(tensors, draft, metadata=metadata))
+    write_tensors(path, refined.network.state_dict(), {"accuracies": json.dumps(scores)})
 
 
 def _fetch(candidate: Candidate, path: Path) -> Refined | None:
@@ -124,10 +120,9 @@ def _fetch(candidate: Candidate, path: Path) -> Refined | None:
         return None
     network = candidate.build(0)
     try:
-        load_exactly(network, load_file(path), path)
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        scores = json.loads(header["__metadata__"]["accuracies"])
+        tensors, facts = read_tensors(path)
+        load_exactly(network, tensors, path)
+        scores = json.loads(facts["accuracies"])
         peers = tuple(Accuracies(val=val, test=test) for val, test in scores.pop("peers", ()))
         return Refined(network=network.eval(), peers=peers, **scores)
     except (OSError, SafetensorError, CheckpointError, ValueError, KeyError, TypeError) as error:

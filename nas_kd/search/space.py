@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar, cast
 
@@ -13,10 +14,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from nas_kd.budget import LATENCY, Budget, Cost, amount, kinds_of, parse_budget
-from nas_kd.errors import BudgetError, GenotypeError
+from nas_kd.errors import BudgetError, GenotypeError, ModelError, PlanError
 from nas_kd.genotype import Choice, Genotype
 from nas_kd.models.blocks import Block, analyse
 from nas_kd.models.costs import cost_table
+from nas_kd.models.hub import check_rebuilds, input_channels, student_args
 from nas_kd.models.inherit import inherit_student
 from nas_kd.models.latency_table import LatencyTable, Meter
 from nas_kd.models.runtimes import LatencySpec
@@ -25,9 +27,11 @@ from nas_kd.search.solver import solve
 from nas_kd.search.starts import calibration, feasible_starts, mixed_starts, prior_damages
 from nas_kd.training.library import Library
 
+_logger = logging.getLogger(__name__)
 Network = TypeVar("Network", bound=nn.Module)
 AnyTrial = optuna.trial.BaseTrial | optuna.trial.FrozenTrial
 _MEASURED = "measured"  # the user attribute of a trial whose latency is that of its whole student
+_REARRANGED = 16  # channels: a first convolution that reads as many does not read an image as it is
 _ROUNDS = 3  # in which starts are measured and chosen anew
 _FIELDS = {"width": "width", "kernel": "kernel_size", "conv": "conv", "keep": "keep"}  # parameter → field of a choice
 
@@ -65,13 +69,14 @@ class Space(Generic[Network]):
         default the model's own; `options` limits the choices (`parse_options`). With `meter`, or a budget that bounds
         the latency, that is measured now, for some minutes: without a `meter` by torch on one thread of this machine.
         Raises ModelError when the base cannot be analysed, BudgetError when no student fits the budget, GenotypeError
-        for options that leave nothing.
+        for options that leave nothing. Warns of a base whose students `export` would refuse.
         """
         self.base = base
         self.input_size = input_size_of(base, img_size)
         options = options or parse_options()
         self.analysis = restrict(analyse(base, self.input_size, name=name, open=options.aspects), options)
         self.table = cost_table(self.analysis, base)
+        _warn_of_changes(base)
         self.budget: Budget | None = None
         self.levels: tuple[float, ...] = (1.0,)
         self.library: Library | None = None
@@ -297,13 +302,29 @@ class Space(Generic[Network]):
 
 
 def input_size_of(network: nn.Module, img_size: int | None) -> tuple[int, int, int]:
-    """The images (C, H, W) that a network takes: its first convolution's channels, the given or its own size."""
-    first = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
+    """The images (C, H, W) that a network takes: its first convolution's channels, the given or its own size.
+
+    Some networks rearrange an image before they convolve it (TResNet: 3 channels to 48): then it is what timm was asked
+    for that counts.
+    """
     config: Any = getattr(network, "pretrained_cfg", None) or {}
     channels, height, width = config.get("input_size", (3, 224, 224))
-    if first is not None:
+    first = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
+    asked = input_channels(network)
+    if first is not None and (asked is None or first.in_channels < _REARRANGED):
         channels = first.in_channels
+    elif asked is not None:
+        channels = asked
     return (channels, img_size or height, img_size or width)
+
+
+def _warn_of_changes(base: nn.Module) -> None:
+    """Of a timm model that was changed by hand: better now than when its students are trained and to be exported."""
+    if hasattr(base, "pretrained_cfg"):
+        try:
+            check_rebuilds(base, student_args(base))
+        except (ModelError, PlanError) as error:
+            _logger.warning("%s", error)
 
 
 def _open_values(block: Block) -> dict[str, Sequence[Any]]:

@@ -133,8 +133,8 @@ def reason(error: BaseException) -> str:
         cause = cause.__cause__
     cause = getattr(cause, "orig", None) or cause
     text = (cause.details() if _is_proxy_error(cause) else str(cause)) or ""
-    lines = text.strip().splitlines() or [type(cause).__name__]
-    return lines[0][:200]
+    line = (text.strip().splitlines() or [type(cause).__name__])[0][:200]
+    return f"{line}; is the disk full?" if "disk I/O error" in line else line
 
 
 def _is_proxy_error(error: BaseException) -> bool:

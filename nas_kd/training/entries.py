@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -10,11 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
-from nas_kd.training.resume import replace_file
+from nas_kd.training.tensor_files import read_tensors, write_tensors
 
 Tensors = Mapping[str, Tensor]
 _LARGEST = 60_000  # float16 ends at 65,504
@@ -55,20 +53,15 @@ class EntryFile:
     def write(self, entry: Entry, tensors: Tensors) -> None:
         """Keeps an entry and its tensors, by their names in the network; weights in half precision, to begin a training
         from. Raises OutputError when that cannot be."""
-        own = {name: _halved(tensor.detach().cpu()).contiguous() for name, tensor in tensors.items()}
-        metadata = {"facts": json.dumps(asdict(entry)), "sha256": _digest(own)}
-        replace_file(self.path, lambda draft: save_file(own, draft, metadata=metadata))
+        own = {name: _halved(tensor.detach()) for name, tensor in tensors.items()}
+        write_tensors(self.path, own, {"facts": json.dumps(asdict(entry))})
 
     def read(self) -> tuple[Entry, Tensors] | None:
         """The entry and its tensors, or None when there is none; a damaged one is as good as none, with a warning."""
         if not self.path.exists():
             return None
         try:
-            with safe_open(self.path, framework="pt") as file:
-                metadata = file.metadata()
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-            if metadata["sha256"] != _digest(tensors):
-                raise ValueError("its checksum is wrong")
+            tensors, metadata = read_tensors(self.path)
             facts = json.loads(metadata["facts"])
             facts["errors"] = tuple((int(steps), float(error)) for steps, error in facts["errors"])
             return Entry(**facts), {name: _whole(tensor) for name, tensor in tensors.items()}
@@ -85,11 +78,3 @@ def _halved(tensor: Tensor) -> Tensor:
 
 def _whole(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype == torch.float16 else tensor
-
-
-def _digest(tensors: Tensors) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].contiguous().view(-1).numpy().data)
-    return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -30,8 +31,11 @@ class Images:
             raise DataError(f"images must be N×C×H×W uint8, got {tuple(self.pixels.shape)} {self.pixels.dtype}")
         if len(self.pixels) == 0 or self.labels.shape != (len(self.pixels),):
             raise DataError(f"{len(self.pixels)} images with labels of shape {tuple(self.labels.shape)}")
+        if self.labels.dtype != torch.int64 or self.labels.min() < 0:
+            raise DataError(f"labels must be int64 and count from 0, got {self.labels.dtype} from {self.labels.min()}")
         channels = self.pixels.shape[1]
-        if len(self.mean) != channels or len(self.std) != channels or min(self.std) <= 0:
+        numbers = all(map(math.isfinite, (*self.mean, *self.std)))
+        if len(self.mean) != channels or len(self.std) != channels or min(self.std) <= 0 or not numbers:
             raise DataError(f"{channels} channels need as many means and positive stds: got {self.mean}, {self.std}")
 
     def __len__(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from PIL import Image
 from nas_kd.errors import DataError, nearest
 from nas_kd.training.arrays import Array
 
+_logger = logging.getLogger(__name__)
 DIGITS = "digits"
 FOLDERS = ("", "folder", "imagefolder", "image_folder")
 # timm.data.create_dataset's torchvision names
@@ -117,13 +119,23 @@ def _reader(folder: Path, class_to_idx: dict[str, int] | None = None) -> Any:
     try:
         reader = create_dataset("", str(folder), search_split=False).reader
     except RuntimeError as error:  # timm: "Found 0 images in subfolders of ..."
-        raise DataError(f"no images in {folder}: put them into one folder per class") from error
+        raise DataError(f"no images (.png, .jpg, .jpeg) in {folder}: put them into one folder per class") from error
     if class_to_idx is None:
+        _tell_empty(folder, reader.samples)
         return reader
     if unknown := sorted(set(reader.class_to_idx) - set(class_to_idx)):
         raise DataError(f"the class {unknown[0]!r} has images in {folder} but no images in train")
     # by name: a class without test images must not move the numbers of the others
     return create_dataset("", str(folder), search_split=False, class_map=class_to_idx).reader
+
+
+def _tell_empty(folder: Path, samples: list[tuple[str, int]]) -> None:
+    """Warns of folders that look like classes and hold no image: they are none."""
+    filled = {Path(file).relative_to(folder).parts[0] for file, _ in samples}
+    named = (part.name for part in sorted(folder.iterdir()) if part.is_dir() and not part.name.startswith((".", "__")))
+    for name in named:
+        if name not in filled:
+            _logger.warning("the folder %r of %s holds no images: it is no class", name, folder)
 
 
 def _torchvision(dataset: str, root: Path) -> Source:

@@ -12,22 +12,21 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nas_kd.errors import CheckpointError, DataError
 from nas_kd.training.augment import Augmentation
 from nas_kd.training.checkpoint import load_checkpoint, load_exactly
 from nas_kd.training.data import Splits
-from nas_kd.training.images import AugmentedImages
+from nas_kd.training.images import AugmentedImages, Images
 from nas_kd.training.loop import Run, evaluate, ignore, predict_logits, train
 from nas_kd.training.recipe import Recipe
-from nas_kd.training.resume import replace_file
+from nas_kd.training.tensor_files import read_tensors, write_tensors
 from nas_kd.training.views import weights_digest
 
 __all__ = ["Teacher", "TeacherCache", "TeacherResult", "adopt_teacher", "load_checkpoint", "prepare_teacher"]
 
-_NEAR_CHANCE = 2.0  # a teacher below this multiple of chance teaches nothing
+_NEAR_CHANCE = 0.1  # a teacher less than this share of the way from chance to certainty, and than twice chance, warns
 _STATES = 10  # times the state of a running training is written; each costs about as much as 10 steps
 _logger = logging.getLogger(__name__)
 
@@ -107,7 +106,7 @@ def prepare_teacher(
         often = replace(recipe, eval_epochs=tuple(range(1, recipe.epochs + 1, max(1, recipe.epochs // _STATES))))
         data = AugmentedImages(splits.train, augmentation, recipe.seed)
         train(network, data, often, val=splits.val, report=report, run=Run(checkpoint=state))
-        replace_file(path, lambda draft: save_file(_contiguous(network), draft))
+        write_tensors(path, network.state_dict())
         state.unlink(missing_ok=True)
     return _result(network.eval(), splits, trained_here=True, seconds=time.monotonic() - started)
 
@@ -116,7 +115,7 @@ def _fetch(network: nn.Module, path: Path) -> bool:
     if not path.exists():
         return False
     try:
-        load_exactly(network, load_file(path), path)
+        load_exactly(network, read_tensors(path)[0], path)
     except (OSError, SafetensorError, CheckpointError) as error:
         _logger.warning("the cached teacher %s is damaged (%s): training it again", path, error)
         return False
@@ -131,11 +130,12 @@ def _key(network: nn.Module, splits: Splits, recipe: Recipe, augmentation: Augme
 
 
 def _result(network: nn.Module, splits: Splits, *, trained_here: bool, seconds: float) -> TeacherResult:
-    accuracy, chance = evaluate(network, splits.val), 1 / len(splits.class_names)
-    if accuracy < _NEAR_CHANCE * chance:
+    accuracy, chance = evaluate(network, splits.val), _chance(splits.val)
+    if accuracy < chance + min(chance, _NEAR_CHANCE * (1 - chance)):
         _logger.warning(
-            "THE TEACHER IS NEAR CHANCE: %.1f%% of the validation images, guessing gives %.1f%%. Students will learn "
-            "little from it: give trained weights (--pretrained, --initial-checkpoint) or train it longer",
+            "THE TEACHER IS NEAR CHANCE: %.1f%% of the validation images, the most frequent class alone gives %.1f%%. "
+            "Students will learn little from it: give trained weights (--pretrained, --initial-checkpoint) or train it "
+            "longer",
             100 * accuracy,
             100 * chance,
         )
@@ -145,6 +145,11 @@ def _result(network: nn.Module, splits: Splits, *, trained_here: bool, seconds: 
     )
 
 
+def _chance(images: Images) -> float:
+    """The accuracy of always guessing the most frequent class."""
+    return int(images.labels.bincount().max()) / len(images)
+
+
 def _check_outputs(network: nn.Module, splits: Splits) -> None:
     logits = predict_logits(network, splits.val[:2])
     if logits.ndim != 2 or logits.shape[1] < len(splits.class_names):
@@ -152,8 +157,3 @@ def _check_outputs(network: nn.Module, splits: Splits) -> None:
             f"the network gives {tuple(logits.shape)[1:]} outputs for {len(splits.class_names)} classes: create it "
             f"with num_classes={splits.num_classes}"
         )
-
-
-def _contiguous(network: nn.Module) -> dict[str, Tensor]:
-    # clone: safetensors refuses tensors that share memory
-    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in network.state_dict().items()}

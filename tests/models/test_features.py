@@ -14,10 +14,12 @@ from timm.models import group_parameters
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
+from nas_kd.errors import ModelError, PlanError
 from nas_kd.genotype import Genotype
+from nas_kd.models.blocks import analyse
 from nas_kd.models.fuse import fused
 from nas_kd.models.inherit import inherit_student
-from nas_kd.models.student import plan_of
+from nas_kd.models.plan import Plan, plan_of
 from nas_kd.results.export import export, load
 
 SOME = [
@@ -144,3 +146,17 @@ def test_students_fold_where_they_can(name: str, side: int) -> None:
     with torch.no_grad():
         _close(fused(student)(image), student(image))
     assert sum(p.numel() for p in fused(student).parameters()) < sum(p.numel() for p in student.parameters())
+
+
+def test_an_inference_form_reloads_and_is_no_base(tmp_path: Path) -> None:
+    subject, image = base("repvgg_a0", 32), torch.randn(1, 3, 32, 32)
+    student = fused(inherit_student(real("repvgg_a0"), subject.analysis, subject.genotype(1)))
+    again = load(export(student, tmp_path / "small")).eval()
+    assert torch.equal(again(image), student(image))
+    assert plan_of(again) == plan_of(student)
+    assert again.reset_classifier(3) is None
+    assert again(image).shape == (1, 3)
+    with pytest.raises(ModelError, match=r"repvgg is in its inference form, .*: search its training form"):
+        analyse(again, (3, 32, 32), name="repvgg")
+    with pytest.raises(PlanError, match="cannot be changed: begin with its training form"):
+        plan_of(again).then(Plan(features=(1,)))

@@ -118,6 +118,7 @@ def test_a_network_of_ones_own_has_no_base() -> None:
         ("", {}, "timm knows no model ''"),
         ("resnet18.no_such_tag", {"pretrained": True}, "timm cannot create 'resnet18.no_such_tag': "),
         ("resnet18", {"no_such_argument": 1}, "timm cannot create 'resnet18': .*no_such_argument"),
+        ("/", {}, "/ is a folder, but not of an exported model, which has a config.json"),
         ("local-dir:/nowhere", {}, "timm cannot create 'local-dir:/nowhere': "),
         ("unknown-scheme:x", {}, "timm cannot create 'unknown-scheme:x': "),
     ],

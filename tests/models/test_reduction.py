@@ -7,8 +7,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nas_kd.errors import ModelError
+from nas_kd.models.plan import plan_of
 from nas_kd.models.reduction import reduce_stride
-from nas_kd.models.student import plan_of
 
 
 def made(name: str, reduction: int, *, seed: int = 0) -> nn.Module:

@@ -14,8 +14,8 @@ from nas_kd.errors import GenotypeError
 from nas_kd.genotype import Choice, Genotype
 from nas_kd.models.blocks import analyse
 from nas_kd.models.inherit import inherit_student, inherit_tensors
-from nas_kd.models.plan import Plan, apply_plan
-from nas_kd.models.student import build_student, plan_of, student_plan
+from nas_kd.models.plan import Plan, apply_plan, plan_of
+from nas_kd.models.student import build_student, student_plan
 
 SEEDS = st.integers(0, 2**32 - 1)
 # no statistics over channels: an absent channel is then the same as one that is zero

@@ -7,10 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from families import COVERED, SIDES, base, kinds, real
 from torch import Tensor, nn
 
+from nas_kd.models.blocks import analyse
+from nas_kd.models.costs import cost_table
 from nas_kd.models.inherit import inherit_student, unit_importance
 from nas_kd.models.verify import measure
 from nas_kd.results.export import export, load
@@ -26,6 +29,24 @@ QUICK = (
 @pytest.mark.parametrize("name", QUICK)
 def test_a_few_students(name: str, tmp_path: Path) -> None:
     _check_students(name, range(FEW), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["resnet26d", "efficientnet_lite0"])
+def test_students_of_a_dilated_base(name: str, tmp_path: Path) -> None:
+    """Dilation in place of stride, as detectors use their bases: kinds, kernels and costs follow it."""
+    torch.manual_seed(0)
+    network = timm.create_model(name, num_classes=10, output_stride=8).eval()
+    analysis = analyse(network, (3, 33, 33), name=name)
+    table = cost_table(analysis, network)
+    dilated = [site.spec for block in analysis.blocks for site in block.sites if site.spec.dilation > 1]
+    assert max(spec.dilation for spec in dilated) == 4
+    image = torch.randn(1, 3, 33, 33)
+    for index in (2, 17):
+        genotype = table.genotype([(index + place) % len(block.choices) for place, block in enumerate(table.blocks)])
+        student = inherit_student(network, analysis, genotype).eval()
+        assert measure(student, (3, 33, 33)) == table.cost(genotype)
+        assert student.forward_features(image).shape[-1] == network.forward_features(image).shape[-1] == 5
+        assert torch.equal(load(export(student, tmp_path / "small")).eval()(image), student(image))
 
 
 @pytest.mark.slow

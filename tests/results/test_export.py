@@ -12,11 +12,13 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.utils import reparameterize_model
 from torch import nn
 
 from nas_kd.errors import ModelError, OutputError, PlanError
 from nas_kd.models.blocks import analyse
 from nas_kd.models.costs import cost_table
+from nas_kd.models.fuse import fused
 from nas_kd.models.hub import create_base
 from nas_kd.models.inherit import inherit_student
 from nas_kd.models.onnx import run_onnx
@@ -59,6 +61,19 @@ def folders(networks: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFac
     return {name: root / name for name in networks}
 
 
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Students of our own bases, and one in its inference form, as in `folders`."""
+    root, image = tmp_path_factory.mktemp("own"), torch.linspace(-2, 2, 3 * 32 * 32).reshape(1, 3, 32, 32)
+    networks = {name: student(name) for name in ("cifar_resnet20", "cifar_resnet20_cheap", "cifar_vgg16_bn")}
+    networks["fused"] = fused(student("mobileone_s0"))
+    for name, network in networks.items():
+        export(network, root / name)
+        with torch.no_grad():
+            torch.save({"image": image, "logits": network(image)}, root / f"{name}.pt")
+    return {name: root / name for name in networks}
+
+
 @pytest.fixture
 def folder(folders: dict[str, Path], tmp_path: Path) -> Path:
     """A copy of one export, to be damaged."""
@@ -88,6 +103,47 @@ for folder in sys.argv[1:]:
     assert "optuna" not in sys.modules and "sklearn" not in sys.modules and "nas_kd.training" not in sys.modules
 print("fine")
 """
+
+
+WITHOUT_NAS_KD = """
+import importlib.util, sys, torch
+sys.modules["nas_kd"] = None  # importing it fails
+torch.set_num_threads(1)
+for number, folder in enumerate(sys.argv[1:]):
+    spec = importlib.util.spec_from_file_location(f"model{number}", f"{folder}/model.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    known = torch.load(f"{folder}.pt", weights_only=True)
+    with torch.no_grad():
+        network = module.create_model(pretrained=True).eval()
+        assert torch.equal(network(known["image"]), known["logits"]), folder
+        assert module.create_model(num_classes=7).eval()(known["image"]).shape == (1, 7), folder
+        assert module.create_model(num_classes=0).eval()(known["image"]).ndim == 2, folder
+        for level, features in zip(network.feature_info, network.forward_intermediates(known["image"])[1]):
+            assert level["num_chs"] == features.shape[1], folder
+print("fine")
+"""
+
+
+def test_one_file_needs_torch_and_timm_alone(folders: dict[str, Path], own: dict[str, Path]) -> None:
+    command = [sys.executable, "-W", "error", "-c", WITHOUT_NAS_KD, *map(str, (*folders.values(), *own.values()))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("fine\n", "")
+
+
+def test_one_file_can_be_read(folders: dict[str, Path], own: dict[str, Path], tmp_path: Path) -> None:
+    text = (folders["vgg11_bn"] / "model.py").read_text()
+    assert text.startswith('"""vgg11_bn: vgg11_bn as a search left it')
+    assert "\n    'features.0': {'shapes': {'weight': {0: 8}, 'bias': {0: 8}}, 'sizes': {'out_channels': 8}},\n" in text
+    assert (
+        "IMAGES: dict[str, Any] = {'mean': (0.1, 0.2, 0.3), 'std': (0.5, 0.6, 0.7), 'input_size': (3, 32, 32)}" in text
+    )
+    assert "class BasicBlock" not in text
+    assert "class BasicBlock" in (own["cifar_resnet20"] / "model.py").read_text()
+    plain = export(timm.create_model("test_resnet"), tmp_path / "plain", Card(title='a "quoted" title'))
+    assert "Shift2d" not in (plain / "model.py").read_text()  # what a network has none of
+    assert (plain / "model.py").read_text().startswith('"""a quoted title: test_resnet')
 
 
 def test_every_export_loads_in_a_new_process_in_every_variant(folders: dict[str, Path]) -> None:
@@ -175,7 +231,12 @@ def test_facts_are_in_the_config_and_the_readme(tmp_path: Path) -> None:
     readme = (folder / "README.md").read_text()
     assert readme.startswith("# small\n")
     assert "| params | 123 |" in readme
-    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.py",
+        "model.safetensors",
+    ]
 
 
 class TestFolders:
@@ -196,6 +257,24 @@ class TestFolders:
             export(timm.create_model("test_resnet"), tmp_path / relative)
         assert "\n" not in str(caught.value)
         assert (tmp_path / "file").read_text() == (tmp_path / "full" / "thesis.txt").read_text() == "mine"
+
+    @pytest.mark.parametrize("change", ["stride", "pooling", "channels", "folded"])
+    def test_a_network_that_was_changed_by_hand_is_refused(self, tmp_path: Path, change: str) -> None:
+        """Its export would fail to load or, worse, load and compute something else."""
+        network: Any = timm.create_model("repvgg_a0" if change == "folded" else "resnet18", num_classes=10)
+        if change == "stride":
+            network.layer4[0].conv1.stride = network.layer4[0].downsample[0].stride = (1, 1)
+        elif change == "pooling":
+            network.maxpool = nn.Identity()
+        elif change == "channels":
+            network.conv1 = nn.Conv2d(1, 64, 7, 2, 3, bias=False)
+        else:
+            network = reparameterize_model(network)
+        with pytest.raises(
+            ModelError, match=r"was changed after timm created it \(.* is .*, not .*register the changed"
+        ):
+            export(network, tmp_path / "model")
+        assert not list(tmp_path.iterdir())
 
     def test_a_network_that_timm_did_not_make_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(ModelError, match=r"Sequential is no model of timm.create_model: register it"):

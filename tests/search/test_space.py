@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -222,6 +223,23 @@ class TestInput:
         network = timm.create_model("test_resnet", in_chans=1)
         assert input_size_of(network, None) == (1, 160, 160)
         assert input_size_of(network, 32) == (1, 32, 32)
+
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_an_image_may_be_rearranged_before_it_is_convolved(self, channels: int) -> None:
+        with torch.device("meta"):
+            network = timm.create_model("tresnet_m", in_chans=channels)
+        assert network.body.conv1.conv.in_channels == 16 * channels
+        assert input_size_of(network, 64) == (channels, 64, 64)
+
+    def test_a_base_that_was_changed_by_hand_is_told_at_once(self, caplog: pytest.LogCaptureFixture) -> None:
+        with torch.device("meta"):
+            network = timm.create_model("test_resnet")
+        with caplog.at_level(logging.WARNING):
+            Space(network, img_size=32)
+            assert caplog.text == ""
+            network.maxpool = nn.Identity()
+            Space(network, img_size=32)
+        assert "this test_resnet was changed after timm created it (maxpool is gone, not MaxPool2d(" in caplog.text
 
     def test_a_model_without_convolutions_is_refused(self) -> None:
         with pytest.raises(

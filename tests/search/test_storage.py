@@ -10,11 +10,12 @@ from typing import Any
 
 import optuna
 import pytest
+import sqlalchemy
 from optuna.storages import BaseStorage, RDBStorage
 
 from nas_kd.errors import OutputError, StudyError
 from nas_kd.search.sampler import make_optuna_sampler
-from nas_kd.search.storage import close_storage, open_storage, open_study, sqlite_url
+from nas_kd.search.storage import close_storage, open_storage, open_study, reason, sqlite_url
 from nas_kd.search.trials import DIRECTIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")  # optuna: heartbeat
@@ -150,3 +151,8 @@ def test_of_many_workers_one_takes_a_waiting_trial(storage: BaseStorage, tmp_pat
             assert sum(pool.map(take, storages, [trial] * len(storages))) == 1
     for other in storages:
         close_storage(other)
+
+
+def test_a_full_disk_is_guessed_at() -> None:
+    said = sqlalchemy.exc.OperationalError("INSERT", {}, sqlite3.OperationalError("disk I/O error"))
+    assert reason(said) == "disk I/O error; is the disk full?"

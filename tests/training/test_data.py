@@ -219,7 +219,7 @@ def test_an_archive_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no images in"):
+    with pytest.raises(DataError, match=r"no images \(\.png, \.jpg, \.jpeg\) in"):
         load_splits(folder_spec(tmp_path), tmp_path / "cache")
 
 
@@ -240,6 +240,16 @@ def test_images_of_sixteen_bits_keep_their_greys(tmp_path: Path) -> None:
             Image.fromarray((greys * 257).astype(np.uint16)).save(tmp_path / "images" / label / f"{index}.png")
     splits = load_splits(folder_spec(tmp_path / "images", img_size=12, in_chans=1), tmp_path / "cache")
     assert all(np.array_equal(image[0], greys) for image in splits.train.pixels.numpy())
+
+
+def test_a_folder_without_images_is_no_class(tmp_path: Path, write: Write, caplog: pytest.LogCaptureFixture) -> None:
+    write("", cat=4, dog=4)
+    (tmp_path / "images" / "emu").mkdir()
+    (tmp_path / "images" / ".cache").mkdir()
+    with caplog.at_level(logging.WARNING):
+        assert load_splits(folder_spec(tmp_path / "images"), tmp_path / "cache").class_names == ("cat", "dog")
+    assert "the folder 'emu' of" in caplog.text
+    assert ".cache" not in caplog.text
 
 
 def test_a_class_without_training_images_is_named(tmp_path: Path, write: Write) -> None:
@@ -280,5 +290,9 @@ def test_images_must_fit_together() -> None:
         Images(torch.zeros(2, 1, 4, 4), torch.zeros(2, dtype=torch.int64), (0.5,), (0.5,))
     with pytest.raises(DataError, match="1 channels need as many means"):
         Images(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), (0.5,) * 3, (0.5,) * 3)
+    with pytest.raises(DataError, match="1 channels need as many means"):
+        Images(torch.zeros(1, 1, 4, 4, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), (0.5,), (float("nan"),))
+    with pytest.raises(DataError, match=r"labels must be int64 and count from 0, got torch.int64 from -1"):
+        Images(torch.zeros(1, 1, 4, 4, dtype=torch.uint8), torch.tensor([-1]), (0.5,), (0.5,))
     with pytest.raises(DataError, match="0 images"):
         Images(torch.zeros(0, 1, 4, 4, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), (0.5,), (0.5,))

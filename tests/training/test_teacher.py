@@ -4,12 +4,13 @@ import argparse
 import logging
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from nas_kd.errors import CheckpointError, DataError
 from nas_kd.training.augment import Augmentation
@@ -58,12 +59,18 @@ def test_it_is_trained_once(make_network: MakeNetwork, digits: Splits, tmp_path:
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.parametrize("damage", [lambda data: data[:1000], lambda data: data[:-9] + b"\1" + data[-8:]])
 def test_a_damaged_cache_is_trained_again(
-    make_network: MakeNetwork, digits: Splits, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    make_network: MakeNetwork,
+    digits: Splits,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    damage: Callable[[bytes], bytes],
 ) -> None:
+    """Also where it can be read, and one byte is another."""
     first = prepare(make_network(), digits, tmp_path)
     file = next(tmp_path.iterdir())
-    file.write_bytes(file.read_bytes()[:1000])
+    file.write_bytes(damage(file.read_bytes()))
     with caplog.at_level(logging.WARNING):
         second = prepare(make_network(), digits, tmp_path)
     assert "is damaged" in caplog.text
@@ -94,9 +101,39 @@ def test_a_teacher_near_chance_is_a_loud_warning(
     with caplog.at_level(logging.WARNING):
         result = adopt_teacher(network, digits)
     assert not result.trained_here
-    assert (
-        f"NEAR CHANCE: {100 * result.val_accuracy:.1f}% of the validation images, guessing gives 10.0%" in caplog.text
-    )
+    chance = 100 * int(digits.val.labels.bincount().max()) / len(digits.val)
+    own = f"{100 * result.val_accuracy:.1f}% of the validation images"
+    assert f"NEAR CHANCE: {own}, the most frequent class alone gives {chance:.1f}%" in caplog.text
+
+
+def test_two_classes_are_not_near_chance_at_three_quarters(
+    network: nn.Module, digits: Splits, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Half of two classes, however well balanced, is chance; twice that is perfection."""
+    with torch.no_grad():
+        said = (digits.val.labels < 5).long()
+    images = replace(digits.val, labels=said)
+    coarse = replace(digits, val=images, class_names=("low", "high"))
+    with caplog.at_level(logging.WARNING):
+        for share, warns in ((0.75, False), (0.52, True)):
+            answers = said.clone()
+            answers[: round((1 - share) * len(said))] = 1 - answers[: round((1 - share) * len(said))]
+            caplog.clear()
+            adopt_teacher(_Answering(answers), coarse)
+            assert ("NEAR CHANCE" in caplog.text) is warns
+
+
+class _Answering(nn.Module):
+    """Answers what it is told, image by image, and then from the beginning."""
+
+    def __init__(self, answers: Tensor) -> None:
+        super().__init__()
+        self.answers, self.next, self.scale = answers, -2, nn.Parameter(torch.ones(()))  # two images are a probe
+
+    def forward(self, images: Tensor) -> Tensor:
+        begin = max(self.next, 0)
+        self.next = begin + len(images) if self.next >= 0 else 0
+        return nn.functional.one_hot(self.answers[begin : begin + len(images)], 2) * self.scale
 
 
 def test_too_few_outputs_are_refused(make_network: MakeNetwork, digits: Splits, tmp_path: Path) -> None:
