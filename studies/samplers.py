@@ -203,7 +203,14 @@ def train(problem: Problem, row: Row, peers: Mapping[Row, tuple[float, float]]) 
     for index, epoch in enumerate(problem.rungs[:-1]):
         share = epoch / problem.rungs[-1]
         there = [other for other, (spent, _) in peers.items() if spent >= share]
-        scores = [RungScore(cost=problem.prices[other], score=problem.scores[other][index]) for other in there]
+        scores = [
+            RungScore(
+                cost=problem.prices[other],
+                score=problem.scores[other][index],
+                end=problem.scores[other][-1] if peers[other][0] == 1 else None,
+            )
+            for other in there
+        ]
         own = RungScore(cost=problem.prices[row], score=problem.scores[row][index])
         behind = deficit(own, scores, kinds=problem.costs)
         if behind > 0:

@@ -115,6 +115,11 @@ class CostTable:
         """The costs of N genotypes, given as N × blocks positions: per kind, by default all, an array of N."""
         return {kind: self._total(kind, indices) for kind in (self.kinds if kinds is None else kinds)}
 
+    def priced(self, indices: NDArray[np.int64], kinds: Sequence[str]) -> Vector:
+        """The costs of N genotypes (N × blocks positions) as N × kinds."""
+        totals = self.many(indices, kinds)
+        return np.stack([totals[kind] for kind in kinds], axis=1).astype(np.float64)
+
     def _total(self, kind: str, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         if not is_sum(kind):
             return self.memory.many(indices)

@@ -11,19 +11,16 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from nas_kd.budget import KINDS, Budget
+from nas_kd.budget import KINDS, Budget, kinds_of
 from nas_kd.errors import GenotypeError
-from nas_kd.search.additive import AdditiveModel, features_of, fit
+from nas_kd.search.additive import features_of
 from nas_kd.search.budgets import cost_of
 from nas_kd.search.own_sampler import make_own_sampler
+from nas_kd.search.proposals import Proposer, Seen, Wanted
 from nas_kd.search.rungs import expected_scores
 from nas_kd.search.space import Space
-from nas_kd.search.starts import smallest_level, solve_in_time, tightness
 
 _Trained = tuple[FrozenTrial, NDArray[np.int64]]  # a trial, and the positions of its choices
-_MUTATIONS = 0.2  # share of proposals that vary the front, against interactions that an additive model cannot see
-_APART = 0.7  # share of proposals whose bounds are lowered each by itself: the front spreads over every cost
-_TRIES = 64  # to find a genotype that the study has not had
 
 
 def make_sampler(name: str, space: Space[Any], seed: int) -> optuna.samplers.BaseSampler:
@@ -46,10 +43,11 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
     """Proposes genotypes of a `Space` within its budget, for any Optuna study whose first value is a score to maximise.
 
     A Bayesian additive model of the score is refitted on the finished trials, and on what is expected of those that
-    were stopped at a rung; one draw from its posterior, and the knapsack solved on that draw at a random level up to
-    the budget, of all bounds or of each, is the next genotype. A share of the proposals changes one or two blocks of a
-    genotype on the front instead. A study with that one value gets what is best within the whole budget, or within one
-    of the space's levels. `damages` (per block, over its choices; by default the space's) are the prior.
+    were stopped at a rung. Of many genotypes within the budget, among them the knapsack's solution on one draw from the
+    model's posterior, the one that adds the most to the front's hypervolume under that draw is the next; a small share
+    of the proposals changes one or two blocks of a genotype on the front instead. Costs count as objectives where they
+    are values of the study. A study with the score alone gets what is best within the whole budget, or within one of
+    the space's levels. `damages` (per block, over its choices; by default the space's) are the prior.
     """
 
     def __init__(
@@ -60,16 +58,12 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
         seed: int | None = None,
     ) -> None:
         self.space = space
-        self._damages = list(damages) if damages is not None else space.damages()
-        self._features = features_of(space.blocks)
+        self._features = features_of(space.table, space.damages() if damages is None else damages)
         self._seed = _entropy() if seed is None else seed
-        self._generator = np.random.default_rng(self._seed)
-        self._single = False
         self._fallback = optuna.samplers.RandomSampler(seed=seed)
         self._rows: dict[tuple[Any, ...], NDArray[np.int64] | None] = {}  # by the values of a trial's parameters
         base = space.table.base()
         self._budget = space.budget or Budget(tuple((kind, float(base[kind])) for kind in KINDS))
-        self._least = min(1.0, smallest_level(space.table, self._budget))
 
     def reseed_rng(self) -> None:
         """Fresh randomness, for workers that were forked."""
@@ -84,17 +78,17 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial, search_space: Mapping[str, BaseDistribution]
     ) -> dict[str, Any]:
         """The parameters of the next genotype: within the budget, and new to the study where one can be found."""
-        # a trial's own stream: a resumed study goes on as an uninterrupted one would have
-        self._generator = np.random.default_rng([self._seed, trial.number])
-        self._single = len(study.directions) == 1
         self.space.recall_latencies(study)
         had = [(other, row) for other in study.get_trials(deepcopy=False) if (row := self._row(other)) is not None]
-        known = {tuple(row.tolist()) for other, row in had if not self._was_refused(other)}
-        proposal = self._propose([(other, row) for other, row in had if other.state == TrialState.COMPLETE], had)
-        for _ in range(_TRIES):
-            if tuple(proposal.tolist()) not in known:
-                break
-            proposal = self._mutate(proposal)
+        wanted = Wanted(
+            table=self.space.table,
+            budget=self._budget,
+            levels=self.space.levels,
+            kinds=self._objectives(had, len(study.directions) - 1),
+        )
+        # a trial's own stream: a resumed study goes on as an uninterrupted one would have
+        generator = np.random.default_rng([self._seed, trial.number])
+        proposal = Proposer(wanted, self._features, self._seen(had), generator).propose()
         return self.space.point(self.space.table.genotype(proposal))
 
     def sample_independent(
@@ -126,84 +120,35 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
             return None
         return self.space.table.indices(genotype)
 
-    def _propose(self, finished: Sequence[_Trained], had: Sequence[_Trained]) -> NDArray[np.int64]:
-        rows, scores = self._table([(row, trial.values[0]) for trial, row in finished])
-        within = self._within(rows)
-        if within.any() and self._generator.random() < _MUTATIONS:
-            return self._mutate(self._on_front(rows[within], scores[within]))
+    def _seen(self, had: Sequence[_Trained]) -> Seen:
+        """What is known of the study's genotypes."""
         expected = expected_scores([trial for trial, _ in had])
-        stopped = self._table([(row, expected[trial.number]) for trial, row in had if trial.number in expected])
-        rows, scores = np.concatenate([rows, stopped[0]]), np.concatenate([scores, stopped[1]])
-        return self._solve(fit(self._features, rows, scores, self._damages))
+        ended = [(trial.values[0], row) for trial, row in had if trial.state == TrialState.COMPLETE]
+        stopped = [(expected[trial.number], row) for trial, row in had if trial.number in expected]
+        return Seen(
+            ended=self._table([row for _, row in ended]),
+            scores=np.array([score for score, _ in ended], dtype=np.float64),
+            stopped=self._table([row for _, row in stopped]),
+            expected=np.array([score for score, _ in stopped], dtype=np.float64),
+            running=self._table([row for trial, row in had if trial.state == TrialState.RUNNING]),
+            known=frozenset(row.tobytes() for trial, row in had if not self._was_refused(trial)),
+        )
 
-    def _table(
-        self, scored: Sequence[tuple[NDArray[np.int64], float]]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Genotypes (N × blocks positions of choices) and their scores (N)."""
-        rows = np.array([row for row, _ in scored], dtype=np.int64).reshape(len(scored), len(self.space.blocks))
-        return rows, np.array([score for _, score in scored], dtype=np.float64)
+    def _table(self, rows: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+        """Genotypes as N × blocks positions of choices."""
+        return np.array(rows, dtype=np.int64).reshape(len(rows), len(self.space.blocks))
 
-    def _solve(self, model: AdditiveModel) -> NDArray[np.int64]:
-        levels = [self._budget.scaled(self._level(self._least)), self._budget]
-        if len(self._budget) > 1 and not self._single and self._generator.random() < _APART:
-            levels.insert(0, self._apart())
-        worth = model.draw(self._generator, boldness=self._generator.random() ** 2)
-        for level in levels:
-            genotype = solve_in_time(self.space.table, level, [-values for values in worth])
-            if genotype is not None:
-                return self.space.table.indices(genotype)
-        return self._tightest()
-
-    def _apart(self) -> Budget:
-        """The budget with each bound at a random level of its own, down to what the cheapest genotype needs."""
-        table = self.space.table
-        least = {kind: min(1.0, table.cost(table.cheapest(kind))[kind] / bound) for kind, bound in self._budget.items()}
-        return Budget(tuple((kind, bound * self._level(least[kind])) for kind, bound in self._budget.items()))
-
-    def _level(self, least: float) -> float:
-        """A random share of the budget, from `least` on: evenly over all, or over each stretch between two of the
-        space's levels; where the score alone counts, one of the levels."""
-        levels = [level for level in self.space.levels if level > least] or [1.0]
-        if self._single:
-            return levels[int(self._generator.integers(len(levels)))]
-        if len(levels) == 1:
-            return float(self._generator.uniform(least, 1.0))
-        chosen = int(self._generator.integers(len(levels)))
-        return float(self._generator.uniform(levels[chosen - 1] if chosen else least, levels[chosen]))
-
-    def _tightest(self) -> NDArray[np.int64]:
-        """The genotype that is the deepest within the budget, of the cheapest of each kind of cost."""
-        table, base = self.space.table, self.space.table.base()
-        cheapest = (table.cheapest(kind) for kind in self._budget)
-        return table.indices(min(cheapest, key=lambda g: tightness(self.space.cost(g), self._budget, base)))
-
-    def _within(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        totals = self.space.table.many(rows, self._budget)
-        within: NDArray[np.bool_] = np.all([totals[kind] <= bound for kind, bound in self._budget.items()], axis=0)
-        return within
-
-    def _on_front(self, rows: NDArray[np.int64], scores: NDArray[np.float64]) -> NDArray[np.int64]:
-        """One of the genotypes that no other beats in the score at no more cost, at random; the best one where the
-        score alone counts."""
-        if self._single:
-            best: NDArray[np.int64] = rows[np.argmax(scores)]
-            return best
-        totals = self.space.table.many(rows, self._budget)
-        costs = np.stack([totals[kind] for kind in self._budget], axis=1)
-        cheaper = (costs[None] <= costs[:, None]).all(axis=2)
-        beaten = (cheaper & (scores[None] > scores[:, None])).any(axis=1)
-        chosen: NDArray[np.int64] = rows[self._generator.choice(np.flatnonzero(~beaten))]
-        return chosen
-
-    def _mutate(self, row: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The genotype with one or two blocks changed, still within the budget; itself when no change fits."""
-        for _ in range(_TRIES):
-            changed = row.copy()
-            for column in self._generator.integers(len(row), size=self._generator.integers(1, 3)):
-                changed[column] = self._generator.integers(len(self.space.blocks[column].choices))
-            if self._within(changed[None])[0]:
-                return changed
-        return row
+    def _objectives(self, had: Sequence[_Trained], count: int) -> tuple[str, ...]:
+        """The kinds of cost that are values of the study, after the score: those that finished trials have as values;
+        where none are found, those of the command line."""
+        ended = [(trial.values[1:], row) for trial, row in had if trial.state == TrialState.COMPLETE]
+        usual = kinds_of(self._budget)
+        if count in (0, len(usual)) or not ended:
+            return usual[:count]
+        values = np.array([values for values, _ in ended], dtype=np.float64)
+        totals = self.space.table.many(self._table([row for _, row in ended]), usual)
+        found = [kind for kind in usual if (values == totals[kind][:, None]).all(axis=0).any()]
+        return tuple(found) or usual[:count]
 
 
 def _entropy() -> int:

@@ -12,9 +12,13 @@ from nas_kd.budget import KINDS, LATENCY, Budget, Cost, kinds_of
 from nas_kd.genotype import CONV_KINDS, Choice, Genotype, group_count
 from nas_kd.models.blocks import WIDTHS, Block
 from nas_kd.models.costs import CostTable
+from nas_kd.search.goals import Box, Goals
 from nas_kd.search.solver import solve
 
 Damages = Sequence[NDArray[np.float64]]  # per block over its choices
+_PER_START = 2  # knapsacks that are solved for each that is chosen
+_BOUNDS = 512  # random bounds that stand for the budget
+_BELOW = 0.1  # of the range of scores, how far below the worst gains begin: the cheapest counts as well
 
 
 def uniform_genotype(blocks: Iterable[Block], width: float, conv: str) -> Genotype:
@@ -90,31 +94,44 @@ def _prior_damage(choice: Choice, default: Choice) -> float:
 def knapsack_starts(
     table: CostTable, budget: Budget, damages: Damages, count: int, levels: Sequence[float] = (1.0,)
 ) -> list[Genotype]:
-    """The genotypes of least total damage at `count` shares of the budget, from near the smallest reachable cost to the
-    budget; every one of `levels` is among them, and between two there are as many as between any other two."""
-    least = smallest_level(table, budget)
-    starts = []
-    for share in _shares(least, count, [level for level in levels if level > least] or [1.0]):
-        genotype = solve_in_time(table, budget.scaled(share), damages)
-        if genotype is not None:
-            starts.append(genotype)
-    return list(dict.fromkeys(starts))
+    """The genotypes of least total damage within the budget and within each smaller one of `levels`; then, up to
+    `count`, of those within bounds that are lowered each by itself the ones that add the most to the front."""
+    at_levels = _solutions(table, [budget.scaled(level) for level in reversed(levels)], damages)
+    if not at_levels:
+        return []
+    kinds, corner = kinds_of(budget), table.cost(at_levels[0])
+    box = Box(
+        kinds=kinds,
+        least=np.array([float(table.cost(table.cheapest(kind))[kind]) for kind in kinds]),
+        # what has no bound shall not cost more than with the whole budget
+        most=np.array([budget.get(kind, float(corner[kind])) for kind in kinds]),
+        levels=tuple(levels),
+    )
+    apart = [Budget(tuple(zip(kinds, bounds, strict=True))) for bounds in box.bounds(_PER_START * count).tolist()]
+    pool = dict.fromkeys((*at_levels, *_solutions(table, apart, damages)))
+    return _most_useful(table, list(pool), damages, box, len(at_levels))[: max(count, len(at_levels))]
 
 
-def _shares(least: float, count: int, levels: Sequence[float]) -> list[float]:
-    if least >= 1:
-        return [1.0]
-    each, more = divmod(max(count, len(levels)), len(levels))
-    shares: list[float] = []
-    for index, (low, high) in enumerate(itertools.pairwise([least, *levels])):
-        shares += np.linspace(low, high, each + (index < more) + 1)[1:].tolist()
-    return shares
+def _solutions(table: CostTable, levels: Iterable[Budget], damages: Damages) -> list[Genotype]:
+    """What the knapsack finds within each, without repetition."""
+    found = (solve_in_time(table, level, damages) for level in levels)
+    return list(dict.fromkeys(genotype for genotype in found if genotype is not None))
 
 
-def smallest_level(table: CostTable, budget: Budget) -> float:
-    """The share of the budget that its cheapest genotype needs; above 1 when it cannot be met."""
-    cheapest = (table.cost(table.cheapest(kind)) for kind in kinds_of(budget))
-    return min(tightness(cost, budget, table.base()) for cost in cheapest)
+def _most_useful(table: CostTable, pool: Sequence[Genotype], damages: Damages, box: Box, first: int) -> list[Genotype]:
+    """The `first` of the pool, and the others in the order of what each adds to the front of those before it."""
+    rows = np.stack([table.indices(genotype) for genotype in pool])
+    scores = -np.sum([damage[column] for damage, column in zip(damages, rows.T, strict=True)], axis=0)
+    costs = table.priced(rows, box.kinds)
+    goals = Goals(bounds=box.bounds(_BOUNDS), best=np.full(_BOUNDS, scores.min() - _BELOW * np.ptp(scores)))
+    chosen: list[int] = []
+    while len(chosen) < len(pool):
+        gains = goals.gains(scores, costs)
+        gains[chosen] = -np.inf
+        best = len(chosen) if len(chosen) < first else int(gains.argmax())
+        goals = goals.with_points(scores[[best]], costs[[best]])
+        chosen.append(best)
+    return [pool[index] for index in chosen]
 
 
 def solve_in_time(table: CostTable, level: Budget, damages: Damages) -> Genotype | None:
@@ -132,14 +149,14 @@ def mixed_starts(
     damages: Damages | None = None,
     levels: Sequence[float] = (1.0,),
 ) -> list[Genotype]:
-    """Up to `count` genotypes within the budget from cheap to dear: from the knapsack on measured damages and a quarter
+    """Up to `count` genotypes within the budget from cheap to dear: from the knapsack on measured damages and an eighth
     of them uniform; half of each when there is but the prior."""
     if budget is None:
         return feasible_starts(table, None, count)
     if damages is None:
         solved = knapsack_starts(table, budget, prior_damages(table), (count + 1) // 2, levels)
     else:
-        solved = knapsack_starts(table, budget, damages, count - count // 4, levels)
+        solved = knapsack_starts(table, budget, damages, count - count // 8, levels)
     uniform = [genotype for genotype in feasible_starts(table, budget, count) if genotype not in solved]
     spread = np.linspace(0, len(uniform) - 1, min(max(0, count - len(solved)), len(uniform))).round().astype(int)
     chosen = [*solved, *(uniform[index] for index in dict.fromkeys(spread.tolist()))]

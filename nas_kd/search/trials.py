@@ -200,7 +200,11 @@ def _rung_scores(trial: optuna.Trial, epoch: int) -> list[RungScore]:
     """What the study's other students scored at this rung, each once, however often its trial was interrupted."""
     rung, own = f"rung/{epoch}", trial.user_attrs.get("digest")
     scores = {
-        other.user_attrs["digest"]: RungScore(cost=cost_of(other), score=other.user_attrs[rung])
+        other.user_attrs["digest"]: RungScore(
+            cost=cost_of(other),
+            score=other.user_attrs[rung],
+            end=other.values[0] if other.state == TrialState.COMPLETE else None,
+        )
         for other in trial.study.get_trials(deepcopy=False)
         if other.number != trial.number and {rung, "digest"} <= other.user_attrs.keys()
     }

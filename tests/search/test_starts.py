@@ -8,9 +8,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from nas_kd.budget import Budget
+from nas_kd.search.solver import solve
 from nas_kd.search.space import Space
 from nas_kd.search.starts import (
     feasible_starts,
+    knapsack_starts,
+    mixed_starts,
+    prior_damages,
     random_genotype,
     tightness,
     uniform_genotype,
@@ -38,6 +42,32 @@ def test_starts_are_within_any_budget_and_go_from_cheap_to_dear(
     assert len(starts) == len(set(starts)) <= count
     shares = [tightness(cost, budget, space.table.base()) for cost in costs]
     assert shares == sorted(shares)
+
+
+def test_knapsack_starts_hold_the_solution_within_each_level_and_spread_over_both_costs(
+    resnet: Space[nn.Module],
+) -> None:
+    table, damages = resnet.table, prior_damages(resnet.table)
+    budget = limits(resnet, 0.2, 0.3)
+    starts = knapsack_starts(table, budget, damages, 8, (0.5, 1.0))
+    costs = [table.cost(start) for start in starts]
+    assert len(set(starts)) == 8
+    assert all(budget.admits(cost) for cost in costs)
+    for level in (0.5, 1.0):
+        assert solve(table, budget.scaled(level), damages) in starts
+    ratios = [cost.params / cost.macs for cost in costs]
+    assert max(ratios) > 1.5 * min(ratios)  # they do not all lie where every bound is lowered by one share
+
+
+def test_few_knapsack_starts_are_those_of_the_levels(resnet: Space[nn.Module]) -> None:
+    table, damages = resnet.table, prior_damages(resnet.table)
+    budget = limits(resnet, 0.2, 0.3)
+    assert mixed_starts(table, budget, 1, damages) == [solve(table, budget, damages)]
+    assert len(knapsack_starts(table, budget, damages, 1, (0.5, 0.75, 1.0))) == 3
+
+
+def test_no_knapsack_start_is_within_what_cannot_be_met(resnet: Space[nn.Module]) -> None:
+    assert knapsack_starts(resnet.table, Budget((("params", 1.0),)), prior_damages(resnet.table), 8) == []
 
 
 def test_the_default_budget_of_resnet18_has_many_starts_up_to_its_bound(resnet: Space[nn.Module]) -> None:
