@@ -187,8 +187,17 @@ def _without(analysis: Analysis, offences: Mapping[tuple[str, str], str]) -> Ana
         if len(block.choices) > 1:
             blocks.append(block)
     reasons = [(name, f"its {aspect} stays: {fault}") for (name, aspect), fault in offences.items()]
-    _logger.warning("%s: left alone because students fail: %s", analysis.name, "; ".join(map(": ".join, reasons)))
+    _logger.warning("%s: left alone because students fail: %s", analysis.name, _summary(reasons))
     return replace(analysis, blocks=tuple(blocks), left_alone=(*analysis.left_alone, *reasons))
+
+
+def _summary(reasons: Sequence[tuple[str, str]]) -> str:
+    """The blocks of each reason in one line, of many the first two."""
+    blocks: dict[str, list[str]] = {}
+    for name, reason in reasons:
+        blocks.setdefault(reason, []).append(name)
+    shown = {reason: f" and {len(names) - 2} more" if len(names) > 2 else "" for reason, names in blocks.items()}
+    return "; ".join(f"{', '.join(names[:2])}{shown[reason]}: {reason}" for reason, names in blocks.items())
 
 
 def _fixed(block: Block, aspect: str) -> Block:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nas_kd.budget import KINDS
-from nas_kd.errors import DataError
+from nas_kd.errors import DataError, TrainingError
 from nas_kd.models.blocks import Block
 from nas_kd.models.costs import cost_table
 from nas_kd.models.frames import Frame, Passage, disjoint, find_frames, joined, recording, replaying, run_frame, swapped
@@ -43,7 +43,7 @@ from nas_kd.training.frame_training import (
 )
 from nas_kd.training.images import Images, normalise
 from nas_kd.training.library import Library, entry_file, made_choices
-from nas_kd.training.loop import device_of
+from nas_kd.training.loop import device_of, predict_logits
 from nas_kd.training.losses import distillation_loss
 from nas_kd.training.resume import replace_file
 from nas_kd.training.views import weights_digest
@@ -97,13 +97,28 @@ def build_library(
     """The library of a trained `base`; entries that `folder` has already are taken from there.
 
     `images` went through the training augmentation; `spec.images + spec.holdout` of them are used. `report` is called
-    after each block of each stage. A damaged file is made again with a warning. Raises DataError for too few images.
+    after each block of each stage. A damaged file is made again with a warning. Raises DataError for images that are
+    too few or do not fit the base, TrainingError when the base's logits are not finite.
     """
+    _check_base(base, images)
     builder = _Builder(base, analysis, images, spec, folder)
     builder.inherit(report)
     builder.train(report)
     builder.measure(report)
     return Library(base, analysis, builder.folder, builder.order, builder.entries)
+
+
+def _check_base(base: nn.Module, images: Images) -> None:
+    """A look at two images: later the same mistakes would be errors of the linear algebra."""
+    try:
+        logits = predict_logits(base, images[:2])
+    except RuntimeError as error:
+        form = "×".join(map(str, images.pixels.shape[1:]))
+        raise DataError(f"images of {form} do not fit the base: {str(error).splitlines()[0]}") from error
+    if not logits.isfinite().all():
+        raise TrainingError(
+            "the logits of the base are not finite: its weights are damaged, or it was trained too fast"
+        )
 
 
 class _Builder:

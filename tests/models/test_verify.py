@@ -46,6 +46,13 @@ def test_what_fails_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
     assert "secretive: left alone because students fail" in caplog.text
 
 
+def test_many_that_fail_are_told_in_few_words(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        analysis = analyse(_network(True, True, True, False), (3, 8, 8), name="secretive")
+    assert "secretive: left alone because students fail: 1, 2 and 1 more: its width stays: a student" in caplog.text
+    assert [block for block, reason in analysis.left_alone if "stays" in reason] == ["1", "2", "3"]
+
+
 def test_what_is_left_is_right() -> None:
     network = _network(True, False)
     analysis = analyse(network, (3, 8, 8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,7 @@ import timm
 import torch
 from torch import nn
 
+from nas_kd.errors import DataError, TrainingError
 from nas_kd.genotype import Choice, Genotype
 from nas_kd.models.frames import swapped
 from nas_kd.models.inherit import inherit_student
@@ -189,6 +191,20 @@ def test_another_teacher_or_other_images_have_a_library_of_their_own(
     first = build_library(teacher, analysis, images, few, tmp_path)
     other = build_library(teacher, analysis, images[8:], few, tmp_path)
     assert first.folder != other.folder
+
+
+def test_a_broken_base_and_other_images_are_told_at_once(
+    teacher: nn.Module, analysis: Analysis, images: Images, tmp_path: Path
+) -> None:
+    broken = copy.deepcopy(teacher)
+    with torch.no_grad():
+        next(broken.parameters()).view(-1)[0] = torch.nan
+    with pytest.raises(TrainingError, match="the logits of the base are not finite"):
+        build_library(broken, analysis, images, LibrarySpec(), tmp_path)
+    coloured = Images(images.pixels.repeat(1, 3, 1, 1), images.labels, images.mean * 3, images.std * 3)
+    with pytest.raises(DataError, match=r"images of 3×\d+×\d+ do not fit the base: .*channels"):
+        build_library(teacher, analysis, coloured, LibrarySpec(), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_plan_spends_no_more_than_it_may(analysis: Analysis) -> None:
