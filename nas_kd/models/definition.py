@@ -128,9 +128,20 @@ def definition(network: nn.Module, title: str, images: Mapping[str, Any]) -> str
     parts = [code, *_sources([resize, *((folding.fold, folding.folded) if plan.fused else ())])]
     parts += [*(_conv_parts() if replaces else ()), *(_network_parts(form[0]) if form else ())]
     text = "\n\n".join(parts)
-    registers = "" if form or home.partition(".")[0] == "timm" else f"import {home}  # registers the base with timm\n"
+    registers = "" if form else _registering(home)
     docstring = _DOCSTRING.format(title=re.sub(r'[\\"]', "", title), base=base)
     return f"{docstring}\nfrom __future__ import annotations\n\n{''.join(_imports(text))}{registers}\n{text}"
+
+
+def _registering(home: str) -> str:
+    """What makes timm know a base that `home` registers."""
+    if home.partition(".")[0] == "timm":
+        return ""
+    return (
+        "# bring the code that registers the base here\n"
+        if home == "__main__"
+        else f"import {home}  # registers the base\n"
+    )
 
 
 def _literal(value: Any) -> str:

@@ -12,6 +12,8 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.models import build_model_with_cfg, register_model
+from timm.models.resnet import BasicBlock, ResNet
 from timm.utils import reparameterize_model
 from torch import nn
 
@@ -144,6 +146,22 @@ def test_one_file_can_be_read(folders: dict[str, Path], own: dict[str, Path], tm
     plain = export(timm.create_model("test_resnet"), tmp_path / "plain", Card(title='a "quoted" title'))
     assert "Shift2d" not in (plain / "model.py").read_text()  # what a network has none of
     assert (plain / "model.py").read_text().startswith('"""a quoted title: test_resnet')
+
+
+@register_model
+def own_resnet(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """A base of a user's own."""
+    shape = {"block": BasicBlock, "layers": (1, 1, 1, 1), "channels": (8, 16, 16, 32)}
+    network: nn.Module = build_model_with_cfg(ResNet, "own_resnet", pretrained, **shape, **kwargs)
+    return network
+
+
+def test_a_base_of_ones_own_is_imported_from_where_it_is_registered(tmp_path: Path) -> None:
+    network = student("own_resnet")
+    folder = export(network, tmp_path / "model")
+    assert f"\nimport {own_resnet.__module__}  # registers the base\n" in (folder / "model.py").read_text()
+    image = torch.zeros(1, 3, 32, 32)
+    assert torch.equal(load(folder).eval()(image), network(image))
 
 
 def test_every_export_loads_in_a_new_process_in_every_variant(folders: dict[str, Path]) -> None:
