@@ -136,6 +136,21 @@ def test_more_genotypes_and_other_proxies_keep_what_is_known(finished: tuple[Pat
     assert Counter(key.split("/")[0] for key in (records(out) - before)) == dict.fromkeys(parts(out)[1:-1], 3)
 
 
+def test_near_the_optimum_alone_and_as_a_study_trains(finished: tuple[Path, str, str], prepared: Path) -> None:
+    out = prepared
+    alone = ["--genotypes", "0", "--near", "3", "--starts", "study"]
+    assert main([*BASE, *SMALL, *alone, "--out", str(out), "-q"]) == 0
+    (near,) = result(out).groups
+    assert near.name == "near"
+    assert near.digests == result(finished[0]).groups[1].digests
+    start = parts(finished[0])[-2]
+    assert {row.start for row in near.scores if row.steps} == {start}
+    # what is left out changes nothing of what is there, and a fuller check goes on from it
+    assert near.row("accuracy", start, 4).values == result(finished[0]).groups[1].row("accuracy", start, 4).values  # type: ignore[union-attr]
+    assert records(out).keys() < records(finished[0]).keys()
+    assert result(out).sentence().startswith("Measured on 3 students near the optimum")
+
+
 def test_a_killed_check_goes_on_where_it_was(finished: tuple[Path, str, str], prepared: Path) -> None:
     out = prepared
     process = subprocess.Popen(command(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -185,8 +200,9 @@ def test_a_study_of_the_same_space_quotes_it(finished: tuple[Path, str, str], pr
     ("arguments", "message"),
     [
         ([], "the following arguments are required: --budget"),
-        (["--budget", "macs=30%", "--genotypes", "2"], "--genotypes: must be at least 3, got 2"),
-        (["--budget", "macs=30%", "--near", "2"], "--near 2 genotypes have no order to speak of"),
+        (["--budget", "macs=30%", "--genotypes", "2"], "--genotypes 2 have no order to speak of"),
+        (["--budget", "macs=30%", "--genotypes", "0"], "--genotypes 0 with --near 0 leaves nothing to train"),
+        (["--budget", "macs=30%", "--near", "2"], "--near 2 have no order to speak of"),
         (["--budget", "macs=30%", "--band", "1.5"], "--band: must be at least 0.001 and below 1"),
         (["--budget", "macs=30%", "--proxy-images", "100", "--truth-images", "150"], "is no truth beside"),
         (["--budget", "macs=30%", "--trials", "3"], "unrecognized arguments: --trials 3"),

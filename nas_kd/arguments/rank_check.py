@@ -15,7 +15,8 @@ from nas_kd.errors import NasKdError
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankSettings:
     """The arguments of `python -m nas_kd.rank_check`: those of the `study` that it speaks of, and its own. A truth sees
-    `truth_images`, a proxy `proxy_images`; a score looks at `val_images` of the validation images."""
+    `truth_images`, a proxy `proxy_images`; a score looks at `val_images` of the validation images. Proxies begin with
+    all the weights that they can, or, of `starts` "study", with those of a study alone."""
 
     study: Settings
     genotypes: int
@@ -24,6 +25,7 @@ class RankSettings:
     truth_images: int
     proxy_images: int
     val_images: int
+    starts: str
 
 
 def rank_parser(prog: str = "python -m nas_kd.rank_check") -> argparse.ArgumentParser:
@@ -40,7 +42,7 @@ def rank_parser(prog: str = "python -m nas_kd.rank_check") -> argparse.ArgumentP
     add_data(parser)
     add = parser.add_argument_group("check").add_argument
     add("--budget", required=True, metavar="B", help="around which costs: params=1M,macs=30M or macs=50%% of the base")
-    add("--genotypes", type=number(3), default=30, metavar="N", help="random genotypes to train (30)")
+    add("--genotypes", type=number(0), default=30, metavar="N", help="random genotypes to train (30)")
     add("--band", type=number(0.001, float, 1), default=0.15, metavar="F", help="how far off the budget (0.15)")
     add("--near", type=number(0), default=0, metavar="N", help="genotypes near the optimum to train as well (0)")
     add_choices(add)
@@ -48,6 +50,12 @@ def rank_parser(prog: str = "python -m nas_kd.rank_check") -> argparse.ArgumentP
     add = parser.add_argument_group("training").add_argument
     add("--truth-images", type=number(2), default=102_400, metavar="N", help="images that a truth sees (102400)")
     add("--proxy-images", type=number(8), default=6400, metavar="N", help="images that a short training sees (6400)")
+    add(
+        "--starts",
+        choices=("all", "study"),
+        default="all",
+        help="short trainings from fresh weights, the closed form and the library, or as in a study alone (all)",
+    )
     add("--val-images", type=number(2), default=2000, metavar="N", help="validation images a score looks at (2000)")
     add_recipe(add)
     add_report(parser.add_argument_group("output").add_argument)
@@ -63,8 +71,15 @@ def parse_rank_check(argv: Sequence[str]) -> RankSettings:
             f"--truth-images {own['truth_images']} is no truth beside --proxy-images {own['proxy_images']}: give it at "
             "least twice as many"
         )
-    if 0 < own["near"] < 3:
-        raise NasKdError(f"--near {own['near']} genotypes have no order to speak of: give at least 3, or 0")
+    _check_counts(own["genotypes"], own["near"])
     others = vars(study_parser().parse_args([f"--budget={arguments['budget']}"]))
     command = " ".join(["python -m nas_kd.rank_check", *argv])
     return RankSettings(study=settings_from({**others, **arguments, "command": command}), **own)
+
+
+def _check_counts(genotypes: int, near: int) -> None:
+    for option, count in (("--genotypes", genotypes), ("--near", near)):
+        if 0 < count < 3:
+            raise NasKdError(f"{option} {count} have no order to speak of: give at least 3, or 0")
+    if not genotypes and not near:
+        raise NasKdError("--genotypes 0 with --near 0 leaves nothing to train: give one of them at least 3")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -65,10 +66,12 @@ def check(settings: RankSettings, stages: Stages) -> tuple[RankCheck, Job]:
     job = prepare(settings.study, InMemoryStorage())
     # before anything is trained: a band without genotypes and records that cannot be read must fail at once
     records = Records(job.out / "rank_check.jsonl")
-    drawn = draw_in_band(job.space.table, job.budget, settings.band, settings.genotypes, settings.study.seed)
+    groups: dict[str, Sequence[Genotype]] = {}
+    if settings.genotypes:
+        table, count, seed = job.space.table, settings.genotypes, settings.study.seed
+        groups["random"] = draw_in_band(table, job.budget, settings.band, count, seed)
     materials = gather(job, stages)
     ground = _ground(job, settings, materials)
-    groups = {"random": drawn}
     if settings.near:
         groups["near"] = near_optimum(
             ground.space.table,
@@ -96,6 +99,9 @@ def _ground(job: Job, settings: RankSettings, materials: Materials) -> Ground:
         materials=materials,
         space=space,
         portions=Portions(materials.refine_views, count, study.seed),
+        # other work on the same cores must not change what a score costs beside a truth
+        clock=time.process_time if job.device.type == "cpu" else time.monotonic,
+        every_start=settings.starts == "all",
         truth_portions=max(1, round(settings.truth_images / count)),
         validation=validation_of(
             materials.splits.val,

@@ -38,7 +38,8 @@ _ZERO_COST_IMAGES = 64
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Ground:
     """What all trainings of a check share: the job and its materials, the images in portions (`RUNGS[-1]` of them are a
-    proxy, `truth_portions` a truth), the validation images of the proxies, and the start of the truth."""
+    proxy, `truth_portions` a truth), the validation images of the proxies, and whether these begin from `every_start`
+    or as in a study alone."""
 
     job: Job
     materials: Materials
@@ -46,12 +47,14 @@ class Ground:
     portions: Portions
     truth_portions: int
     validation: Validation
+    every_start: bool = True
     clock: Callable[[], float] = time.monotonic
 
     @property
     def starts(self) -> tuple[str, ...]:
-        """Where a proxy can start; the last is what a study starts from, and the truth."""
-        return (FRESH, CLOSED_FORM) if self.library is None else (FRESH, CLOSED_FORM, LIBRARY)
+        """Where the proxies start; the last is what a study starts from, and the truth."""
+        starts = (FRESH, CLOSED_FORM) if self.library is None else (FRESH, CLOSED_FORM, LIBRARY)
+        return starts if self.every_start else starts[-1:]
 
     @property
     def library(self) -> Library | None:

@@ -105,7 +105,8 @@ class RankCheck:
         """How far the ranking of a study can be trusted."""
         group = self.groups[0]
         row, params = group.row(*self.default), group.row("params", "", 0)
-        many = f"{len(group.truth)} random students at {1 - self.band:.2f} to {1 + self.band:.2f} of {self.budget}"
+        kind = "random students" if group.name == "random" else "students near the optimum"
+        many = f"{len(group.truth)} {kind} at {1 - self.band:.2f} to {1 + self.band:.2f} of {self.budget}"
         if row is None or params is None:
             return f"Measured on {many}, without the score that the study ranks by."
         alone = f"the number of params alone {interval(params)}"
