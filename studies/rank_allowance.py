@@ -24,6 +24,8 @@ LOSSES = ("accuracy", "distillation loss")  # of an accuracy, the error
 
 def tables(checks: list[RankCheck]) -> Iterator[str]:
     """A table per check and group, line by line."""
+    yield "## How much size is to be allowed for\n"
+    yield "τ of loss · params^-power, in brackets the regret of the first in points, over the power.\n"
     for check in checks:
         for group in check.groups:
             yield f"### {check.model}, {check.budget}: {len(group.truth)} {group.name}\n"
@@ -31,13 +33,13 @@ def tables(checks: list[RankCheck]) -> Iterator[str]:
             yield f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}"
             for row in group.scores:
                 if row.name in LOSSES and row.start == check.default[1]:
-                    yield f"| {' | '.join(cells(row, group, check))} |"
+                    yield f"| {' | '.join(cells(row, group))} |"
             yield ""
 
 
-def cells(row: ScoreRow, group: GroupRows, check: RankCheck) -> Iterator[str]:
+def cells(row: ScoreRow, group: GroupRows) -> Iterator[str]:
     """τ and the regret of the first, for each power."""
-    yield from ("error" if row.name == "accuracy" else row.name, str(row.steps), share(row.seconds, check))
+    yield from ("error" if row.name == "accuracy" else row.name, str(row.steps), share(row.seconds, group))
     values = np.array(row.values)
     losses = np.maximum(1 - values, 1e-4) if row.name == "accuracy" else values
     for power in POWERS:

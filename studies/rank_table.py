@@ -36,12 +36,13 @@ def page(checks: list[RankCheck]) -> Iterator[str]:
         facts = [f"{name} {value}" for name, value in check.environment]
         yield "; ".join([*facts, str(datetime.date.today())]) + ".\n"
         library = "" if check.library_seconds is None else f" The library took {check.library_seconds:.0f} s."
-        yield (f"{check.sentence()} A truth is {check.truth_images:,} images, {check.truth_seconds:.0f} s.{library}\n")
+        truth = f"A truth is {check.truth_images:,} images, {check.groups[0].truth_seconds:.0f} s."
+        yield f"{check.sentence()} {truth}{library}\n"
         for group in check.groups:
-            yield from table(group, check)
+            yield from table(group)
 
 
-def table(group: GroupRows, check: RankCheck) -> Iterator[str]:
+def table(group: GroupRows) -> Iterator[str]:
     """The scores of a group, the best first."""
     truth, params = group.truth, group.params
     kind = {"random": "random genotypes", "near": "genotypes near the optimum"}[group.name]
@@ -49,16 +50,16 @@ def table(group: GroupRows, check: RankCheck) -> Iterator[str]:
     yield f"{100 * min(truth):.1f} to {100 * max(truth):.1f} % in truth, {min(params):,} to {max(params):,} params.\n"
     yield f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
     for row in group.scores:
-        yield f"| {' | '.join(cells(row, check))} |"
+        yield f"| {' | '.join(cells(row, group))} |"
     yield ""
 
 
-def cells(row: ScoreRow, check: RankCheck) -> tuple[str, ...]:
+def cells(row: ScoreRow, group: GroupRows) -> tuple[str, ...]:
     """One line of a table."""
     low, high = row.over_params
     above = "" if math.isnan(low) else f"{low:+.2f} to {high:+.2f}"
     regrets = (f"{100 * regret:.2f}" for regret in row.regrets)
-    cost = share(row.seconds, check) if row.seconds else "–"
+    cost = share(row.seconds, group) if row.seconds else "–"
     return (row.name, row.start or "–", str(row.steps or "–"), interval(row), above, *regrets, cost)
 
 

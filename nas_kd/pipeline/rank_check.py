@@ -207,7 +207,7 @@ def _rung_scores(start: str, rung: Record, before: float, cost: Cost) -> Iterato
 
 
 def _conclude(settings: RankSettings, ground: Ground, groups: Mapping[str, Sequence[_Entry]]) -> RankCheck:
-    job, truths = ground.job, [entry.records["truth"] for entries in groups.values() for entry in entries]
+    job = ground.job
     portion_steps = math.ceil(ground.portions.count / settings.study.batch_size)
     library = ground.library
     return RankCheck(
@@ -221,7 +221,6 @@ def _conclude(settings: RankSettings, ground: Ground, groups: Mapping[str, Seque
         command=settings.study.command,
         truth_steps=portion_steps * ground.truth_portions,
         truth_images=ground.portions.count * ground.truth_portions,
-        truth_seconds=float(np.mean([truth["seconds"] for truth in truths])),
         library_seconds=None if library is None else library.seconds,
         default=(SCORE, ground.starts[-1], portion_steps * RUNGS[-1]),
         groups=tuple(_group(name, ground, entries) for name, entries in groups.items()),
@@ -245,6 +244,7 @@ def _group(name: str, ground: Ground, entries: Sequence[_Entry]) -> GroupRows:
         params=tuple(cost.params for cost in costs),
         macs=tuple(cost.macs for cost in costs),
         truth=truth,
+        truth_seconds=float(np.mean([entry.records["truth"]["seconds"] for entry in entries])),
         scores=tuple(sorted(rows, key=lambda row: -row.tau if math.isfinite(row.tau) else math.inf)),
     )
 

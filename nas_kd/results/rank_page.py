@@ -49,7 +49,7 @@ def render_table(group: GroupRows, check: RankCheck) -> Table:
         table.add_column(title, justify="left" if title in _LEFT else "right", no_wrap=True)
     for row in group.scores:
         ours = (row.name, row.start, row.steps) == check.default
-        table.add_row(*map(Text, _cells(row, check)), style="bold" if ours else None)
+        table.add_row(*map(Text, _cells(row, group)), style="bold" if ours else None)
     table.width = Console(width=_ENDLESS).measure(table).maximum
     return table
 
@@ -60,7 +60,7 @@ def _title(group: GroupRows) -> str:
     return f"{len(group.truth)} {name}, true accuracy {100 * worst:.1f} to {100 * best:.1f} %"
 
 
-def _cells(row: ScoreRow, check: RankCheck) -> tuple[str, ...]:
+def _cells(row: ScoreRow, group: GroupRows) -> tuple[str, ...]:
     return (
         row.name,
         row.start or "-",
@@ -70,7 +70,7 @@ def _cells(row: ScoreRow, check: RankCheck) -> tuple[str, ...]:
         f"{_number(row.over_params[0], '+')} to {_number(row.over_params[1], '+')}",
         *(f"{100 * regret:.2f}" for regret in row.regrets),
         f"{row.seconds:.2f}",
-        share(row.seconds, check),
+        share(row.seconds, group),
     )
 
 
@@ -98,7 +98,7 @@ def render_check(check: RankCheck) -> str:
 
 def _facts(check: RankCheck) -> str:
     facts = [f"truth: {check.truth_steps:,} steps ({short(check.truth_images)} images), validation accuracy"]
-    facts += [f"{duration(check.truth_seconds)} each"]
+    facts += [f"{duration(check.groups[0].truth_seconds)} each"]
     if check.library_seconds is not None:
         facts += [f"the library took {duration(check.library_seconds)}, once"]
     return " · ".join([*facts, f"seed {check.seed}"])

@@ -11,7 +11,7 @@ from typing import Any
 
 from nas_kd.errors import OutputError
 
-VERSION = 1
+VERSION = 2
 FILE = "rank_check.json"  # in the output folder of a study
 
 
@@ -48,7 +48,7 @@ class ScoreRow:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupRows:
     """Genotypes that were drawn alike, `random` or `near` the optimum: their digests, JSON forms, costs and truths
-    (accuracies), and every score's row, the best first."""
+    (accuracies), what one truth costs on average, and every score's row, the best first."""
 
     name: str
     digests: tuple[str, ...]
@@ -56,6 +56,7 @@ class GroupRows:
     params: tuple[int, ...]
     macs: tuple[int, ...]
     truth: tuple[float, ...]
+    truth_seconds: float
     scores: tuple[ScoreRow, ...]
 
     def row(self, name: str, start: str, steps: int) -> ScoreRow | None:
@@ -66,7 +67,7 @@ class GroupRows:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankCheck:
     """A whole rank check. `space` holds the arguments that decide it, `default` the (name, start, steps) of the score
-    by which a study ranks; `truth_seconds` and `library_seconds` are what one truth and the library cost."""
+    by which a study ranks; `library_seconds` is what the library cost."""
 
     model: str
     teacher: str
@@ -78,7 +79,6 @@ class RankCheck:
     command: str
     truth_steps: int
     truth_images: int
-    truth_seconds: float
     library_seconds: float | None
     default: tuple[str, str, int]
     groups: tuple[GroupRows, ...]
@@ -113,7 +113,7 @@ class RankCheck:
         return (
             f"Measured on {many}: the {row.title} has Kendall's τ {interval(row)} with the accuracy after "
             f"{self.truth_steps:,} steps; {alone}. The student that the score puts first is "
-            f"{100 * row.regrets[0]:.1f} points below the best. A candidate takes {share(row.seconds, self)} of the "
+            f"{100 * row.regrets[0]:.1f} points below the best. A candidate takes {share(row.seconds, group)} of the "
             "long training's time."
         )
 
@@ -133,9 +133,9 @@ def interval(row: ScoreRow) -> str:
     return "undefined" if math.isnan(row.tau) else f"{row.tau:.2f} [{row.low:.2f}, {row.high:.2f}]"
 
 
-def share(seconds: float, check: RankCheck) -> str:
-    """Seconds as a share of one truth's."""
-    return f"{seconds / check.truth_seconds:.1%}" if check.truth_seconds > 0 else "an unknown part"
+def share(seconds: float, group: GroupRows) -> str:
+    """Seconds as a share of those of a truth of the same genotypes."""
+    return f"{seconds / group.truth_seconds:.1%}" if group.truth_seconds > 0 else "an unknown part"
 
 
 def _group(fields: dict[str, Any]) -> GroupRows:

@@ -51,6 +51,7 @@ def check() -> RankCheck:
         params=(1000, 2000, 3000),
         macs=(5, 6, 7),
         truth=TRUTH,
+        truth_seconds=180.0,
         scores=scores,
     )
     return RankCheck(
@@ -64,7 +65,6 @@ def check() -> RankCheck:
         command="python -m nas_kd.rank_check --budget macs=30% --pin '<b>'",
         truth_steps=1600,
         truth_images=102_400,
-        truth_seconds=180.0,
         library_seconds=None,
         default=DEFAULT,
         groups=(group, replace(group, name="near")),
