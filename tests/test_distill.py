@@ -195,7 +195,7 @@ class TestOthers:
         ("test_resnet --no-teacher --pretrained --from-scratch", "--pretrained does not go with --from-scratch"),
         ("test_resnet --online --model-kwargs conv", "write key=value"),
         ("test_resnet --online --model-kwargs conv=shift", "timm cannot create 'test_resnet'"),
-        ("cifar_resnet20_cheap --online --model-kwargs conv=cheap", "not a convolution"),
+        ("cifar_resnet20_cheap --online --model-kwargs conv=grop4", "unknown convolution conv='grop4': use standard"),
         ("mobilenetv2_050 --online --conv depthwise --img-size 32", "can become 'depthwise': it offers shift"),
         ("test_resnet --online --conv group3", "can become 'group3': it offers blueprint, depthwise"),
         ("test_resnet --teacher resnet99", "timm knows no model 'resnet99'"),
