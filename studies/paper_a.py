@@ -96,9 +96,9 @@ SCALES = {
         seeds=1,
     ),
     "short": Scale(
-        bases=("mobilenetv2_100 --reduction 16", "cifar_resnet20", "regnetx_002 --reduction 16"),
+        bases=("cifar_resnet20", "mobilenetv2_100 --reduction 16", "regnetx_002 --reduction 16"),
         images="--img-size 16 --train-images 500",
-        first="--epochs 30 --lr 0.1 --batch-size 32",
+        first="--epochs 30 --lr 0.05 --batch-size 32",
         learn=10,
         refine=20,
         training="--batch-size 32 --lr 0.02 --views 30",
@@ -129,8 +129,8 @@ class Study:
     def run(self) -> None:
         """Every row that is missing, seed by seed."""
         for seed in range(self.scale.seeds):
-            for data in self.datasets:
-                for base in self.scale.bases:
+            for base in self.scale.bases:
+                for data in self.datasets:
                     self.compare(data, base, seed)
 
     def compare(self, data: Dataset, base: str, seed: int) -> None:

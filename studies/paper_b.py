@@ -188,8 +188,8 @@ def model_arguments(base: str, conv: str) -> list[str]:
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
     """Means and standard deviations over the seeds, and how far above direct training."""
-    yield "| dataset | base | convolution | training | params | MACs | test accuracy % | over direct | seeds | s |"
-    yield "|---|---|---|---|---|---|---|---|---|---|"
+    yield "| dataset | base | convolution | training | params | MACs | test % | over direct | all peers % | seeds | s |"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|"
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row[name] for name in ("dataset", "base", "conv", "method")), []).append(row)
@@ -200,7 +200,9 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
         seconds = statistics.mean(row["seconds"] for row in group)
         cost = f"{max(row['params'] for row in group):,} | {max(row['macs'] for row in group):,}"
         scores = spread([100 * row["test accuracy"] for row in group])
-        yield f"| {' | '.join((*form, method))} | {cost} | {scores} | {gain} | {len(group)} | {seconds:.0f} |"
+        peers = [100 * accuracy for row in group for accuracy in row.get("peers", ())]
+        numbers = f"{scores} | {gain} | {spread(peers) if peers else ''} | {len(group)} | {seconds:.0f}"
+        yield f"| {' | '.join((*form, method))} | {cost} | {numbers} |"
 
 
 def header(study: Study, size: str) -> Iterator[str]:
@@ -211,7 +213,8 @@ def header(study: Study, size: str) -> Iterator[str]:
         f"Each model: `python -m nas_kd.distill … {scale.training}`, online with {scale.peers} peers; images: "
         f"`{scale.images}`. Search: `python -m nas_kd.study … {scale.search}`, within the params and MACs of the form "
         "that it stands beside. Seeds from 0; means and standard deviations over them, of costs the largest; "
-        '"over direct" compares the same seeds. s: CPU seconds of one model without its teacher; online of all peers, '
+        '"over direct" compares the same seeds; "all peers" are the students of all online trainings, chosen or not. '
+        "s: CPU seconds of one model without its teacher; online of all peers, "
         "a search with its trials and baselines.\n"
     )
 
