@@ -169,6 +169,15 @@ class TestOthers:
         own, cheap = exported(online), exported(tmp_path / "cheap")
         assert torch.allclose(cheap["fc.weight"], own["fc.weight"], atol=1e-3)
 
+    def test_weights_taken_out_of_an_export_leave_its_normalisation_behind_and_a_line_says_so(
+        self, online: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (weights,) = online.glob("*/model.safetensors")
+        arguments = [word for word in command(tmp_path / "bare", "--no-teacher") if word != "-q"]
+        assert main([*arguments, "--initial-checkpoint", str(weights)]) == 0
+        said = " ".join(capsys.readouterr().err.split())
+        assert said.count("the weights alone of an exported model") == 1
+
     def test_the_papers_network_has_its_counts(self, tmp_path: Path) -> None:
         arguments = "cifar_resnet56_cheap --model-kwargs conv=shift --in-chans 3 --img-size 32 --online --peers 2 -q"
         more = ["--train-images", "10", "--epochs", "1", "--out", str(tmp_path)]
