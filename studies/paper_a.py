@@ -137,14 +137,24 @@ class Study:
         """The rows of one base on one dataset."""
         what = {"dataset": data.name, "base": base, "seed": seed}
         images = [*self.scale.images.split(), *data.arguments, "--seed", str(seed)]
-        weights = self.weights or self.trained(what, images)
-        start = [*base.split(), "--initial-checkpoint", weights, *images, *self.scale.training.split()]
-        self.row({**what, "budget": ""}, BASE, [*start, "--no-teacher", "--epochs", str(self.epochs)])
+        model, weights = self.start(what, images)
+        rest = [*weights, *images, *self.scale.training.split()]
+        own = [word for word in rest if word != "--pretrained"]  # the distill command takes a folder with its weights
+        self.row({**what, "budget": ""}, BASE, [*model, *own, "--no-teacher", "--epochs", str(self.epochs)])
         for budget in BUDGETS:
-            arguments = ["--model", *start, "--budget", budget, *self.scale.options.split()]
+            arguments = ["--model", *model, *rest, "--budget", budget, *self.scale.options.split()]
             self.row({**what, "budget": budget}, LEARNT, [*arguments, *self.split_epochs()])
             if self.scale.library is not None:
                 self.row({**what, "budget": budget}, LIBRARY, [*arguments, *self.whole_epochs()])
+
+    def start(self, what: Row, images: Sequence[str]) -> tuple[list[str], list[str]]:
+        """The base and its weights, as arguments. One that is trained here is its folder, which knows how its images
+        are normalised."""
+        if self.weights is not None:
+            return what["base"].split(), ["--initial-checkpoint", self.weights]
+        arguments = [*what["base"].split(), "--no-teacher", *self.scale.first.split(), *images]
+        (row,) = self.row({**what, "budget": ""}, FIRST, arguments)
+        return [f"local-dir:{row['path']}"], ["--pretrained"]
 
     @property
     def epochs(self) -> int:
@@ -156,12 +166,6 @@ class Study:
 
     def whole_epochs(self) -> list[str]:
         return ["--refine-epochs", str(self.epochs), "--library-budget", str(self.scale.library)]
-
-    def trained(self, what: Row, images: Sequence[str]) -> str:
-        """The weights of a base that is trained here."""
-        arguments = [*what["base"].split(), "--no-teacher", *self.scale.first.split(), *images]
-        (row,) = self.row({**what, "budget": ""}, FIRST, arguments)
-        return str(Path(row["path"]) / "model.safetensors")
 
     def row(self, what: Row, arm: str, arguments: list[str]) -> list[Row]:
         """What one command gives, from the file or run now."""
