@@ -2,21 +2,26 @@
 search's own solution, all trained for the same number of images.
 
     python studies/paper_a.py --smoke                                                 minutes, handwritten digits
-    python studies/paper_a.py --short --dataset folder --data-dir DIR --initial-checkpoint FILE    an hour of one core
+    python studies/paper_a.py --short --dataset folder --data-dir DIR --dataset torch/fashion_mnist --data-dir DIR2
     python studies/paper_a.py --full --dataset torch/cifar10 --data-dir DIR           a GPU: MobileNetV2 and others
 
 "Compact CNN Structure Learning by Knowledge Distillation" (arXiv 2104.09191), our reconstruction (docs/papers.md), at
 its two points: half of the MACs, and 1/5.2 of the params. Every arm begins with the same trained base, which is its
-teacher too: `--initial-checkpoint`, or trained here.
+teacher too: trained here, or by `--initial-checkpoint` elsewhere.
 
-- the base, trained on without a teacher
+There are two baselines. *The base*, trained from scratch until it has converged on its images: what the abstract
+speaks of, and what a user has. *The base, trained on* from there without a teacher for as many images as the students
+see after it: the fair one, since then base and student come of equally many images, and a student's gain cannot be
+that of longer training.
+
 - structure: widths learnt, narrowed, distilled (`python -m nas_kd.structure …`); the images of the learning count
-- the same structure from scratch without a teacher, and one width everywhere, distilled (its baselines)
-- library: the knapsack solution on the library of block choices, kinds and kernels too, distilled. No trials. Images
-  that the library looks at do not count
+- the same structure from scratch without a teacher, and one width everywhere, distilled (not in the short form)
+- library (neither there): the knapsack solution on the library of block choices, kinds and kernels too,
+  distilled. No trials. Images that the library looks at do not count
 
-The test split is looked at once per model. Rows are kept in `rows.jsonl` of the output folder: a killed study goes on
-where it was. `--table` prints what there is.
+The short form keeps the regime of the claim, a base with far more parameters than its images need, at a CPU's price:
+small images, few of them, seen often. The test split is looked at once per model and chooses nothing. Rows are kept in
+`rows.jsonl` of the output folder: a killed study goes on where it was. `--table` prints what there is.
 """
 
 from __future__ import annotations
@@ -27,10 +32,7 @@ import csv
 import datetime
 import io
 import json
-import os
-import platform
 import shlex
-import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -38,9 +40,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
-import torch
 from optuna.storages import InMemoryStorage
+from paper_tables import Dataset, add_datasets, datasets_of, hardware, spread
 from rich.console import Console
 
 from nas_kd.arguments.study import parse_study
@@ -55,7 +56,8 @@ from nas_kd.structure import main as learn_structure
 
 Row = dict[str, Any]
 BUDGETS = ("macs=50%", "params=19.2%")  # half, and no more than 1/5.2
-BASE, LEARNT, UNIFORM, SCRATCH, LIBRARY = (
+FIRST, BASE, LEARNT, UNIFORM, SCRATCH, LIBRARY = (
+    "the base",
     "the base, trained on",
     "structure, learnt",
     "one width everywhere",
@@ -67,8 +69,9 @@ NAMES = {"front": LEARNT, "uniform": UNIFORM, "no teacher": SCRATCH}
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How large the study is: which bases, their images, how a base is trained first (when no weights are given), and
-    how many epochs the learning and the distillation after it take."""
+    """How large the study is: which bases, their images, how a base is trained first (when no weights are given), how
+    many epochs the learning and the distillation after it take, and further options of the structure command. Without
+    a share of work for the library there is no arm of it."""
 
     bases: tuple[str, ...]
     images: str
@@ -76,7 +79,8 @@ class Scale:
     learn: int
     refine: int
     training: str
-    library: float
+    library: float | None = None
+    options: str = ""
     seeds: int = 3
 
 
@@ -92,13 +96,13 @@ SCALES = {
         seeds=1,
     ),
     "short": Scale(
-        bases=("cifar_resnet20",),
-        images="--img-size 32 --train-images 2000",
-        first="--epochs 30 --lr 0.1 --batch-size 64",
-        learn=3,
-        refine=3,
-        training="--batch-size 32 --amp",
-        library=0.25,
+        bases=("cifar_resnet20", "mobilenetv2_100 --reduction 16", "regnetx_002 --reduction 16"),
+        images="--img-size 16 --train-images 500",
+        first="--epochs 30 --lr 0.05 --batch-size 32",
+        learn=10,
+        refine=20,
+        training="--batch-size 32 --lr 0.02 --views 30",
+        options="--search-stages --no-baselines",
         seeds=2,
     ),
     "full": Scale(
@@ -115,34 +119,42 @@ SCALES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A study under way: its scale, its data, weights of the base if there are any, and the folder of everything."""
+    """A study under way: its scale, its datasets, weights of the base if there are any, and its folder."""
 
     scale: Scale
-    data: tuple[str, ...]
+    datasets: tuple[Dataset, ...]
     weights: str | None
     out: Path
-
-    @property
-    def records(self) -> Records:
-        return Records(self.out / "rows.jsonl")
 
     def run(self) -> None:
         """Every row that is missing, seed by seed."""
         for seed in range(self.scale.seeds):
             for base in self.scale.bases:
-                weights = self.weights or self.trained(base, seed)
-                start = [
-                    *base.split(),
-                    "--initial-checkpoint",
-                    weights,
-                    *self.images(seed),
-                    *self.scale.training.split(),
-                ]
-                self.row(base, "", BASE, [*start, "--no-teacher", "--epochs", str(self.epochs)], seed)
-                for budget in BUDGETS:
-                    arguments = ["--model", *start, "--budget", budget]
-                    self.row(base, budget, LEARNT, [*arguments, *self.split_epochs()], seed)
-                    self.row(base, budget, LIBRARY, [*arguments, *self.whole_epochs()], seed)
+                for data in self.datasets:
+                    self.compare(data, base, seed)
+
+    def compare(self, data: Dataset, base: str, seed: int) -> None:
+        """The rows of one base on one dataset."""
+        what = {"dataset": data.name, "base": base, "seed": seed}
+        images = [*self.scale.images.split(), *data.arguments, "--seed", str(seed)]
+        model, weights = self.start(what, images)
+        rest = [*weights, *images, *self.scale.training.split()]
+        own = [word for word in rest if word != "--pretrained"]  # the distill command takes a folder with its weights
+        self.row({**what, "budget": ""}, BASE, [*model, *own, "--no-teacher", "--epochs", str(self.epochs)])
+        for budget in BUDGETS:
+            arguments = ["--model", *model, *rest, "--budget", budget, *self.scale.options.split()]
+            self.row({**what, "budget": budget}, LEARNT, [*arguments, *self.split_epochs()])
+            if self.scale.library is not None:
+                self.row({**what, "budget": budget}, LIBRARY, [*arguments, *self.whole_epochs()])
+
+    def start(self, what: Row, images: Sequence[str]) -> tuple[list[str], list[str]]:
+        """The base and its weights, as arguments. One that is trained here is its folder, which knows how its images
+        are normalised."""
+        if self.weights is not None:
+            return what["base"].split(), ["--initial-checkpoint", self.weights]
+        arguments = [*what["base"].split(), "--no-teacher", *self.scale.first.split(), *images]
+        (row,) = self.row({**what, "budget": ""}, FIRST, arguments)
+        return [f"local-dir:{row['path']}"], ["--pretrained"]
 
     @property
     def epochs(self) -> int:
@@ -155,31 +167,20 @@ class Study:
     def whole_epochs(self) -> list[str]:
         return ["--refine-epochs", str(self.epochs), "--library-budget", str(self.scale.library)]
 
-    def images(self, seed: int) -> list[str]:
-        return [*self.scale.images.split(), *self.data, "--seed", str(seed)]
-
-    def trained(self, base: str, seed: int) -> str:
-        """The weights of a base that is trained here."""
-        arguments = [*base.split(), "--no-teacher", *self.scale.first.split(), *self.images(seed)]
-        self.row(base, "", "the base", arguments, seed)
-        (row,) = self.records[shlex.join(arguments)]["rows"]
-        return str(Path(row["path"]) / "model.safetensors")
-
-    def row(self, base: str, budget: str, arm: str, arguments: list[str], seed: int) -> None:
-        """What one command gives, unless it is there already."""
-        key = shlex.join(arguments)
-        if key in self.records:
-            return
-        shared = "" if arm == LIBRARY else budget  # one library for all budgets
-        name = "-".join((base, shared, arm, str(seed))).translate(str.maketrans(" =%,", "----"))
-        out = self.out / name
-        sys.stderr.write(f"{datetime.datetime.now():%H:%M} {arm}: {key}\n")
-        started, clock = time.process_time(), time.monotonic()
-        with contextlib.redirect_stdout(io.StringIO()):  # the tables of single models
-            rows = MAKERS[arm](arguments, out, self.out / "cache")
-        facts = {"base": base, "budget": budget, "seed": seed, "seconds": round(time.process_time() - started, 1)}
-        wall = round(time.monotonic() - clock, 1)
-        self.records[key] = {"rows": [{"arm": arm, **facts, **row} for row in rows], "wall": wall}
+    def row(self, what: Row, arm: str, arguments: list[str]) -> list[Row]:
+        """What one command gives, from the file or run now."""
+        records, key = Records(self.out / "rows.jsonl"), shlex.join(arguments)
+        if key not in records:
+            shared = {**what, "budget": ""} if arm == LIBRARY else what  # one library for all budgets
+            name = "-".join(map(str, (*shared.values(), arm))).translate(str.maketrans(" =%,", "----"))
+            sys.stderr.write(f"{datetime.datetime.now():%H:%M} {arm}: {key}\n")
+            started = time.process_time()
+            with contextlib.redirect_stdout(io.StringIO()):  # the tables of single models
+                rows = MAKERS[arm](arguments, self.out / name, self.out / "cache")
+            seconds = round(time.process_time() - started, 1)
+            records[key] = {"rows": [{"arm": arm, **what, "seconds": seconds, **row} for row in rows]}
+        found: list[Row] = records[key]["rows"]
+        return found
 
 
 def trained_base(arguments: list[str], out: Path, cache: Path) -> list[Row]:
@@ -215,7 +216,7 @@ def knapsack(arguments: list[str], out: Path, cache: Path) -> list[Row]:
     return [{"params": model.cost.params, "macs": model.cost.macs, **accuracy}]
 
 
-MAKERS = {"the base": trained_base, BASE: trained_base, LEARNT: learnt_structure, LIBRARY: knapsack}
+MAKERS = {FIRST: trained_base, BASE: trained_base, LEARNT: learnt_structure, LIBRARY: knapsack}
 
 
 def finish(code: int) -> None:
@@ -224,41 +225,44 @@ def finish(code: int) -> None:
 
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
-    """Means and standard deviations over the seeds, and how far above the base that was trained on."""
-    yield "| base | budget | model | params | MACs | test accuracy % | over the base | seeds |"
-    yield "|---|---|---|---|---|---|---|---|"
-    groups: dict[tuple[str, str, str], list[Row]] = {}
+    """Means and standard deviations over the seeds, and how far above each of the two baselines."""
+    yield "| dataset | base | budget | model | params | MACs | test % | over the base | over it, trained on | seeds |"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
+    groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["base"], row["budget"], row["arm"]), []).append(row)
-    for (base, budget, arm), group in groups.items():
-        reference = {row["seed"]: row["test accuracy"] for row in groups.get((base, "", BASE), ())}
-        scores = [100 * row["test accuracy"] for row in group]
-        gains = [100 * (row["test accuracy"] - reference[row["seed"]]) for row in group if row["seed"] in reference]
-        gain = "" if arm == BASE or not gains else spread(gains, "+.2f")
+        groups.setdefault(tuple(row[name] for name in ("dataset", "base", "budget", "arm")), []).append(row)
+    for (dataset, base, budget, arm), group in groups.items():
+        baselines = [groups.get((dataset, base, "", name), []) for name in (FIRST, BASE)]
+        gains = " | ".join("" if arm in (FIRST, BASE) else gain(group, baseline) for baseline in baselines)
         costs = f"{max(row['params'] for row in group):,} | {max(row['macs'] for row in group):,}"
-        yield f"| {base} | {budget} | {arm} | {costs} | {spread(scores, '.2f')} | {gain} | {len(group)} |"
+        scores = spread([100 * row["test accuracy"] for row in group])
+        name = base.partition(" ")[0]
+        yield f"| {dataset} | {name} | {budget} | {arm} | {costs} | {scores} | {gains} | {len(group)} |"
 
 
-def spread(values: Sequence[float], form: str) -> str:
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{form}}{deviation}"
+def gain(group: Sequence[Row], baseline: Sequence[Row]) -> str:
+    """How far a group is above its baseline, seed by seed."""
+    reference = {row["seed"]: row["test accuracy"] for row in baseline}
+    gains = [100 * (row["test accuracy"] - reference[row["seed"]]) for row in group if row["seed"] in reference]
+    return spread(gains, "+.2f") if gains else ""
 
 
 def header(study: Study, size: str, seconds: float) -> Iterator[str]:
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"one of {os.cpu_count()} CPU cores"
-    dataset = study.data[study.data.index("--dataset") + 1] if "--dataset" in study.data else "digits"
+    names = ", ".join(data.name for data in study.datasets)
     given = f" --initial-checkpoint {Path(study.weights).name}" if study.weights else ""
+    scale = study.scale
     yield "# Paper A: structure learning beside the base, one width, and the library\n"
     yield (
-        f"`python studies/paper_a.py --{size} --dataset {dataset}{given}`, {datetime.date.today()}, "
-        f"{platform.machine()}, {where}, torch {torch.__version__}, timm {timm.__version__}; {seconds:,.0f} s.\n"
+        f"`python studies/paper_a.py --{size}{given} …` on {names}, {datetime.date.today()}, {hardware()}; "
+        f"{seconds:,.0f} s of CPU.\n"
     )
-    scale = study.scale
+    first = "comes from elsewhere" if study.weights else f"is trained from scratch by `{scale.first}`"
     yield (
-        f"Images: `{scale.images}`. Every model trains for {study.epochs} epochs (`{scale.training}`) from the same "
-        f"trained base, of which the learnt structure spends {scale.learn} on its widths; the one from scratch draws "
-        "new weights. Means and standard deviations over the seeds, of costs the largest. Test accuracy, looked at "
-        "once per model.\n"
+        f"Images: `{scale.images}`. The base ({', '.join(f'`{base}`' for base in scale.bases)}) {first}. Every other "
+        f"model trains for {study.epochs} epochs more (`{scale.training}`) from there, of which the learnt structure "
+        f"(`python -m nas_kd.structure … {scale.options}`) spends {scale.learn} on its widths; one from scratch draws "
+        "new weights. Means and standard deviations over the seeds (from 0), of costs the largest. Test "
+        "accuracy, looked at once per model.\n"
     )
 
 
@@ -267,22 +271,20 @@ def main() -> None:
     size = parser.add_mutually_exclusive_group(required=True)
     for name in SCALES:
         size.add_argument(f"--{name}", action="store_const", const=name, dest="size")
-    parser.add_argument("--dataset", help="as for nas_kd.study (digits)")
-    parser.add_argument("--data-dir", help="where the data lies")
+    add_datasets(parser)
     parser.add_argument("--initial-checkpoint", help="weights of the base, where there is one base (trained here)")
     parser.add_argument("--out", type=Path, help="output folder (results/paper_a-SIZE)")
     parser.add_argument("--table", action="store_true", help="print what there is, and train nothing")
     arguments = parser.parse_args()
-    given = [("--dataset", arguments.dataset), ("--data-dir", arguments.data_dir)]
-    data = tuple(word for name, value in given if value is not None for word in (name, value))
     out = arguments.out or Path("results", f"paper_a-{arguments.size}")
     out.mkdir(parents=True, exist_ok=True)
-    study = Study(scale=SCALES[arguments.size], data=data, weights=arguments.initial_checkpoint, out=out)
+    datasets = datasets_of(arguments)
+    study = Study(scale=SCALES[arguments.size], datasets=datasets, weights=arguments.initial_checkpoint, out=out)
     if not arguments.table:
         study.run()
-    lines = [json.loads(line)["record"] for line in (out / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
-    rows = [row for record in lines for row in record["rows"]]
-    for line in (*header(study, arguments.size, sum(record["wall"] for record in lines)), *table(rows)):
+    made = [record["rows"] for record in Records(out / "rows.jsonl").values()]
+    seconds = sum(rows[0]["seconds"] for rows in made)
+    for line in (*header(study, arguments.size, seconds), *table([row for rows in made for row in rows])):
         print(line)
 
 

@@ -2,14 +2,17 @@
 and what our search finds within the same params and MACs.
 
     python studies/paper_b.py --smoke                                                minutes, handwritten digits
-    python studies/paper_b.py --short --dataset folder --data-dir DIR > docs/results/paper_b.md     hours on a CPU
+    python studies/paper_b.py --short --dataset folder --data-dir DIR         under an hour of one core
     python studies/paper_b.py --full --dataset torch/cifar10 --data-dir DIR           a GPU: the paper's own recipe
 
 "Compressing CNNs with cheap convolutions and online distillation" (arXiv 1909.13063). Every model is one command,
 `python -m nas_kd.distill …` or `python -m nas_kd.study …`, kept in `rows.jsonl` of the output folder: a killed study
 goes on where it was. The teacher of offline distillation and of the search is the standard form of the same seed,
 trained here. The test split is looked at once per model; online, the student is chosen on validation images. All models
-of a seed see the same number of images in their own training.
+of a seed see the same number of images in their own training. `--table` prints what there is.
+
+The short form is of the regime in which distillation matters, not of the paper's size: few images, seen so often that a
+network overfits them (with 30 epochs in place of 100 it does not yet: docs/results/paper_b.md).
 """
 
 from __future__ import annotations
@@ -19,10 +22,8 @@ import contextlib
 import csv
 import datetime
 import io
+import itertools
 import json
-import math
-import os
-import platform
 import shlex
 import statistics
 import sys
@@ -32,8 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
-import torch
+from paper_tables import Dataset, add_datasets, datasets_of, hardware, spread
 
 from nas_kd.distill import main as distill
 from nas_kd.pipeline.records import Records
@@ -41,7 +41,7 @@ from nas_kd.study import main as search
 
 Row = dict[str, Any]
 Command = Callable[[Sequence[str]], int]
-CONVS = ("depthwise", "shift", "group4")
+CONVS = ("depthwise", "group4", "shift")
 AUTHORS_FORM = ("cifar_resnet20_cheap", "cifar_resnet56_cheap")  # their kind is an argument of the model
 METHODS = {
     "direct": "--no-teacher",
@@ -49,7 +49,6 @@ METHODS = {
     "online": "--online --peers {peers}",
 }
 SEARCH = "our search"
-PAPER = "--epochs 300 --batch-size 128 --lr 0.1 --schedule step --weight-decay 2e-4 --views 0 --amp"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +77,12 @@ SCALES = {
     ),
     "short": Scale(
         bases={"cifar_resnet20_cheap": CONVS},
-        images="--img-size 32 --train-images 5000",
-        training="--epochs 12 --lr 0.1 --batch-size 64 --weight-decay 2e-4 --views 12",
-        search="--trials 8 --proxy-epochs 2 --refine-epochs 12 --batch-size 64 --views 12",
+        images="--img-size 16 --train-images 500",
+        training="--epochs 100 --lr 0.1 --batch-size 32 --amp --views 100",
+        search="--trials 4 --proxy-epochs 1 --refine-epochs 100 --batch-size 32 --amp --lr 0.02 --views 100",
         searched=("depthwise",),
+        seeds=3,
+        peers=3,
     ),
     "full": Scale(
         bases={"cifar_resnet56_cheap": CONVS, "cifar_vgg16_bn": CONVS, "mobilenetv2_100 --reduction 8": ("shift",)},
@@ -95,56 +96,73 @@ SCALES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A study under way: its scale, its data, and the folder that keeps everything."""
+    """A study under way: its scale, its datasets, and the folder that keeps everything."""
 
     scale: Scale
-    data: tuple[str, ...]
+    datasets: tuple[Dataset, ...]
     out: Path
+    dry: bool = False  # only what is there already
 
-    def rows(self) -> Iterator[Row]:
-        """Every row of the study, seed by seed."""
-        for seed in range(self.scale.seeds):
-            for base, convs in self.scale.bases.items():
-                yield self.train(base, "standard", "direct", seed)
-                for conv in convs:
-                    yield from (self.train(base, conv, method, seed) for method in METHODS)
-                    if conv in self.scale.searched:
-                        yield self.search(base, conv, seed)
+    def rows(self) -> list[Row]:
+        """Every row of the study, what the paper compares first: a study that is cut short has whole seeds of it."""
+        made = []
+        for methods in (("direct", "online"), ("offline KD", SEARCH)):
+            for seed, data in itertools.product(range(self.scale.seeds), self.datasets):
+                for base, convs in self.scale.bases.items():
+                    what = {"dataset": data.name, "base": base}
+                    for conv, method in itertools.product(("standard", *convs), methods):
+                        made.append(self.make(data, {**what, "conv": conv, "method": method}, seed))
+        return sorted((row for row in made if row is not None), key=_place)
 
-    def train(self, base: str, conv: str, method: str, seed: int) -> Row:
+    def make(self, data: Dataset, what: dict[str, str], seed: int) -> Row | None:
+        """One row, None where there is none to be or it is not there yet."""
+        conv, method = what["conv"], what["method"]
+        if method == "direct" or (method == "online" and conv != "standard"):
+            return self.train(data, what, seed)
+        standard = self.train(data, {**what, "conv": "standard", "method": "direct"}, seed)
+        if conv == "standard" or standard is None:
+            return None
+        if method == "offline KD":
+            return self.train(data, what, seed, standard["path"])
+        direct = self.train(data, {**what, "method": "direct"}, seed)
+        return self.search(data, what, seed, standard, direct) if direct and conv in self.scale.searched else None
+
+    def train(self, data: Dataset, what: dict[str, str], seed: int, teacher: str = "") -> Row | None:
         """One model of a given form."""
-        teacher = self.train(base, "standard", "direct", seed)["path"] if method == "offline KD" else ""
-        how = METHODS[method].format(teacher=teacher, peers=self.scale.peers).split()
-        arguments = [*model_arguments(base, conv), *how, *self.scale.training.split()]
-        return self.row(distill, arguments, base=base, conv=conv, method=method, seed=seed)
+        how = METHODS[what["method"]].format(teacher=teacher, peers=self.scale.peers).split()
+        arguments = [*model_arguments(what["base"], what["conv"]), *how, *self.scale.training.split()]
+        return self.row(distill, arguments, data, what, seed)
 
-    def search(self, base: str, conv: str, seed: int) -> Row:
+    def search(self, data: Dataset, what: dict[str, str], seed: int, standard: Row, form: Row) -> Row | None:
         """The model that a search finds within the params and MACs of this form."""
-        form, teacher = self.train(base, conv, "direct", seed), self.train(base, "standard", "direct", seed)
-        weights = str(Path(teacher["path"]) / "model.safetensors")
         budget = f"params={form['params']},macs={form['macs']}"
-        arguments = ["--model", *base.split(), "--initial-checkpoint", weights, "--budget", budget, "--front", "1"]
-        arguments += self.scale.search.split()
-        return self.row(search, arguments, base=base, conv=conv, method=SEARCH, seed=seed)
+        arguments = ["--model", f"local-dir:{standard['path']}", "--pretrained", "--budget", budget]
+        return self.row(search, [*arguments, "--front", "1", *self.scale.search.split()], data, what, seed)
 
-    def row(self, command: Command, arguments: list[str], *, seed: int, **what: str) -> Row:
+    def row(self, command: Command, given: list[str], data: Dataset, what: dict[str, str], seed: int) -> Row | None:
         """What the command gives, from the file or run now."""
-        arguments = [*arguments, *self.scale.images.split(), *self.data, "--seed", str(seed)]
+        arguments = [*given, *self.scale.images.split(), *data.arguments, "--seed", str(seed)]
         records, key = Records(self.out / "rows.jsonl"), shlex.join(arguments)
-        if key in records:
-            return records[key]
+        if key in records or self.dry:
+            return records[key] if key in records else None
         out = self.out / "-".join([*what.values(), str(seed)]).replace(" ", "-")
-        sys.stderr.write(f"{key}\n")
-        started = time.monotonic()
+        sys.stderr.write(f"{datetime.datetime.now():%H:%M} {key}\n")
+        started = time.process_time()
         with contextlib.redirect_stdout(io.StringIO()):  # the tables of single models
             code = command(
-                [*arguments, "--out", str(out), *(["--cache", str(self.out / "cache")] * (command is distill))]
+                [*arguments, "-q", "--out", str(out), *(["--cache", str(self.out / "cache")] * (command is distill))]
             )
         if code:
             sys.exit(code)
         result = found(out)
-        records[key] = {**what, "seed": seed, **result, "seconds": round(time.monotonic() - started, 1)}
+        records[key] = {**what, "seed": seed, **result, "seconds": round(time.process_time() - started, 1)}
         return records[key]
+
+
+def _place(row: Row) -> tuple[Any, ...]:
+    """Where a row stands in the table."""
+    order = (*METHODS, SEARCH)
+    return row["dataset"], row["base"], ("standard", *CONVS).index(row["conv"]), order.index(row["method"]), row["seed"]
 
 
 def found(out: Path) -> Row:
@@ -156,7 +174,8 @@ def found(out: Path) -> Row:
         (row,) = (row for row in csv.DictReader((out / "front.csv").open(encoding="utf-8")) if row["role"] == "front")
         test = row["test_accuracy"]
     path = str(out / row["path"])
-    return {"params": int(row["params"]), "macs": int(row["macs"]), "test accuracy": float(test), "path": path}
+    peers = {"peers": [peer["test accuracy"] for peer in row["peers"]]} if row.get("peers") else {}
+    return {"params": int(row["params"]), "macs": int(row["macs"]), "test accuracy": float(test), "path": path, **peers}
 
 
 def model_arguments(base: str, conv: str) -> list[str]:
@@ -168,41 +187,34 @@ def model_arguments(base: str, conv: str) -> list[str]:
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
     """Means and standard deviations over the seeds, and how far above direct training."""
-    yield "| base | convolution | training | params | MACs | test accuracy % | over direct | s |"
-    yield "|---|---|---|---|---|---|---|---|"
-    groups: dict[tuple[str, str, str], list[Row]] = {}
+    yield "| dataset | base | convolution | training | params | MACs | test % | over direct | all peers % | seeds | s |"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|"
+    groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["base"], row["conv"], row["method"]), []).append(row)
-    for (base, conv, method), group in groups.items():
-        scores = [100 * row["test accuracy"] for row in group]
-        direct = [100 * row["test accuracy"] for row in groups[base, conv, "direct"]]
-        gains = [score - other for score, other in zip(scores, direct, strict=True)]
-        gain = "" if method == "direct" else f"{mean(gains)}"
+        groups.setdefault(tuple(row[name] for name in ("dataset", "base", "conv", "method")), []).append(row)
+    for (*form, method), group in groups.items():
+        direct = {row["seed"]: row["test accuracy"] for row in groups.get((*form, "direct"), ())}
+        gains = [100 * (row["test accuracy"] - direct[row["seed"]]) for row in group if row["seed"] in direct]
+        gain = "" if method == "direct" or not gains else spread(gains, "+.2f")
         seconds = statistics.mean(row["seconds"] for row in group)
         cost = f"{max(row['params'] for row in group):,} | {max(row['macs'] for row in group):,}"
-        yield f"| {base} | {conv} | {method} | {cost} | {mean(scores)} | {gain} | {seconds:.0f} |"
-
-
-def mean(values: Sequence[float]) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
-    return f"{statistics.mean(values):.2f} ± {deviation:.2f}"
+        scores = spread([100 * row["test accuracy"] for row in group])
+        peers = [100 * accuracy for row in group for accuracy in row.get("peers", ())]
+        numbers = f"{scores} | {gain} | {spread(peers) if peers else ''} | {len(group)} | {seconds:.0f}"
+        yield f"| {' | '.join((*form, method))} | {cost} | {numbers} |"
 
 
 def header(study: Study, size: str) -> Iterator[str]:
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    scale, names = study.scale, ", ".join(data.name for data in study.datasets)
     yield "# Paper B: cheap convolutions, direct, offline and online\n"
-    dataset = study.data[study.data.index("--dataset") + 1] if "--dataset" in study.data else "digits"
-    yield (
-        f"`python studies/paper_b.py --{size} --dataset {dataset}`, seeds 0–{study.scale.seeds - 1}, "
-        f"{datetime.date.today()}, {platform.machine()}, {where}, torch {torch.__version__}, timm {timm.__version__}.\n"
-    )
-    scale = study.scale
+    yield f"`python studies/paper_b.py --{size} …` on {names}, {datetime.date.today()}, {hardware()}.\n"
     yield (
         f"Each model: `python -m nas_kd.distill … {scale.training}`, online with {scale.peers} peers; images: "
         f"`{scale.images}`. Search: `python -m nas_kd.study … {scale.search}`, within the params and MACs of the form "
-        'that it stands beside. Means and standard deviations over the seeds, of costs the largest; "over direct" '
-        "compares the same seeds. s: seconds of one model without its teacher; online of all peers, a search with its "
-        "trials and baselines.\n"
+        "that it stands beside. Seeds from 0; means and standard deviations over them, of costs the largest; "
+        '"over direct" compares the same seeds; "all peers" are the students of all online trainings, chosen or not. '
+        "s: CPU seconds of one model without its teacher; online of all peers, "
+        "a search with its trials and baselines.\n"
     )
 
 
@@ -211,15 +223,13 @@ def main() -> None:
     size = parser.add_mutually_exclusive_group(required=True)
     for name in SCALES:
         size.add_argument(f"--{name}", action="store_const", const=name, dest="size")
-    parser.add_argument("--dataset", help="as for nas_kd.distill (digits)")
-    parser.add_argument("--data-dir", help="where the data lies")
+    add_datasets(parser)
     parser.add_argument("--out", type=Path, help="output folder (results/paper_b-SIZE)")
+    parser.add_argument("--table", action="store_true", help="print what there is, and train nothing")
     arguments = parser.parse_args()
-    given = [("--dataset", arguments.dataset), ("--data-dir", arguments.data_dir)]
-    data = tuple(word for name, value in given if value is not None for word in (name, value))
     out = arguments.out or Path("results", f"paper_b-{arguments.size}")
     out.mkdir(parents=True, exist_ok=True)
-    study = Study(scale=SCALES[arguments.size], data=data, out=out)
+    study = Study(scale=SCALES[arguments.size], datasets=datasets_of(arguments), out=out, dry=arguments.table)
     rows = list(study.rows())
     for line in (*header(study, arguments.size), *table(rows)):
         print(line)

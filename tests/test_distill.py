@@ -169,6 +169,15 @@ class TestOthers:
         own, cheap = exported(online), exported(tmp_path / "cheap")
         assert torch.allclose(cheap["fc.weight"], own["fc.weight"], atol=1e-3)
 
+    def test_weights_taken_out_of_an_export_leave_its_normalisation_behind_and_a_line_says_so(
+        self, online: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (weights,) = online.glob("*/model.safetensors")
+        arguments = [word for word in command(tmp_path / "bare", "--no-teacher") if word != "-q"]
+        assert main([*arguments, "--initial-checkpoint", str(weights)]) == 0
+        said = " ".join(capsys.readouterr().err.split())
+        assert said.count("the weights alone of an exported model") == 1
+
     def test_the_papers_network_has_its_counts(self, tmp_path: Path) -> None:
         arguments = "cifar_resnet56_cheap --model-kwargs conv=shift --in-chans 3 --img-size 32 --online --peers 2 -q"
         more = ["--train-images", "10", "--epochs", "1", "--out", str(tmp_path)]
@@ -195,7 +204,7 @@ class TestOthers:
         ("test_resnet --no-teacher --pretrained --from-scratch", "--pretrained does not go with --from-scratch"),
         ("test_resnet --online --model-kwargs conv", "write key=value"),
         ("test_resnet --online --model-kwargs conv=shift", "timm cannot create 'test_resnet'"),
-        ("cifar_resnet20_cheap --online --model-kwargs conv=cheap", "not a convolution"),
+        ("cifar_resnet20_cheap --online --model-kwargs conv=grop4", "unknown convolution conv='grop4': use standard"),
         ("mobilenetv2_050 --online --conv depthwise --img-size 32", "can become 'depthwise': it offers shift"),
         ("test_resnet --online --conv group3", "can become 'group3': it offers blueprint, depthwise"),
         ("test_resnet --teacher resnet99", "timm knows no model 'resnet99'"),

@@ -82,6 +82,13 @@ class TestFinished:
         assert "layer3.0" in printed.out
         assert "--start-from" in printed.out
 
+    def test_it_may_go_without_its_baselines(self, finished: Path, tmp_path: Path) -> None:
+        out = Path(shutil.copytree(finished, tmp_path / "copy"))
+        more = ["--budget=macs=50%", "--lambda=layer3.*=4", "--pin=layer4.*:width=1", "--no-baselines"]
+        assert main([*command(out), *more]) == 0
+        assert models(out).keys() == {"teacher", "front"}
+        assert models(out)["front"].test_accuracy == models(finished)["front"].test_accuracy
+
     def test_a_killed_learning_goes_on(
         self, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:

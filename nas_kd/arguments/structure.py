@@ -20,10 +20,12 @@ LOSSES = ("kd", "dkd")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StructureSettings:
     """The arguments of `python -m nas_kd.structure`: those of the `study` whose base, data, budget and space it uses,
-    and its own. `factors` are the user's λ_b in the order given: (pattern of block names, number)."""
+    and its own. `factors` are the user's λ_b in the order given: (pattern of block names, number). `baselines` says
+    whether what the narrow network must beat is trained as well."""
 
     study: Settings
     learn_epochs: int | None
+    baselines: bool
     factors: tuple[tuple[str, float], ...]
 
 
@@ -42,6 +44,12 @@ def structure_parser(prog: str = "python -m nas_kd.structure") -> argparse.Argum
     _add_widths(parser.add_argument_group("widths").add_argument)
     _add_training(parser)
     output = parser.add_argument_group("output").add_argument
+    output(
+        "--no-baselines",
+        dest="baselines",
+        action="store_false",
+        help="train the narrow network alone, not one width everywhere and the same without a teacher beside it",
+    )
     add_report(output)
     add_onnx(output)
     return parser
@@ -91,6 +99,7 @@ def parse_structure(argv: Sequence[str]) -> StructureSettings:
     _check_widths_alone(arguments["space"], arguments["pin"])
     own: dict[str, Any] = {
         "learn_epochs": arguments.pop("learn_epochs"),
+        "baselines": arguments.pop("baselines"),
         "factors": tuple(map(_factor, arguments.pop("factors"))),
     }
     others_ = vars(study_parser().parse_args([f"--budget={arguments['budget']}", "--library-budget=0"]))

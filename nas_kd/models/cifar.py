@@ -22,6 +22,8 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from nas_kd.errors import PlanError, nearest
+from nas_kd.genotype import CONV_KINDS, is_conv_kind
 from nas_kd.models.convs import ConvSpec, build_conv
 
 # those of ImageNet, not of CIFAR: the public weights were trained on images normalised with them
@@ -181,6 +183,9 @@ def _conv(kind: str, inputs: int, outputs: int, stride: int) -> nn.Module:
     """A 3×3 convolution, or a cheap pair that strides in its 1×1."""
     if kind == "standard":
         return nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+    if not is_conv_kind(kind):
+        known = (*CONV_KINDS, "group4")
+        raise PlanError(f"unknown convolution conv={kind!r}: use {', '.join(known)}{nearest(kind, known)}")
     pair = build_conv(ConvSpec(kind=kind, in_channels=inputs, out_channels=outputs, kernel_size=3, padding=1))
     pair.pointwise = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
     return pair

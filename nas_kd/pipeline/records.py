@@ -45,6 +45,10 @@ class Records:
     def __contains__(self, key: str) -> bool:
         return key in self._known
 
+    def values(self) -> tuple[Record, ...]:
+        """All records, in the order in which their keys came first."""
+        return tuple(self._known.values())
+
     def __setitem__(self, key: str, record: Record) -> None:
         line = json.dumps({"key": key, "record": record}, separators=(",", ":")) + "\n"
         try:

@@ -67,8 +67,9 @@ class Structure:
 def learn_structure(settings: StructureSettings, stages: Stages) -> Structure:
     """The whole way from settings to exported models; what an earlier run had finished is not done again.
 
-    The narrow network is within the budget whatever was learnt, else nothing is made of it. It and its baselines (the
-    same without a teacher, one width everywhere) see as many training images: theirs include those of the learning.
+    The narrow network is within the budget whatever was learnt, else nothing is made of it. It and its baselines, where
+    they are wanted (the same without a teacher, one width everywhere), see as many training images: theirs include
+    those of the learning.
     Raises a NasKdError for each mistake that a user can make.
     """
     job = prepare(settings.study, InMemoryStorage())
@@ -81,7 +82,7 @@ def learn_structure(settings: StructureSettings, stages: Stages) -> Structure:
     genotype = rounded(job, learnt, goal)
     start = Start(build=lambda: narrowed(job, learnt, genotype), digest=digest)
     wanted = Wanted(role="front", genotype=genotype, space=job.space, epochs=refining, start=start)
-    baselines = plain_baselines(job, genotype, learning + refining)
+    baselines = plain_baselines(job, genotype, learning + refining) if settings.baselines else []
     models = tuple(make_models(job, [wanted, *baselines], materials, stages))
     blocks = tuple(_block_rows(analysis, goal, learnt, genotype))
     result = Structure(out=job.out, budget=job.budget, genotype=genotype, blocks=blocks, models=models)

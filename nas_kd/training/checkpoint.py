@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import pickle
 import struct
 import sys
@@ -17,15 +19,30 @@ from torch import Tensor, nn
 
 from nas_kd.errors import CheckpointError
 
+_logger = logging.getLogger(__name__)
+
 
 def load_checkpoint(network: nn.Module, path: Path) -> None:
     """Loads `path` into `network`: safetensors, or a torch file that holds tensors only (`weights_only=True`).
 
     As in timm, weights may be wrapped in 'state_dict' or 'model', carry the prefix 'module.', or have the keys of the
     model's original implementation. Raises CheckpointError, in one line, for a file that is missing, unreadable, holds
-    pickled objects, or does not fit.
+    pickled objects, or does not fit. Warns where the file is part of an exported model, which knows more than weights.
     """
     load_exactly(network, _translated(network, _read(path)), path)
+    _say_what_stays_behind(path)
+
+
+@functools.cache  # once, however many networks start from it
+def _say_what_stays_behind(path: Path) -> None:
+    config = path.with_name("config.json")
+    if config.is_file() and '"nas_kd_student"' in config.read_text(encoding="utf-8", errors="replace"):
+        _logger.warning(
+            "%s are the weights alone of an exported model: its images may have been normalised otherwise; "
+            "local-dir:%s takes that along",
+            path,
+            path.parent,
+        )
 
 
 def _translated(network: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
