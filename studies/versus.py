@@ -44,7 +44,9 @@ from nas_kd.training.loop import evaluate, train
 from nas_kd.training.portions import Portions
 from nas_kd.training.recipe import Recipe
 
-GROUP_NORM, SCALE, TAYLOR = (f"torch-pruning local {kind}" for kind in ("l2 inner", "bn inner", "taylor whole"))
+GROUP_NORM, WHOLE, SCALE, TAYLOR = (
+    f"torch-pruning local {kind}" for kind in ("l2 inner", "l2 whole", "bn inner", "taylor whole")
+)
 SMALL = "width=0.25/0.5/1,conv"
 LEAST = 0.2  # of an equal compute must be left for training
 TEACHER = "the base, the teacher"
@@ -91,7 +93,7 @@ PAIRS = {
         study="--model cifar_resnet20 --img-size 32 --budget macs=30% --val-fraction 0.1 --views 2 --refine-epochs 2 "
         "--proxy-epochs 1 --proxy-images 1600 --amp",
         images=25_600,
-        totals=(100, 200),
+        totals=(40, 200),
         ours={
             "knapsack, small": Ours(space=SMALL, rounds=()),
             "search, small": Ours(space=SMALL, rounds=(), trials=16),
@@ -102,6 +104,21 @@ PAIRS = {
         rates={OURS: (0.005,), PRUNED: (0.0075,), FRESH: (0.1,)},  # its validation images were seen by the teacher
         seeds={"knapsack, small": 3, GROUP_NORM: 3},
         plain_seconds=100,
+    ),
+    "mobilenetv2": Pair(
+        title="MobileNetV2 on CIFAR-10",
+        study="--model mobilenetv2_100 --reduction 16 --img-size 32 --budget macs=30% --val-fraction 0.1 --views 1 "
+        "--refine-epochs 1 --proxy-epochs 1 --proxy-images 1600",
+        images=25_600,
+        totals=(100,),
+        ours={
+            "knapsack, small": Ours(space="width", rounds=()),
+            "search, small": Ours(space="width", rounds=(), trials=16),
+        },
+        peers=(GROUP_NORM, WHOLE, SCALE, TAYLOR, FASTNAS, PLAIN, "timm tinynet_e/16", "timm efficientnet_b1_pruned/32"),
+        timed=("knapsack, small", GROUP_NORM),
+        rates={OURS: (0.005, 0.02), PRUNED: (0.005, 0.02), FRESH: (0.1,)},
+        plain_seconds=80,
     ),
 }
 

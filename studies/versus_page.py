@@ -154,7 +154,8 @@ def draw(pairs: Sequence[Row], path: Path) -> None:
                 _, marker, colour = style(row["arm"])
                 fill = "none" if row["total"] else colour
                 axes.plot(row[name] / unit, 100 * row["test"], marker, color=colour, markerfacecolor=fill)
-            axes.set_xscale("log" if name != "macs" else "linear")
+            if name != "macs":
+                spread_out(axes)
             axes.set_xlabel(label)
             axes.grid(alpha=0.3)
         row_of_axes[0].axvline(pair["bound"] / 1e6, color="#57606a", linestyle=":", linewidth=1.2)
@@ -167,6 +168,16 @@ def draw(pairs: Sequence[Row], path: Path) -> None:
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.55 / (3.6 * len(pairs))))
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
+
+
+def spread_out(axes: Any) -> None:
+    """A logarithmic axis that is labelled with plain numbers."""
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    ticks = [number * 10.0**power for power in range(-3, 5) for number in (1, 2, 5)]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
 
 
 def style(arm: str) -> tuple[str, str, str]:
