@@ -2,7 +2,7 @@
 
     python studies/versus.py smoke                                                          two minutes, digits
     python studies/versus.py resnet20 --dataset folder --data-dir cifar10 --initial-checkpoint FILE
-    python studies/versus.py mobilenetv2 --dataset folder --data-dir cifar10 --initial-checkpoint FILE
+    python studies/versus.py mobilenetv2 --dataset folder --data-dir cifar10 --teacher FOLDER
 
 Each arm makes a network within the bound (versus_arms.py), which then learns from the same teacher's logits on the same
 augmented images:
@@ -102,8 +102,8 @@ PAIRS = {
         peers=(GROUP_NORM, SCALE, TAYLOR, FASTNAS, PLAIN, "timm tinynet_d/16", "timm mobilenetv2_050/16"),
         timed=("knapsack, small", "search, small", GROUP_NORM, PLAIN),
         rates={OURS: (0.005,), PRUNED: (0.0075,), FRESH: (0.1,)},  # its validation images were seen by the teacher
-        seeds={"knapsack, small": 3, GROUP_NORM: 3},
-        plain_seconds=100,
+        seeds={"knapsack, small": 2, GROUP_NORM: 2},
+        plain_seconds=60,
     ),
     "mobilenetv2": Pair(
         title="MobileNetV2 on CIFAR-10",
@@ -118,7 +118,7 @@ PAIRS = {
         peers=(GROUP_NORM, WHOLE, SCALE, TAYLOR, FASTNAS, PLAIN, "timm tinynet_e/16", "timm efficientnet_b1_pruned/32"),
         timed=("knapsack, small", GROUP_NORM),
         rates={OURS: (0.005, 0.02), PRUNED: (0.005, 0.02), FRESH: (0.1,)},
-        plain_seconds=80,
+        plain_seconds=60,
     ),
 }
 
@@ -230,6 +230,7 @@ def parse() -> argparse.Namespace:
     add("--dataset", help="as for nas_kd.study (digits)")
     add("--data-dir", help="where the data lies")
     add("--initial-checkpoint", help="weights of the base, the teacher (trained here)")
+    add("--teacher", help="or a folder that `python -m nas_kd.distill` exported: the base with its weights")
     add("--out", type=Path, help="output folder (results/versus, results/versus-smoke)")
     add("--report", type=Path, help="the page; its picture beside it (versus.md in the output folder)")
     add("--arms", default="*", help="only arms that fit, e.g. 'torch-pruning*'")
@@ -246,6 +247,9 @@ def compare(arguments: argparse.Namespace) -> int:
     options = ("dataset", "data_dir", "initial_checkpoint")
     data = [(f"--{name.replace('_', '-')}", value) for name in options if (value := getattr(arguments, name))]
     study = [*pair.study.split(), *(word for words in data for word in words)]
+    if arguments.teacher:
+        study += ["--model", f"local-dir:{arguments.teacher}", "--pretrained"]
+        data.append(("--teacher", arguments.teacher))
     bench = Bench(study, pair.ours, pair.plain_seconds, out)
     shown = " ".join(f"{option} {Path(value).name}" for option, value in data)
     command = f"python studies/versus.py {arguments.pair} {shown}".strip()
