@@ -26,7 +26,7 @@ import fnmatch
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,16 +109,16 @@ PAIRS = {
         title="MobileNetV2 on CIFAR-10",
         study="--model mobilenetv2_100 --reduction 16 --img-size 32 --budget macs=30% --val-fraction 0.1 --views 1 "
         "--refine-epochs 1 --proxy-epochs 1 --proxy-images 1600",
-        images=25_600,
-        totals=(100,),
+        images=12_800,
+        totals=(150,),
         ours={
             "knapsack, small": Ours(space="width", rounds=()),
             "search, small": Ours(space="width", rounds=(), trials=16),
         },
-        peers=(GROUP_NORM, WHOLE, SCALE, TAYLOR, FASTNAS, PLAIN, "timm tinynet_e/16", "timm efficientnet_b1_pruned/32"),
+        peers=(GROUP_NORM, WHOLE, SCALE, TAYLOR, PLAIN, "timm tinynet_e/16", "timm efficientnet_b1_pruned/32"),
         timed=("knapsack, small", GROUP_NORM),
         rates={OURS: (0.005, 0.02), PRUNED: (0.005, 0.02), FRESH: (0.1,)},
-        plain_seconds=60,
+        plain_seconds=40,
     ),
 }
 
@@ -143,9 +143,9 @@ class Versus:
     def __init__(self, pair: Pair, bench: Bench) -> None:
         self.pair, self.bench, self.records = pair, bench, bench.records
 
-    def plan(self, arms: str) -> Iterator[Run]:
-        """The runs of the arms that fit a pattern. What was decided is looked up when it is needed."""
-        chosen = [arm for arm in self.pair.arms if fnmatch.fnmatch(arm, arms)]
+    def plan(self, patterns: Sequence[str]) -> Iterator[Run]:
+        """The runs of the arms that fit one of the patterns. What was decided is looked up when it is needed."""
+        chosen = [arm for arm in self.pair.arms if any(fnmatch.fnmatch(arm, pattern) for pattern in patterns)]
         for arm in chosen:
             yield from (Run(arm, 0, lr) for lr in self.candidates(arm))
         for total in self.pair.totals:
@@ -233,7 +233,7 @@ def parse() -> argparse.Namespace:
     add("--teacher", help="or a folder that `python -m nas_kd.distill` exported: the base with its weights")
     add("--out", type=Path, help="output folder (results/versus, results/versus-smoke)")
     add("--report", type=Path, help="the page; its picture beside it (versus.md in the output folder)")
-    add("--arms", default="*", help="only arms that fit, e.g. 'torch-pruning*'")
+    add("--arms", nargs="+", default=["*"], help="only arms that fit, e.g. 'torch-pruning*'")
     arguments = parser.parse_args()
     arguments.out = arguments.out or Path("results", "versus-smoke" if arguments.pair == "smoke" else "versus")
     return arguments

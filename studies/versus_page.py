@@ -28,7 +28,9 @@ Row = dict[str, Any]
 COLUMNS = ("arm", "test", "seeds", "MACs", "params", "lr", "images", "library s", "search s", "training s", "total s")
 NOTES = """Test accuracy in %, mean ± standard deviation over seeds (one run where there is none). Seconds are CPU time
 on one core: of the library, of what else comes before the training (trials, pruning, another search), of the training,
-and all together. What every arm needs is not in them: the teacher, and its logits on the augmented images.
+and all together. What every arm needs is not in them: the teacher, and its logits on the augmented images. At equal
+compute the number of images follows from the speed of the arm's run with equal images; the machine was shared, so the
+time that was then taken is somewhat off.
 
 All arms: the same teacher, augmented images and logits; batches of 64, SGD with Nesterov momentum, one cycle, T = 4,
 distill weight 0.9. `knapsack`: the integer programme on the damages of the library of block choices, no trials.
@@ -81,8 +83,10 @@ def lines(pairs: Sequence[Row], picture: str) -> Iterator[str]:
     """The page, as Markdown."""
     yield "# Our students beside the peers'\n"
     versions = ", ".join(f"{name} {version(name)}" for name in ("optuna", "torch-pruning"))
-    yield f"{datetime.date.today()}, {platform.machine()}, one thread of a shared machine, torch {torch.__version__}, "
-    yield f"timm {timm.__version__}, {versions}; ModelOpt 0.47.\n"
+    yield (
+        f"{datetime.date.today()}, {platform.machine()}, one thread of a shared machine, torch {torch.__version__}, "
+        f"timm {timm.__version__}, {versions}; ModelOpt 0.47.\n"
+    )
     yield f"{NOTES}\n\n![Test accuracy over MACs, params and CPU seconds]({picture})"
     for pair in pairs:
         yield from pair_lines(pair)
