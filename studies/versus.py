@@ -100,7 +100,7 @@ PAIRS = {
             "knapsack": Ours(),
         },
         peers=(GROUP_NORM, SCALE, TAYLOR, FASTNAS, PLAIN, "timm tinynet_d/16", "timm mobilenetv2_050/16"),
-        timed=("knapsack, small", "search, small", GROUP_NORM, PLAIN),
+        timed=("knapsack, small", GROUP_NORM),
         rates={OURS: (0.005,), PRUNED: (0.0075,), FRESH: (0.1,)},  # its validation images were seen by the teacher
         seeds={"knapsack, small": 2, GROUP_NORM: 2},
         plain_seconds=60,
