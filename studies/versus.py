@@ -48,7 +48,7 @@ GROUP_NORM, WHOLE, SCALE, TAYLOR = (
     f"torch-pruning local {kind}" for kind in ("l2 inner", "l2 whole", "bn inner", "taylor whole")
 )
 SMALL = "width=0.25/0.5/1,conv"
-LEAST = 0.2  # of an equal compute must be left for training
+LEAST = 0.15  # of an equal compute must be left for training
 TEACHER = "the base, the teacher"
 
 
@@ -110,7 +110,7 @@ PAIRS = {
         study="--model mobilenetv2_100 --reduction 16 --img-size 32 --budget macs=30% --val-fraction 0.1 --views 1 "
         "--refine-epochs 1 --proxy-epochs 1 --proxy-images 1600",
         images=12_800,
-        totals=(150,),
+        totals=(100,),
         ours={
             "knapsack, small": Ours(space="width", rounds=()),
             "search, small": Ours(space="width", rounds=(), trials=16),
