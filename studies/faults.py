@@ -112,6 +112,15 @@ class Subject:
             self.ended(subprocess.run(self.command(), stdout=log, stderr=log, check=False).returncode)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """When processes are killed: up to `longest` seconds after the start, or within one of `stages`."""
+
+    seed: int = 0
+    longest: float = 40
+    stages: tuple[str, ...] = STAGES
+
+
 @dataclass
 class Campaign:
     """Kills of one study after another, in an empty folder."""
@@ -119,7 +128,7 @@ class Campaign:
     folder: Path
     server: servers.Postgres | None
     trials: int
-    longest: float
+    moments: Moments
     generator: random.Random
     subjects: list[Subject] = field(default_factory=list)
     kills: Counter[tuple[str, str]] = field(default_factory=Counter)  # by stage and victim
@@ -164,9 +173,10 @@ class Campaign:
 
     def _wait(self, process: subprocess.Popen[bytes], subject: Subject, said: int) -> bool:
         """Until the moment of the kill; False when the command ends before it."""
-        if self.generator.random() < 0.5:
-            return still_runs(process, self.generator.uniform(0.5, self.longest))
-        stage = self.generator.choice(STAGES)
+        moments = self.moments
+        if moments.stages == STAGES and self.generator.random() < 0.5:
+            return still_runs(process, self.generator.uniform(0.5, moments.longest))
+        stage = self.generator.choice(moments.stages)
         while stage_of(subject, said) not in STAGES[STAGES.index(stage) :]:  # the shortest pass between two looks
             if not still_runs(process, 0.05):
                 return False
@@ -263,10 +273,10 @@ def wait_for_end(pid: int, patience: float = 60) -> None:
         time.sleep(0.1)
 
 
-def run(folder: Path, kills: int, storage: str, trials: int = 12, seed: int = 0, longest: float = 40) -> Campaign:
+def run(folder: Path, kills: int, storage: str, trials: int, moments: Moments) -> Campaign:
     """A campaign of so many kills in an empty folder; on PostgreSQL the server itself crashes now and then as well."""
     with servers.postgres() if storage == "postgresql" else nullcontext() as server:
-        campaign = Campaign(folder, server, trials, longest, random.Random(seed))
+        campaign = Campaign(folder, server, trials, moments, random.Random(moments.seed))
         campaign.run(kills)
     return campaign
 
@@ -294,18 +304,19 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--longest", type=float, default=40, help="seconds until a kill at a random moment, at most")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="kill within these alone")
     arguments = parser.parse_args()
-    options = f"--kills {arguments.kills} --trials {arguments.trials} --longest {arguments.longest:.0f}"
+    moments = Moments(seed=arguments.seed, longest=arguments.longest, stages=tuple(arguments.stages))
     print("# Kills at random moments\n")
     print(
-        f"`python studies/faults.py {options}`, seed {arguments.seed}, {datetime.date.today()}, {platform.machine()}, "
-        f"{os.cpu_count()} cores of a shared machine, optuna {optuna.__version__}.\n"
+        f"`python studies/faults.py {' '.join(sys.argv[1:])}`, seed {arguments.seed}, {datetime.date.today()}, "
+        f"{platform.machine()}, {os.cpu_count()} cores of a shared machine, optuna {optuna.__version__}.\n"
     )
     print(" ".join(__doc__.split("\n\n")[2].split()), flush=True)
     lost = False
     for storage in arguments.storage:
         folder, started = Path(tempfile.mkdtemp(prefix="faults-")), time.monotonic()
-        campaign = run(folder, arguments.kills, storage, arguments.trials, arguments.seed, arguments.longest)
+        campaign = run(folder, arguments.kills, storage, arguments.trials, moments)
         print("\n" + "\n".join(report(campaign, storage, time.monotonic() - started)), flush=True)
         lost = lost or bool(campaign.problems)
         if not campaign.problems:

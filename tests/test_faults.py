@@ -29,5 +29,5 @@ def faults() -> ModuleType:
 def test_two_kills_lose_nothing(faults: ModuleType, storage: str, tmp_path: Path) -> None:
     if storage == "postgresql" and servers.postgres_folder() is None:
         pytest.skip("PostgreSQL is not installed")
-    campaign = faults.run(tmp_path, kills=2, storage=storage, trials=4, longest=25)
+    campaign = faults.run(tmp_path, kills=2, storage=storage, trials=4, moments=faults.Moments(longest=25))
     assert campaign.problems == []
