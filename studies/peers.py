@@ -1,5 +1,6 @@
 """What studies/versus.py compares with, beside torch-pruning (pruned.py) and a plain script (plain_optuna.py): small
-models of timm's, and NVIDIA ModelOpt's FastNAS where it is installed (`pip install nvidia-modelopt`, 0.47 here)."""
+models of timm's, and NVIDIA ModelOpt's FastNAS where it is installed (`pip install nvidia-modelopt
+torchprofile==0.0.4`, 0.47 here)."""
 
 from __future__ import annotations
 
