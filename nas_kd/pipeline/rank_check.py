@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from optuna.storages import InMemoryStorage
 from torch import nn
 
@@ -27,6 +26,7 @@ from nas_kd.progress import Stages
 from nas_kd.results.front import write_atomically
 from nas_kd.results.rank_page import render_check
 from nas_kd.results.rank_rows import FILE, GroupRows, RankCheck, ScoreRow
+from nas_kd.search.additive import total
 from nas_kd.search.band import draw_in_band, near_optimum
 from nas_kd.search.ranking import agreement, allowing_for_size, tau_difference
 from nas_kd.search.space import Space
@@ -155,7 +155,7 @@ def _entries(
         _Entry(
             genotype=genotype,
             records={name: measured[name, genotype.digest] for name in names},
-            damages={name: _sum_of(kind, table.indices(genotype)) for name, kind in damages.items()},
+            damages={name: float(total(kind, table.indices(genotype)[None])[0]) for name, kind in damages.items()},
         )
         for genotype in genotypes
     ]
@@ -165,10 +165,6 @@ def _entries(
             f"only {len(known)} of {len(entries)} long trainings ended with an accuracy, too few to rank: lower --lr"
         )
     return known
-
-
-def _sum_of(damages: Sequence[NDArray[np.float64]], indices: NDArray[np.int64]) -> float:
-    return float(sum(block[index] for block, index in zip(damages, indices, strict=True)))
 
 
 Found = tuple[tuple[str, str, int], float, float]  # (name, start, steps), value, seconds

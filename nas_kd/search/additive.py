@@ -144,7 +144,7 @@ class Belief:
     def scores(self, indices: NDArray[np.int64]) -> Array:
         """The scores of N genotypes (N × blocks positions)."""
         totals: Array = self.constant + self.features.sizes(indices) @ self.size
-        return totals + _total(self.worth, indices)
+        return totals + total(self.worth, indices)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -187,7 +187,7 @@ class AdditiveModel:
 
 def fit(features: Features, indices: NDArray[np.int64], scores: Array) -> AdditiveModel:
     """The model after genotypes (N × blocks positions) with these scores (N)."""
-    gaps = scores - _total(features.prior, indices)
+    gaps = scores - total(features.prior, indices)
     residuals, centred = gaps, features.of(indices)
     if len(scores):
         residuals, centred = gaps - gaps.mean(), centred - centred.mean(axis=0)
@@ -207,8 +207,9 @@ def fit(features: Features, indices: NDArray[np.int64], scores: Array) -> Additi
     )
 
 
-def _total(terms: Sequence[Array], indices: NDArray[np.int64]) -> Array:
-    total = np.zeros(len(indices))
+def total(terms: Sequence[Array], indices: NDArray[np.int64]) -> Array:
+    """The sums of terms, per block over its choices, of N genotypes (N × blocks positions)."""
+    sums = np.zeros(len(indices))
     for term, column in zip(terms, indices.T, strict=True):
-        total += term[column]
-    return total
+        sums += term[column]
+    return sums

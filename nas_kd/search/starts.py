@@ -12,6 +12,7 @@ from nas_kd.budget import KINDS, LATENCY, Budget, Cost, kinds_of
 from nas_kd.genotype import CONV_KINDS, Choice, Genotype, group_count
 from nas_kd.models.blocks import WIDTHS, Block
 from nas_kd.models.costs import CostTable
+from nas_kd.search.additive import total
 from nas_kd.search.goals import Box, Goals
 from nas_kd.search.solver import solve
 
@@ -121,7 +122,7 @@ def _solutions(table: CostTable, levels: Iterable[Budget], damages: Damages) -> 
 def _most_useful(table: CostTable, pool: Sequence[Genotype], damages: Damages, box: Box, first: int) -> list[Genotype]:
     """The `first` of the pool, and the others in the order of what each adds to the front of those before it."""
     rows = np.stack([table.indices(genotype) for genotype in pool])
-    scores = -np.sum([damage[column] for damage, column in zip(damages, rows.T, strict=True)], axis=0)
+    scores = -total(damages, rows)
     costs = table.priced(rows, box.kinds)
     goals = Goals(bounds=box.bounds(_BOUNDS), best=np.full(_BOUNDS, scores.min() - _BELOW * np.ptp(scores)))
     chosen: list[int] = []
