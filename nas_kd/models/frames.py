@@ -7,7 +7,7 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,15 @@ from nas_kd.models.student import build_student, student_plan
 class Frame:
     """A module of the base (`path`), or of an `nn.Sequential` at `path` the children from `first` to `last`.
 
-    `edited` are the modules inside that some choice of the block changes. The whole network has the path ""."""
+    `edited` are the modules inside that some choice of the block changes. The whole network has the path "". It may
+    have `skips`: frames that are done before the first edited module runs, and of which the last one's outputs are all
+    that is needed (`with_skips`)."""
 
     path: str
     first: str = ""
     last: str = ""
     edited: tuple[str, ...] = ()
+    skips: tuple[Frame, ...] = ()
 
     @property
     def is_whole(self) -> bool:
@@ -49,9 +52,9 @@ class Frame:
         return nn.Sequential(OrderedDict((name, module.get_submodule(name)) for name in chosen))
 
     def paths(self, network: nn.Module) -> frozenset[str]:
-        """The modules of a network inside the frame, the frame's own included."""
-        inside = self.inside(network)
-        return frozenset(f"{self.prefix}{name}".rstrip(".") for name, _ in inside.named_modules())
+        """The modules of a network that run in the frame, the frame's own included."""
+        inside = frozenset(f"{self.prefix}{name}".rstrip(".") for name, _ in self.inside(network).named_modules())
+        return inside.difference(*(skipped.paths(network) for skipped in self.skips))
 
     def outside(self, network: nn.Module) -> list[nn.Module]:
         """The largest modules of a network that hold nothing of the frame."""
@@ -87,6 +90,31 @@ def find_frames(base: nn.Module, analysis: Analysis, images: Tensor) -> dict[str
         else Frame(path="", edited=frame.edited)
         for block, frame in zip(analysis.blocks, frames.values(), strict=True)
     }
+
+
+def with_skips(base: nn.Module, analysis: Analysis, frames: Mapping[str, Frame], images: Tensor) -> dict[str, Frame]:
+    """The frames of `find_frames`, where those that are the whole network need not run from its first layer on."""
+    return {
+        name: _with_skips(base, analysis, frame, frames.values(), images) if frame.is_whole else frame
+        for name, frame in frames.items()
+    }
+
+
+@torch.no_grad()
+def _with_skips(base: nn.Module, analysis: Analysis, frame: Frame, others: Iterable[Frame], images: Tensor) -> Frame:
+    """The frame with all skips that there are; without any when it would then write something else."""
+    order = {path: index for index, path in reversed(list(enumerate(call.module for call in analysis.trace.calls)))}
+    last = {call.module: index for index, call in enumerate(analysis.trace.calls)}
+    begin = min((order[path] for path in frame.edited if path in order), default=0)
+    ends = {other: max((last.get(path, -1) for path in other.paths(base)), default=-1) for other in others}
+    earlier = disjoint(other for other in ends if 0 <= ends[other] < begin)
+    candidate = replace(frame, skips=tuple(sorted(earlier, key=lambda other: ends[other])))
+    with recording(base, {"": candidate}) as passages:
+        base(images)
+    passage = passages[""][0]
+    outputs = run_frame(base, passage)
+    same = all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(outputs, passage.outputs, strict=True))
+    return candidate if same else frame
 
 
 @torch.no_grad()
@@ -172,33 +200,49 @@ def _run_once(base: nn.Module, images: Tensor) -> frozenset[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Passage:
-    """What went into a frame and what came out for N images: tensors N×…, and the input's structure."""
+    """What went into a frame and what came out for N images: tensors N×…, and the input's structure.
+
+    Of a frame with `skips` also what the last of these wrote, `given`, and the shapes (without N) that the others
+    write, `blanks`."""
 
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     structure: pytree.TreeSpec
+    skips: tuple[Frame, ...] = ()
+    given: tuple[Tensor, ...] = ()
+    blanks: tuple[tuple[torch.Size, ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.inputs[0])
 
     def __getitem__(self, part: slice | Tensor) -> Passage:
-        return Passage(
+        return replace(
+            self,
             inputs=tuple(tensor[part] for tensor in self.inputs),
             outputs=tuple(tensor[part] for tensor in self.outputs),
-            structure=self.structure,
+            given=tuple(tensor[part] for tensor in self.given),
         )
 
     @property
     def bytes(self) -> int:
         """The size of all tensors."""
-        return sum(tensor.nbytes for tensor in (*self.inputs, *self.outputs))
+        return sum(tensor.nbytes for tensor in (*self.inputs, *self.outputs, *self.given))
+
+    def replayed(self) -> dict[Frame, tuple[Tensor, ...]]:
+        """What the skipped frames give in place of running: zeros, and the last of them what it wrote."""
+        if not self.skips:
+            return {}
+        zero = self.given[0].new_zeros(())
+        blanks = [tuple(zero.expand(len(self), *shape) for shape in shapes) for shapes in self.blanks]
+        return dict(zip(self.skips, [*blanks, self.given], strict=True))
 
 
 def run_frame(frame: nn.Module, passage: Passage) -> tuple[Tensor, ...]:
     """The outputs of a frame's module for the inputs of a passage, which stay as they are."""
     copies = [tensor.clone() for tensor in passage.inputs]  # blocks begin with in-place activations now and then
     arguments, keywords = pytree.tree_unflatten(copies, passage.structure)
-    return tuple(pytree.tree_leaves(frame(*arguments, **keywords)))
+    with replaying(frame, passage.replayed()):
+        return tuple(pytree.tree_leaves(frame(*arguments, **keywords)))
 
 
 @contextmanager
@@ -206,6 +250,7 @@ def recording(base: nn.Module, frames: Mapping[str, Frame]) -> Iterator[dict[str
     """Keeps what passes through the frames of `base` while it runs inside the block: by name, one passage a batch."""
     passages: dict[str, list[Passage]] = {name: [] for name in frames}
     entered: dict[str, tuple[tuple[Tensor, ...], pytree.TreeSpec]] = {}
+    skipped: dict[Frame, tuple[Tensor, ...]] = {}
 
     def enter(name: str) -> object:
         def hook(module: nn.Module, arguments: object, keywords: object) -> None:
@@ -218,17 +263,34 @@ def recording(base: nn.Module, frames: Mapping[str, Frame]) -> Iterator[dict[str
         def hook(module: nn.Module, arguments: object, output: object) -> None:
             inputs, structure = entered.pop(name)
             outputs = tuple(leaf.detach().clone() for leaf in pytree.tree_leaves(output))
-            passages[name].append(Passage(inputs=inputs, outputs=outputs, structure=structure))
+            passage = Passage(inputs=inputs, outputs=outputs, structure=structure)
+            passages[name].append(_begun_late(passage, frames[name].skips, skipped))
+
+        return hook
+
+    def skip(frame: Frame) -> object:
+        def hook(module: nn.Module, arguments: object, output: object) -> None:
+            skipped[frame] = tuple(leaf.detach().clone() for leaf in pytree.tree_leaves(output))
 
         return hook
 
     with ExitStack() as stack:
+        for frame in {skipped for own in frames.values() for skipped in own.skips}:
+            stack.callback(frame.ends(base)[1].register_forward_hook(skip(frame)).remove)  # type: ignore[arg-type]
         for name, frame in frames.items():
             first, last = frame.ends(base)
             pre = first.register_forward_pre_hook(enter(name), with_kwargs=True)  # type: ignore[arg-type]
             stack.callback(pre.remove)
             stack.callback(last.register_forward_hook(leave(name)).remove)  # type: ignore[arg-type]
         yield passages
+
+
+def _begun_late(passage: Passage, skips: tuple[Frame, ...], wrote: Mapping[Frame, tuple[Tensor, ...]]) -> Passage:
+    """The passage of a frame with these skips, which have just run."""
+    if not skips:
+        return passage
+    blanks = tuple(tuple(tensor.shape[1:] for tensor in wrote[frame]) for frame in skips[:-1])
+    return replace(passage, skips=skips, given=wrote[skips[-1]], blanks=blanks)
 
 
 @contextmanager
@@ -277,8 +339,9 @@ def _overlap(frame: Frame, other: Frame) -> bool:
 
 def joined(passages: list[Passage]) -> Passage:
     """One passage of all batches."""
-    return Passage(
+    return replace(
+        passages[0],
         inputs=tuple(torch.cat(parts) for parts in zip(*(p.inputs for p in passages), strict=True)),
         outputs=tuple(torch.cat(parts) for parts in zip(*(p.outputs for p in passages), strict=True)),
-        structure=passages[0].structure,
+        given=tuple(torch.cat(parts) for parts in zip(*(p.given for p in passages), strict=True)),
     )

@@ -21,6 +21,7 @@ from nas_kd.models.structure import Analysis, Block
 Scores = NDArray[np.float64]
 _ROWS = 16_384  # positions on which a layer's inputs are correlated
 _RIDGE = 1e-3  # of the mean eigenvalue
+_CUT = 0.2  # of the channels; so many are eliminated before the matrices are made smaller
 _LARGEST = 1200  # unknowns of a layer for an elimination, which costs their cube
 
 
@@ -156,17 +157,30 @@ def eliminate(readers: list[Reader], labels: NDArray[np.int64]) -> Scores:
     """
     columns = [torch.stack([reader.columns(int(label)) for label in labels]) for reader in readers]
     steps = np.zeros(len(labels))
-    left = np.ones(len(labels), dtype=bool)
+    left = np.arange(len(labels))  # what the rows of `columns` stand for
+    gone = np.zeros(len(labels), dtype=bool)  # rows that were dropped and are not yet cut out
     for step in range(len(labels)):
+        if gone.sum() > _CUT * len(gone):
+            columns = [_cut_out(reader, own, gone) for reader, own in zip(readers, columns, strict=True)]
+            left, gone = left[~gone], gone[~gone]
         costs = sum(
             (_drop_costs(reader, own) / reader.energy for reader, own in zip(readers, columns, strict=True)),
             torch.zeros(()),
         )
-        dropped = int(np.where(left, costs.double().cpu().numpy(), np.inf).argmin())
-        steps[dropped], left[dropped] = step, False
+        dropped = int(np.where(gone, np.inf, costs.double().cpu().numpy()).argmin())
+        steps[left[dropped]], gone[dropped] = step, True
         for reader, own in zip(readers, columns, strict=True):
             _drop(reader, own[dropped])
     return steps
+
+
+def _cut_out(reader: Reader, columns: Tensor, gone: NDArray[np.bool_]) -> Tensor:
+    """Makes the matrices of a reader smaller by the rows of `columns` that are gone; the columns of the others then."""
+    gone_rows = torch.from_numpy(gone).to(columns.device)
+    stays = torch.ones(len(reader.inverse), dtype=torch.bool, device=columns.device)
+    stays[columns[gone_rows].flatten()] = False
+    reader.weight, reader.inverse = reader.weight[:, stays].contiguous(), reader.inverse[stays][:, stays].contiguous()
+    return (stays.cumsum(0) - 1)[columns[~gone_rows]]
 
 
 def _drop_costs(reader: Reader, columns: Tensor) -> Tensor:
@@ -181,9 +195,11 @@ def _drop_costs(reader: Reader, columns: Tensor) -> Tensor:
 
 def _drop(reader: Reader, columns: Tensor) -> None:
     """Takes inputs away, the others making up for them."""
-    kernel = torch.linalg.pinv(reader.inverse[columns][:, columns], hermitian=True) @ reader.inverse[columns]
-    reader.weight -= reader.weight[:, columns] @ kernel
-    reader.inverse -= reader.inverse[:, columns] @ kernel
+    own = reader.inverse[columns][:, columns]
+    inverted = 1 / own.clamp_min(1e-30) if len(columns) == 1 else torch.linalg.pinv(own, hermitian=True)
+    kernel = inverted @ reader.inverse[columns]
+    reader.weight.addmm_(reader.weight[:, columns], kernel, alpha=-1)
+    reader.inverse.addmm_(reader.inverse[:, columns], kernel, alpha=-1)
     reader.weight[:, columns] = 0
     reader.inverse[columns] = 0
     reader.inverse[:, columns] = 0

@@ -13,6 +13,7 @@ from nas_kd.models.refit import batch_statistics
 from nas_kd.training.loop import averaging_statistics, even_split
 
 MOST_IMAGES = 256  # that a layer is fitted or measured on
+PART = 64  # images that pass a frame at a time where it does not matter: more do not stay in a processor's cache
 _POSITIONS = 65_536  # and positions in them
 _BATCH_POSITIONS = 16_384  # of one training step, where a batch has more
 
@@ -42,6 +43,13 @@ def frame_error(got: Sequence[Tensor], wanted: Sequence[Tensor], scales: Sequenc
     """The mean squared error over the variance, `scales`, of each output of a frame; the sum of them, a scalar."""
     errors = [(ours - theirs).square().mean() / scale for ours, theirs, scale in zip(got, wanted, scales, strict=True)]
     return torch.stack(errors).sum()
+
+
+@torch.no_grad()
+def run_in_parts(module: nn.Module, passage: Passage) -> tuple[Tensor, ...]:
+    """What a frame in eval mode writes for a passage."""
+    parts = [run_frame(module, passage[part]) for part in even_split(torch.arange(len(passage)), PART)]
+    return tuple(torch.cat(outputs) for outputs in zip(*parts, strict=True))
 
 
 @torch.no_grad()

@@ -25,7 +25,17 @@ from nas_kd.budget import KINDS
 from nas_kd.errors import DataError, TrainingError
 from nas_kd.models.blocks import Block
 from nas_kd.models.costs import cost_table
-from nas_kd.models.frames import Frame, Passage, disjoint, find_frames, joined, recording, replaying, run_frame, swapped
+from nas_kd.models.frames import (
+    Frame,
+    Passage,
+    disjoint,
+    find_frames,
+    joined,
+    recording,
+    replaying,
+    swapped,
+    with_skips,
+)
 from nas_kd.models.importance import reconstruction_importance
 from nas_kd.models.inherit import inherit_student
 from nas_kd.models.refit import Reference, reference_of, refit
@@ -34,21 +44,23 @@ from nas_kd.training.augment import derive_seed
 from nas_kd.training.entries import Entry, EntryFile, Tensors
 from nas_kd.training.frame_training import (
     MOST_IMAGES,
+    PART,
     FrameRecipe,
     distil_frame,
     frame_error,
     images_for,
     recalibrate_frame,
+    run_in_parts,
     variances,
 )
 from nas_kd.training.images import Images, normalise
 from nas_kd.training.library import Library, entry_file, made_choices
-from nas_kd.training.loop import device_of, predict_logits
+from nas_kd.training.loop import device_of, even_split, predict_logits
 from nas_kd.training.losses import distillation_loss
 from nas_kd.training.resume import replace_file
 from nas_kd.training.views import weights_digest
 
-_VERSION = 1  # of what the entries hold
+_VERSION = 2  # of what the entries hold
 _INHERIT_IMAGES = 600  # that a frame sees while an entry of it is fitted and measured, counted as forward passes
 _UNBEATEN = 0.3  # of a block's choices
 _LEAST_STEPS = 8  # that are worth while
@@ -139,7 +151,8 @@ class _Builder:
         self.spec = replace(spec, images=min(spec.images, len(images) - self.holdout))
         self.images = images[: self.spec.images + self.holdout]
         self.device = device_of(base)
-        self.frames = find_frames(base, analysis, self._pixels(slice(0, 2)))
+        two = self._pixels(slice(0, 2))
+        self.frames = with_skips(base, analysis, find_frames(base, analysis, two), two)
         self.bytes = {name: passage.bytes // 2 for name, passage in self._record(list(self.frames), 2).items()}
         self.prefixes = {block.name: self._own_modules(block) for block in analysis.blocks}
         self.fits_disk = {block.name: self._fits_disk(block) for block in analysis.blocks}
@@ -273,7 +286,7 @@ class _Builder:
     def _nmse(self, module: nn.Module, held: Passage) -> float:
         """How far the outputs of a frame are from the base's on the held out images."""
         few = held[: images_for(held)]
-        return float(frame_error(run_frame(module.eval(), few), few.outputs, variances(few)))
+        return float(frame_error(run_in_parts(module.eval(), few), few.outputs, variances(few)))
 
     def _own_tensors(self, module: nn.Module, block: Block) -> Tensors:
         """The tensors of a frame that may differ from the base's in the entries of its block."""
@@ -304,12 +317,12 @@ class _Builder:
                 report(f"{name}: choices trained")
 
     def _is_trainable(self, name: str) -> bool:
-        """Whether a frame is small enough to be trained on its own."""
+        """Whether what runs in a frame is small enough to be trained on its own."""
         frame, calls = self.frames[name], self.analysis.trace.calls
         paths = frame.paths(self.base)
         macs = [call.factor * math.prod(map(len, call.axes)) for call in calls]
         inside = sum(own for own, call in zip(macs, calls, strict=True) if call.module in paths)
-        return self.fits_disk[name] and not frame.is_whole and inside <= self.spec.largest * sum(macs)
+        return self.fits_disk[name] and inside <= self.spec.largest * sum(macs)
 
     def _due(self, block: Block) -> bool:
         """Whether some entry of a block is still to be trained."""
@@ -400,10 +413,14 @@ class _Builder:
         self, module: nn.Module, frame: Frame, held: Passage, recorded: Mapping[Frame, tuple[Tensor, ...]]
     ) -> float:
         """T²·KL of the base's logits with a frame's module in its place; `recorded` are outputs of earlier frames."""
-        outputs = run_frame(module.eval(), held)
-        if frame.is_whole:
-            logits = outputs[0]
-        else:
-            with replaying(self.base, {**recorded, frame: outputs}):
-                logits = self.base(self._pixels(self._held_out()))
+        outputs = run_in_parts(module.eval(), held)
+        logits = outputs[0] if frame.is_whole else self._logits({**recorded, frame: outputs})
         return float(distillation_loss(logits.float(), self.logits.float(), temperature=_TEMPERATURE))
+
+    def _logits(self, outputs: Mapping[Frame, tuple[Tensor, ...]]) -> Tensor:
+        """The base's logits of the held out images when these frames write that."""
+        parts, pixels = [], self._pixels(self._held_out())
+        for part in even_split(torch.arange(self.holdout), PART):
+            with replaying(self.base, {frame: tuple(t[part] for t in own) for frame, own in outputs.items()}):
+                parts.append(self.base(pixels[part]))
+        return torch.cat(parts)

@@ -10,8 +10,19 @@ from torch import Tensor, nn
 
 import nas_kd.models  # noqa: F401  # registers the CIFAR bases
 from nas_kd.genotype import Choice
+from nas_kd.models import importance
 from nas_kd.models.blocks import analyse
-from nas_kd.models.frames import Passage, disjoint, find_frames, joined, recording, replaying, run_frame, swapped
+from nas_kd.models.frames import (
+    Passage,
+    disjoint,
+    find_frames,
+    joined,
+    recording,
+    replaying,
+    run_frame,
+    swapped,
+    with_skips,
+)
 from nas_kd.models.importance import Reader, eliminate, reconstruction_importance, unit_importance
 from nas_kd.models.inherit import inherit_student
 from nas_kd.models.refit import batch_statistics, fit_layer, reference_of, refit
@@ -136,6 +147,15 @@ def test_copies_of_a_channel_are_eliminated_before_single_ones() -> None:
     assert min(steps[0], steps[3]) == 0
 
 
+def test_matrices_that_are_cut_on_the_way_change_no_elimination(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    x, weight = rng.normal(size=(4000, 60)) @ rng.normal(size=(60, 60)), rng.normal(size=(4, 60))
+    labels = rng.permutation(60)[:40]  # the layer reads others, which stay
+    steps = eliminate([_reader(x, weight)], labels)
+    monkeypatch.setattr(importance, "_CUT", 1.0)
+    assert np.array_equal(eliminate([_reader(x, weight)], labels), steps)
+
+
 @pytest.mark.parametrize("choice", [{"width": 0.5}, {"conv": "group4"}, {"conv": "depthwise"}, {"conv": "blueprint"}])
 def test_a_refit_brings_a_block_closer_to_the_base(
     base: nn.Module, analysis: Analysis, images: Tensor, choice: dict[str, object]
@@ -201,3 +221,52 @@ def test_replayed_frames_do_not_run(base: nn.Module, analysis: Analysis, images:
         assert not ran
         assert torch.allclose(got, expected, atol=1e-5)
         assert torch.equal(base(images), expected)  # nothing is left behind
+
+
+def test_a_whole_network_begins_at_its_first_edited_module() -> None:
+    network = timm.create_model("mobilenetv2_035", num_classes=5).eval()
+    found, images = analyse(network, (3, 32, 32)), torch.randn(6, 3, 32, 32)
+    frames = with_skips(network, found, find_frames(network, found, images[:2]), images[:2])
+    assert not frames["conv_stem"].skips  # it comes first
+    tail, block = frames["blocks.6.0"], found.block("blocks.6.0")
+    assert tail.is_whole
+    assert "blocks.5.1.conv_pw" not in tail.paths(network)
+    passage = passages_of(network, {"tail": tail}, images)["tail"]
+    narrowest = min(block.choices, key=lambda choice: choice.width)
+    student = inherit_student(network, found, swapped(found, block, narrowest)).eval()
+    ran = []
+    handle = student.get_submodule("blocks.5.1.conv_pw").register_forward_hook(lambda *_: ran.append(1))
+    with torch.no_grad():
+        outputs = run_frame(student, passage[torch.tensor([4, 1])])[0]
+        assert not ran
+        assert torch.allclose(outputs, student(images)[[4, 1]], atol=1e-5)
+    assert ran  # nothing is left behind
+    handle.remove()
+
+
+def test_what_needs_an_early_output_late_skips_nothing() -> None:
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            widths = ((3, 8), (8, 8), (8, 8), (8, 8))
+            self.layers = nn.ModuleList(
+                nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.Conv2d(b, 8, 3, padding=1))
+                for a, b in widths
+            )
+            self.head, self.fc = nn.Conv2d(8, 16, 1), nn.Linear(16, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            early = self.layers[0](x)
+            x = self.layers[2](self.layers[1](early))
+            x = self.layers[3](x) + early
+            return self.fc(self.head(x).mean((2, 3)))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    network = Late().eval()
+    found, images = analyse(network, (3, 16, 16)), torch.randn(4, 3, 16, 16)
+    frames = with_skips(network, found, find_frames(network, found, images[:2]), images[:2])
+    assert frames["layers.1"].skips
+    assert not frames["head"].skips  # what `layers.0` writes is read again right before it
+    whole = {name: frame for name, frame in frames.items() if frame.is_whole}
+    for name, passage in passages_of(network, whole, images).items():
+        assert torch.allclose(run_frame(network, passage)[0], passage.outputs[0], atol=1e-5), name
