@@ -55,7 +55,10 @@ from nas_kd.search.solver import solve
 from nas_kd.structure import main as learn_structure
 
 Row = dict[str, Any]
-BUDGETS = ("macs=50%", "params=19.2%")  # half, and no more than 1/5.2
+BUDGETS = {  # half, and no more than 1/5.2; there the blocks' own widths do not suffice
+    "macs=50%": (),
+    "params=19.2%": ("--search-stages",),
+}
 FIRST, BASE, LEARNT, UNIFORM, SCRATCH, LIBRARY = (
     "the base",
     "the base, trained on",
@@ -69,11 +72,11 @@ NAMES = {"front": LEARNT, "uniform": UNIFORM, "no teacher": SCRATCH}
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How large the study is: which bases, their images, how a base is trained first (when no weights are given), how
-    many epochs the learning and the distillation after it take, and further options of the structure command. Without
-    a share of work for the library there is no arm of it."""
+    """How large the study is: the bases, each with what is its own in all trainings of it and its students; images; how
+    a base is trained first (when no weights are given), how many epochs the learning and the distillation after it
+    take, and further options of the structure command. Without a share of work for the library it has no arm."""
 
-    bases: tuple[str, ...]
+    bases: dict[str, str]
     images: str
     first: str
     learn: int
@@ -86,27 +89,31 @@ class Scale:
 
 SCALES = {
     "smoke": Scale(
-        bases=("cifar_resnet20",),
+        bases={"cifar_resnet20": "--batch-size 32"},
         images="--img-size 16 --train-images 640",
-        first="--epochs 8 --lr 0.05 --batch-size 32",
+        first="--epochs 8 --lr 0.05",
         learn=4,
         refine=4,
-        training="--batch-size 32",
+        training="",
         library=0.1,
         seeds=1,
     ),
     "short": Scale(
-        bases=("cifar_resnet20", "mobilenetv2_100 --reduction 16", "regnetx_002 --reduction 16"),
-        images="--img-size 16 --train-images 500",
-        first="--epochs 30 --lr 0.05 --batch-size 32",
+        bases={
+            "cifar_resnet20": "--lr 0.1 --amp",
+            "mobilenetv2_100 --reduction 8": "--lr 0.02",
+            "regnetx_002 --reduction 16": "--lr 0.05",
+        },
+        images="--img-size 16 --train-images 4000 --val-fraction 0.25 --batch-size 32",
+        first="--epochs 40",
         learn=10,
-        refine=20,
-        training="--batch-size 32 --lr 0.02 --views 30",
-        options="--search-stages --no-baselines",
+        refine=30,
+        training="--views 40",
+        options="--no-baselines",
         seeds=2,
     ),
     "full": Scale(
-        bases=("mobilenetv2_100 --reduction 8", "cifar_resnet56", "cifar_vgg16_bn"),
+        bases={"mobilenetv2_100 --reduction 8": "", "cifar_resnet56": "", "cifar_vgg16_bn": ""},
         images="--img-size 32",
         first="--epochs 300 --lr 0.1 --schedule step --weight-decay 2e-4 --batch-size 128 --amp",
         learn=60,
@@ -136,16 +143,16 @@ class Study:
     def compare(self, data: Dataset, base: str, seed: int) -> None:
         """The rows of one base on one dataset."""
         what = {"dataset": data.name, "base": base, "seed": seed}
-        images = [*self.scale.images.split(), *data.arguments, "--seed", str(seed)]
+        images = [*self.scale.images.split(), *data.arguments, *self.scale.bases[base].split(), "--seed", str(seed)]
         model, weights = self.start(what, images)
         rest = [*weights, *images, *self.scale.training.split()]
         own = [word for word in rest if word != "--pretrained"]  # the distill command takes a folder with its weights
-        self.row({**what, "budget": ""}, BASE, [*model, *own, "--no-teacher", "--epochs", str(self.epochs)])
-        for budget in BUDGETS:
-            arguments = ["--model", *model, *rest, "--budget", budget, *self.scale.options.split()]
+        for budget, options in BUDGETS.items():
+            arguments = ["--model", *model, *rest, "--budget", budget, *options, *self.scale.options.split()]
             self.row({**what, "budget": budget}, LEARNT, [*arguments, *self.split_epochs()])
             if self.scale.library is not None:
                 self.row({**what, "budget": budget}, LIBRARY, [*arguments, *self.whole_epochs()])
+        self.row({**what, "budget": ""}, BASE, [*model, *own, "--no-teacher", "--epochs", str(self.epochs)])
 
     def start(self, what: Row, images: Sequence[str]) -> tuple[list[str], list[str]]:
         """The base and its weights, as arguments. One that is trained here is its folder, which knows how its images
@@ -257,12 +264,13 @@ def header(study: Study, size: str, seconds: float) -> Iterator[str]:
         f"{seconds:,.0f} s of CPU.\n"
     )
     first = "comes from elsewhere" if study.weights else f"is trained from scratch by `{scale.first}`"
+    bases = ", ".join(f"`{base}`" + f" (`{own}`)" * bool(own) for base, own in scale.bases.items())
     yield (
-        f"Images: `{scale.images}`. The base ({', '.join(f'`{base}`' for base in scale.bases)}) {first}. Every other "
+        f"Images: `{scale.images}`. The base ({bases}) {first}. Every other "
         f"model trains for {study.epochs} epochs more (`{scale.training}`) from there, of which the learnt structure "
-        f"(`python -m nas_kd.structure … {scale.options}`) spends {scale.learn} on its widths; one from scratch draws "
-        "new weights. Means and standard deviations over the seeds (from 0), of costs the largest. Test "
-        "accuracy, looked at once per model.\n"
+        f"(`python -m nas_kd.structure … {scale.options}`, for the params with `--search-stages`) spends "
+        f"{scale.learn} on its widths; one from scratch draws new weights. Means and standard deviations over the "
+        "seeds (from 0), of costs the largest. Test accuracy, looked at once per model.\n"
     )
 
 
