@@ -78,9 +78,9 @@ SCALES = {
     ),
     "short": Scale(
         bases={"cifar_resnet20_cheap": CONVS},
-        images="--img-size 16 --train-images 2000 --val-fraction 0.5",
-        training="--epochs 100 --lr 0.1 --batch-size 32 --amp --views 100",
-        search="--trials 4 --proxy-epochs 1 --refine-epochs 100 --batch-size 32 --amp --lr 0.02 --views 100",
+        images="--img-size 16 --train-images 4000 --val-fraction 0.25",
+        training="--epochs 50 --lr 0.1 --batch-size 32 --amp --views 50",
+        search="--trials 4 --proxy-epochs 1 --refine-epochs 50 --batch-size 32 --amp --lr 0.1 --views 50",
         searched=("depthwise",),
         seeds=3,
         peers=3,

@@ -3,6 +3,7 @@
     python studies/versus.py smoke                                                          two minutes, digits
     python studies/versus.py resnet20 --dataset folder --data-dir cifar10 --initial-checkpoint FILE
     python studies/versus.py mobilenetv2 --dataset folder --data-dir cifar10 --teacher FOLDER
+    python studies/versus.py fashion --dataset torch/fashion_mnist --data-dir DIR --teacher FOLDER
 
 Each arm makes a network within the bound (versus_arms.py), which then learns from the same teacher's logits on the same
 augmented images:
@@ -102,8 +103,24 @@ PAIRS = {
         peers=(GROUP_NORM, SCALE, TAYLOR, FASTNAS, PLAIN, "timm tinynet_d/16", "timm mobilenetv2_050/16"),
         timed=("knapsack, small", GROUP_NORM),
         rates={OURS: (0.005,), PRUNED: (0.0075,), FRESH: (0.1,)},  # its validation images were seen by the teacher
-        seeds={"knapsack, small": 2, GROUP_NORM: 2},
+        seeds={"knapsack, small": 3, "search, small": 3, GROUP_NORM: 3},
         plain_seconds=60,
+    ),
+    "fashion": Pair(
+        title="ResNet-20 on Fashion-MNIST at 16×16",
+        study="--model cifar_resnet20 --img-size 16 --budget macs=30% --val-fraction 0.1 --views 1 --refine-epochs 1 "
+        "--proxy-epochs 1 --proxy-images 1600 --amp",
+        images=25_600,
+        totals=(40,),
+        ours={
+            "knapsack, small": Ours(space=SMALL, rounds=()),
+            "search, small": Ours(space=SMALL, rounds=(), trials=16),
+        },
+        peers=(GROUP_NORM, SCALE, TAYLOR, FASTNAS, PLAIN, "timm tinynet_e/16"),
+        timed=("knapsack, small", GROUP_NORM),
+        rates={OURS: (0.005, 0.02), PRUNED: (0.005, 0.02), FRESH: (0.1,)},
+        seeds={"knapsack, small": 3, "search, small": 3, GROUP_NORM: 3},
+        plain_seconds=40,
     ),
     "mobilenetv2": Pair(
         title="MobileNetV2 on CIFAR-10",
@@ -118,6 +135,7 @@ PAIRS = {
         peers=(GROUP_NORM, WHOLE, SCALE, TAYLOR, PLAIN, "timm tinynet_e/16", "timm efficientnet_b1_pruned/32"),
         timed=("knapsack, small", GROUP_NORM),
         rates={OURS: (0.005, 0.02), PRUNED: (0.005, 0.02), FRESH: (0.1,)},
+        seeds={"knapsack, small": 3, "search, small": 3, GROUP_NORM: 3},
         plain_seconds=40,
     ),
 }
