@@ -66,9 +66,9 @@ def add_library(add: Callable[..., object]) -> None:
     add(
         "--library-budget",
         type=number(0, float, 0.9),
-        default=0.25,
+        default=0.2,
         metavar="F",
-        help="share of the study's work that goes into the library of trained block choices; 0: none (0.25)",
+        help="share of the study's work that goes into the library of trained block choices; 0: none (0.2)",
     )
 
 
