@@ -131,7 +131,8 @@ def test_of_two_workers_one_is_killed_and_the_study_completes(shared: str, tmp_p
     assert "a worker died (SIGKILL)" in errors
     found = trials(shared)
     check_nothing_lost(found, 10)
-    (dead,) = [trial for trial in found if trial.state == TrialState.FAIL]
+    # of the killed worker: on a busy machine one that lives may be late with its sign of life, and lose its trial too
+    (dead,) = [t for t in found if t.state == TrialState.FAIL and t.user_attrs[WORKER].endswith(f":{killed}")]
     (retry,) = [trial for trial in found if trial.user_attrs.get("retry of") == dead.number]
     assert retry.user_attrs["digest"] == dead.user_attrs["digest"]
     assert retry.user_attrs["rung/1"] == dead.user_attrs["rung/1"]
