@@ -121,9 +121,9 @@ def shared(request: pytest.FixtureRequest, database: str) -> Iterator[str]:
 @needs_postgres
 def test_of_two_workers_one_is_killed_and_the_study_completes(shared: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    process = start(
-        "nas_kd.study", command(out, "--proxy-epochs", "8", "--trials", "10", "--jobs", "2", "--storage", shared)
-    )
+    # a grace that no living worker exceeds on a busy machine; the parent sees at once that its own worker died
+    more = ["--proxy-epochs", "8", "--trials", "10", "--jobs", "2", "--grace-period", "60"]
+    process = start("nas_kd.study", command(out, *more, "--storage", shared))
     killed = wait_for_worker(shared, process)
     os.kill(killed, signal.SIGKILL)
     errors = process.communicate(timeout=400)[1]
@@ -131,8 +131,7 @@ def test_of_two_workers_one_is_killed_and_the_study_completes(shared: str, tmp_p
     assert "a worker died (SIGKILL)" in errors
     found = trials(shared)
     check_nothing_lost(found, 10)
-    # of the killed worker: on a busy machine one that lives may be late with its sign of life, and lose its trial too
-    (dead,) = [t for t in found if t.state == TrialState.FAIL and t.user_attrs[WORKER].endswith(f":{killed}")]
+    (dead,) = [trial for trial in found if trial.state == TrialState.FAIL]
     (retry,) = [trial for trial in found if trial.user_attrs.get("retry of") == dead.number]
     assert retry.user_attrs["digest"] == dead.user_attrs["digest"]
     assert retry.user_attrs["rung/1"] == dead.user_attrs["rung/1"]

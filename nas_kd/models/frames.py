@@ -94,21 +94,21 @@ def find_frames(base: nn.Module, analysis: Analysis, images: Tensor) -> dict[str
 
 def with_skips(base: nn.Module, analysis: Analysis, frames: Mapping[str, Frame], images: Tensor) -> dict[str, Frame]:
     """The frames of `find_frames`, where those that are the whole network need not run from its first layer on."""
-    return {
-        name: _with_skips(base, analysis, frame, frames.values(), images) if frame.is_whole else frame
-        for name, frame in frames.items()
-    }
+    modules = [call.module for call in analysis.trace.calls]
+    last = {module: index for index, module in enumerate(modules)}
+    ends = {frame: max((last.get(path, -1) for path in frame.paths(base)), default=-1) for frame in frames.values()}
+    found = {}
+    for name, frame in frames.items():
+        begin = next((index for index, module in enumerate(modules) if module in frame.edited), 0)
+        earlier = disjoint(other for other, end in ends.items() if 0 <= end < begin) if frame.is_whole else []
+        found[name] = _checked(base, frame, sorted(earlier, key=ends.__getitem__), images) if earlier else frame
+    return found
 
 
 @torch.no_grad()
-def _with_skips(base: nn.Module, analysis: Analysis, frame: Frame, others: Iterable[Frame], images: Tensor) -> Frame:
-    """The frame with all skips that there are; without any when it would then write something else."""
-    order = {path: index for index, path in reversed(list(enumerate(call.module for call in analysis.trace.calls)))}
-    last = {call.module: index for index, call in enumerate(analysis.trace.calls)}
-    begin = min((order[path] for path in frame.edited if path in order), default=0)
-    ends = {other: max((last.get(path, -1) for path in other.paths(base)), default=-1) for other in others}
-    earlier = disjoint(other for other in ends if 0 <= ends[other] < begin)
-    candidate = replace(frame, skips=tuple(sorted(earlier, key=lambda other: ends[other])))
+def _checked(base: nn.Module, frame: Frame, earlier: Iterable[Frame], images: Tensor) -> Frame:
+    """The frame without the earlier ones that it may skip; as it is when it would then write something else."""
+    candidate = replace(frame, skips=tuple(earlier))
     with recording(base, {"": candidate}) as passages:
         base(images)
     passage = passages[""][0]
