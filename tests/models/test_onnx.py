@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -45,6 +46,51 @@ def test_students_of_all_kinds_give_the_same_outputs_for_any_number_of_images(tm
             assert torch.allclose(run_onnx(tmp_path / "model.onnx", images), student(images), atol=1e-4)
 
 
+class Counting(nn.Module):
+    """Its trace holds the number of images that it was made with."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        count = int(images.shape[0]) if torch.jit.is_tracing() else -1
+        return images.flatten(1).sum(1).reshape(count, 1)
+
+
+def exporters(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each export from now on is by the newer exporter."""
+    used, export = [], torch.onnx.export
+
+    def watched(*arguments: Any, dynamo: bool, **options: Any) -> Any:
+        used.append(dynamo)
+        return export(*arguments, dynamo=dynamo, **options)
+
+    monkeypatch.setattr(torch.onnx, "export", watched)
+    return used
+
+
+def test_the_quicker_exporter_writes_what_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    used = exporters(monkeypatch)
+    write_model(mixed_student(), SIZE, tmp_path / "model.onnx")
+    assert used == [False]
+    kinds = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
+    assert "Conv" in kinds
+    assert not kinds & {"Identity", "Constant", "BatchNormalization"}  # the graph is folded
+    used.clear()
+    write_model(Counting(), SIZE, tmp_path / "counting.onnx")
+    assert used == [False, True]
+    assert difference(Counting(), SIZE, tmp_path / "counting.onnx") == pytest.approx(0, abs=1e-4)
+
+
+def test_without_a_runtime_to_compare_the_newer_exporter_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxscript")
+    find, used = importlib.util.find_spec, exporters(monkeypatch)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find(name))
+    write_model(Counting(), SIZE, tmp_path / "model.onnx")
+    assert used == [True]
+
+
 def test_what_is_timed_is_written_without_onnxscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnx")
     student, find = mixed_student(), importlib.util.find_spec
@@ -56,6 +102,15 @@ def test_what_is_timed_is_written_without_onnxscript(tmp_path: Path, monkeypatch
 def test_a_missing_package_says_how_to_get_it() -> None:
     with pytest.raises(NasKdError, match=r"ONNX needs no_such_package: pip install 'nas-kd\[onnx\]'"):
         need("no_such_package")
+
+
+def test_a_file_that_refuses_other_images_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    student = mixed_student()
+    write_model(student, SIZE, tmp_path / "model.onnx")
+    with pytest.raises(ModelError, match="ONNX Runtime cannot run a network: "):
+        difference(student, (3, 16, 16), tmp_path / "model.onnx")
 
 
 def test_what_cannot_be_exported_is_named(tmp_path: Path) -> None:
