@@ -3,6 +3,7 @@ and what our search finds within the same params and MACs.
 
     python studies/paper_b.py --smoke                                                minutes, handwritten digits
     python studies/paper_b.py --short --dataset folder --data-dir DIR         under an hour of one core
+    python studies/paper_b.py --few --dataset folder --data-dir DIR            an hour of one core, five seeds
     python studies/paper_b.py --full --dataset torch/cifar10 --data-dir DIR           a GPU: the paper's own recipe
 
 "Compressing CNNs with cheap convolutions and online distillation" (arXiv 1909.13063). Every model is one command,
@@ -13,7 +14,8 @@ of a seed see the same number of images in their own training. `--table` prints 
 
 The short form is of the regime in which distillation matters, not of the paper's size: few images, seen so often that a
 network overfits them, and as many to validate on. It was chosen on validation images of another seed
-(docs/results/paper_b.md).
+(docs/results/paper_b.md). `--few` has an eighth of the images, so that seeds enough to tell a gain
+from chance can be had.
 """
 
 from __future__ import annotations
@@ -83,6 +85,15 @@ SCALES = {
         search="--trials 4 --proxy-epochs 1 --refine-epochs 50 --batch-size 32 --amp --lr 0.1 --views 50",
         searched=("depthwise",),
         seeds=3,
+        peers=3,
+    ),
+    "few": Scale(
+        bases={"cifar_resnet20_cheap": CONVS},
+        images="--img-size 16 --train-images 500",
+        training="--epochs 100 --lr 0.1 --batch-size 32 --amp --views 100",
+        search="",
+        searched=(),
+        seeds=5,
         peers=3,
     ),
     "full": Scale(
@@ -211,8 +222,12 @@ def header(study: Study, size: str) -> Iterator[str]:
     yield f"`python studies/paper_b.py --{size} …` on {names}, {datetime.date.today()}, {hardware()}.\n"
     yield (
         f"Each model: `python -m nas_kd.distill … {scale.training}`, online with {scale.peers} peers; images: "
-        f"`{scale.images}`. Search: `python -m nas_kd.study … {scale.search}`, within the params and MACs of the form "
-        "that it stands beside. Seeds from 0; means and standard deviations over them, of costs the largest; "
+        f"`{scale.images}`. "
+    )
+    if scale.searched:
+        yield f"Search: `python -m nas_kd.study … {scale.search}`, within the params and MACs of the form beside it. "
+    yield (
+        "Seeds from 0; means and standard deviations over them, of costs the largest; "
         '"over direct" compares the same seeds; "all peers" are the students of all online trainings, chosen or not. '
         "s: CPU seconds of one model without its teacher; online of all peers, "
         "a search with its trials and baselines.\n"

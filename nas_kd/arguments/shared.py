@@ -43,7 +43,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     add(
         "--val-fraction",
         type=number(0.01, float, 1),
-        default=0.2,
+        default=0.12,
         metavar="F",
         help="cut from train to select on (0.2)",
     )
@@ -66,9 +66,9 @@ def add_library(add: Callable[..., object]) -> None:
     add(
         "--library-budget",
         type=number(0, float, 0.9),
-        default=0.2,
+        default=0.12,
         metavar="F",
-        help="share of the study's work that goes into the library of trained block choices; 0: none (0.2)",
+        help="share of the study's work that goes into the library of trained block choices; 0: none (0.12)",
     )
 
 

@@ -106,12 +106,14 @@ class Shift2d(nn.Module):
             image = pad_same(image, [self.kernel_size] * 2, [self.stride] * 2, [self.dilation] * 2)
         else:
             image = F.pad(image, [int(self.padding)] * 4)
-        reach = self.dilation * (self.kernel_size - 1)
-        height, width = image.shape[-2] - reach, image.shape[-1] - reach
-        parts = []
+        reach, parts = self.dilation * (self.kernel_size - 1), []
         for tap, channels in enumerate(torch.split(image.index_select(1, self.order), self.shares, dim=1)):
-            top, left = (self.dilation * step for step in divmod(tap, self.kernel_size))
-            parts.append(channels[:, :, top : top + height : self.stride, left : left + width : self.stride])
+            # counted from the far side, so that a traced graph has constants and no arithmetic on shapes
+            rows, columns = (
+                slice(start, start - reach or None, self.stride)
+                for start in (self.dilation * step for step in divmod(tap, self.kernel_size))
+            )
+            parts.append(channels[:, :, rows, columns])
         shifted = torch.cat(parts, dim=1)
         if self.keep_order:
             shifted = shifted.index_select(1, self.order.argsort())

@@ -54,7 +54,7 @@ def write_model(network: nn.Module, input_size: Sequence[int], path: Path) -> No
     file; else by the newer one. Raises NasKdError when ONNX is not installed, ModelError when the network cannot be
     exported or the file's outputs differ from its own.
     """
-    need("onnx", "onnxscript")
+    need("onnx")
     network = copy.deepcopy(network).cpu().eval()
     images = torch.zeros(2, *input_size)
     names: dict[str, Any] = {"input_names": ["input"], "output_names": ["output"]}
@@ -71,21 +71,35 @@ def _write_by_tracing(network: nn.Module, images: Tensor, path: Path, **names: A
     trace can hold the number that it was made with."""
     if importlib.util.find_spec("onnxruntime") is None:
         return False
-    import onnx
-    from onnxscript import optimizer
-
     axes = {name: {0: "batch"} for key in names for name in names[key]}
     try:
         with _quiet():
             torch.onnx.export(
                 network, (images,), str(path), dynamo=False, opset_version=_OPSET, dynamic_axes=axes, **names
             )
-            onnx.save(optimizer.optimize(onnx.load(path)), path)
+        _simplify(path)
         apart = difference(network, images.shape[1:], path)
     except Exception as error:  # of any kind: the exporter runs the module's own code
         _logger.debug("the older exporter failed: %s", error)
         return False
     return apart is not None and apart <= _CLOSE
+
+
+def _simplify(path: Path) -> None:
+    """Folds what a file computes from constants, by ONNX Runtime's passes that stay within ONNX's own operators."""
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath, options.log_severity_level = str(path), 3
+    onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+    model = onnx.load(path)
+    used = {node.domain for node in model.graph.node}
+    kept = [opset for opset in model.opset_import if opset.domain in used]  # it declares its own, used or not
+    del model.opset_import[:]
+    model.opset_import.extend(kept)
+    onnx.save(model, path)
 
 
 def _export(module: nn.Module, arguments: tuple[Any, ...], path: Path, **options: Any) -> None:
