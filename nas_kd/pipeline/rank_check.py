@@ -101,6 +101,7 @@ def _ground(job: Job, settings: RankSettings, materials: Materials) -> Ground:
         portions=Portions(materials.refine_views, count, study.seed),
         # other work on the same cores must not change what a score costs beside a truth
         clock=time.process_time if job.device.type == "cpu" else time.monotonic,
+        proxy_lr=settings.proxy_lr,
         every_start=settings.starts == "all",
         truth_portions=max(1, round(settings.truth_images / count)),
         validation=validation_of(

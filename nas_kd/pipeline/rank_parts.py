@@ -38,8 +38,8 @@ _ZERO_COST_IMAGES = 64
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Ground:
     """What all trainings of a check share: the job and its materials, the images in portions (`RUNGS[-1]` of them are a
-    proxy, `truth_portions` a truth), the validation images of the proxies, and whether these begin from `every_start`
-    or as in a study alone."""
+    proxy, `truth_portions` a truth), the validation images of the proxies, their peak learning rate where it is not the
+    study's, and whether they begin from `every_start` or as in a study alone."""
 
     job: Job
     materials: Materials
@@ -47,6 +47,7 @@ class Ground:
     portions: Portions
     truth_portions: int
     validation: Validation
+    proxy_lr: float | None = None
     every_start: bool = True
     clock: Callable[[], float] = time.monotonic
 
@@ -65,6 +66,13 @@ class Ground:
         """How a student is trained from this start: gently where it inherits."""
         recipe = recipe_of(self.job.settings, portions)
         return dataclasses.replace(recipe, lr=TEACHER_LR) if start == FRESH else recipe
+
+    def proxy_recipe(self, start: str) -> Recipe:
+        """How a proxy is trained from this start."""
+        recipe = self.recipe(start, RUNGS[-1])
+        if start == FRESH or self.proxy_lr is None:
+            return recipe
+        return dataclasses.replace(recipe, lr=self.proxy_lr)
 
     def student(self, genotype: Genotype, start: str) -> nn.Module:
         """The student on its device, its batch norms recalibrated where it inherits."""
@@ -98,7 +106,7 @@ def parts_of(ground: Ground) -> tuple[Part, ...]:
     parts = [Part(name="zero-cost", key=_digest(shared), measure=functools.partial(_zero_cost, ground))]
     for start in ground.starts:
         about = (
-            f"{start} {ground.recipe(start, RUNGS[-1])} {len(ground.validation.images)} {_library_key(ground, start)}"
+            f"{start} {ground.proxy_recipe(start)} {len(ground.validation.images)} {_library_key(ground, start)}"
             f" {LOOK_CALIBRATION}"
         )
         measure = functools.partial(_proxy, ground, start)
@@ -154,7 +162,7 @@ def _proxy(ground: Ground, start: str, genotype: Genotype) -> Record:
     student = ground.student(genotype, start)
     if start != FRESH:
         watch(student)
-    recipe = dataclasses.replace(ground.recipe(start, RUNGS[-1]), eval_epochs=RUNGS)
+    recipe = dataclasses.replace(ground.proxy_recipe(start), eval_epochs=RUNGS)
     try:
         result = fit(student_task(student, recipe, watch), ground.portions, recipe)
     except TrainingError as error:
