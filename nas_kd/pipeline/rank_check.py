@@ -28,7 +28,7 @@ from nas_kd.results.rank_page import render_check
 from nas_kd.results.rank_rows import FILE, GroupRows, RankCheck, ScoreRow
 from nas_kd.search.additive import total
 from nas_kd.search.band import draw_in_band, near_optimum
-from nas_kd.search.ranking import agreement, allowing_for_size, tau_difference
+from nas_kd.search.ranking import agreement, allowing_for_damage, allowing_for_size, tau_difference
 from nas_kd.search.space import Space
 from nas_kd.search.starts import prior_damages
 from nas_kd.training.portions import Portions
@@ -36,6 +36,8 @@ from nas_kd.training.validation import validation_of
 
 SCORE = "accuracy"  # what a study ranks by
 SIZED = ", size allowed for"
+DAMAGED = ", damage allowed for"
+_DAMAGE = "damage (nMSE)"
 _LEAST_ERROR = 1e-4  # of an accuracy that cannot be told from 1
 _LEAST = 3  # genotypes of a group that an order can be spoken of
 # scores of which less is better
@@ -184,12 +186,13 @@ def _scores(ground: Ground, entry: _Entry) -> Iterator[Found]:
     for start in ground.starts:
         before = 0.0
         for rung in entry.records[start].get("rungs", ()):
-            yield from _rung_scores(start, rung, before, cost)
+            yield from _rung_scores(start, rung, before, cost, entry.damages.get(_DAMAGE))
             before = rung["loss"]
 
 
-def _rung_scores(start: str, rung: Record, before: float, cost: Cost) -> Iterator[Found]:
-    """The scores of a genotype at a rung; `before` is the sum of the losses at the rung below."""
+def _rung_scores(start: str, rung: Record, before: float, cost: Cost, damage: float | None) -> Iterator[Found]:
+    """The scores of a genotype at a rung; `before` is the sum of the losses at the rung below, `damage` the library's
+    for the whole genotype."""
     steps, training = rung["steps"], rung["train_seconds"]
     if steps:
         yield ("sum of training losses", start, steps), rung["loss"], training
@@ -200,6 +203,8 @@ def _rung_scores(start: str, rung: Record, before: float, cost: Cost) -> Iterato
     error = max(1 - rung["accuracy"], _LEAST_ERROR)
     yield (f"error{SIZED}", start, steps), allowing_for_size(error, cost.params), looked
     yield (f"distillation loss{SIZED}", start, steps), allowing_for_size(rung["distillation"], cost.params), looked
+    if damage is not None:
+        yield (f"error{DAMAGED}", start, steps), allowing_for_damage(error, damage), looked
     yield ("cross-entropy", start, steps), rung["cross_entropy"], looked
 
 

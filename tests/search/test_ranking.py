@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
-from nas_kd.search.ranking import agreement, allowing_for_size, kendall_tau, tau_difference, tau_interval, top_regret
+from nas_kd.search.ranking import (
+    agreement,
+    allowing_for_damage,
+    allowing_for_size,
+    kendall_tau,
+    tau_difference,
+    tau_interval,
+    top_regret,
+)
 
 TRUTH = [0.80, 0.82, 0.84, 0.86, 0.88]
 
@@ -108,3 +116,10 @@ def test_a_small_student_must_be_ahead_by_a_power_of_its_size() -> None:
     for loss in (3.0, 0.01):
         assert allowing_for_size(loss * 2**0.15, 40_000) == pytest.approx(allowing_for_size(loss, 20_000))
         assert allowing_for_size(loss * 1.12, 40_000) > allowing_for_size(loss, 20_000)
+
+
+def test_of_two_equal_errors_the_less_damaged_comes_first() -> None:
+    assert allowing_for_damage(0.3, 0.1) < allowing_for_damage(0.3, 0.2)
+    # 32 times the damage is as bad as twice the error
+    assert allowing_for_damage(0.3, 3.2) == pytest.approx(allowing_for_damage(0.6, 0.1))
+    assert allowing_for_damage(0.3, -1e-9) == 0  # a sum of squares that rounding made negative
