@@ -43,7 +43,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     add(
         "--val-fraction",
         type=number(0.01, float, 1),
-        default=0.12,
+        default=0.2,
         metavar="F",
         help="cut from train to select on (0.2)",
     )
