@@ -108,11 +108,9 @@ class Shift2d(nn.Module):
             image = F.pad(image, [int(self.padding)] * 4)
         reach, parts = self.dilation * (self.kernel_size - 1), []
         for tap, channels in enumerate(torch.split(image.index_select(1, self.order), self.shares, dim=1)):
+            starts = [self.dilation * step for step in divmod(tap, self.kernel_size)]
             # counted from the far side, so that a traced graph has constants and no arithmetic on shapes
-            rows, columns = (
-                slice(start, start - reach or None, self.stride)
-                for start in (self.dilation * step for step in divmod(tap, self.kernel_size))
-            )
+            rows, columns = (slice(start, start - reach or None, self.stride) for start in starts)
             parts.append(channels[:, :, rows, columns])
         shifted = torch.cat(parts, dim=1)
         if self.keep_order:
