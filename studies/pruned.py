@@ -1,7 +1,7 @@
-"""torch-pruning, given its best: a network pruned down to a bound on its MACs, for studies/pruning.py.
+"""torch-pruning, given its best: a network pruned down to a budget, for studies/pruning.py and studies/versus.py.
 
 Iteratively, as in torch-pruning's own examples: `STEPS` rounds that each remove a little everywhere, importances
-computed anew in every round. Close to the bound groups go one by one, so that what is left lies just within it.
+computed anew in every round. Close to the budget groups go one by one, so that what is left lies just within it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch_pruning
 from torch import Tensor, nn
 from torch_pruning.pruner import importance as importances
 
+from nas_kd.budget import Budget
 from nas_kd.models.cifar import _PadShortcut
 from nas_kd.models.verify import measure
 from nas_kd.training.images import Images, normalise
@@ -91,8 +92,8 @@ class PickPruner(torch_pruning.BasePruningFunc):
         return layer.inputs
 
 
-def prune(base: nn.Module, method: Method, macs: float, images: Images) -> nn.Module | None:
-    """A pruned copy of `base` within `macs`, in training form; None when the method cannot get there.
+def prune(base: nn.Module, method: Method, budget: Budget, images: Images) -> nn.Module | None:
+    """A pruned copy of `base` within the budget, in training form; None when the method cannot get there.
 
     `images` (N×C×H×W) give the size and, for Taylor importances, the gradients.
     """
@@ -104,12 +105,12 @@ def prune(base: nn.Module, method: Method, macs: float, images: Images) -> nn.Mo
     for _ in range(STEPS):
         if method.importance == "taylor":
             _accumulate_gradients(network, images)
-        closely = measure(network, size).macs < 1.25 * macs
+        closely = budget.scaled(1.25).admits(measure(network, size))
         for group in pruner.step(interactive=True):
             group.prune()
-            if closely and measure(network, size).macs <= macs:
+            if closely and budget.admits(measure(network, size)):
                 break
-        if measure(network, size).macs <= macs:
+        if budget.admits(measure(network, size)):
             network.zero_grad()
             return network
     return None

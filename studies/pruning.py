@@ -39,7 +39,7 @@ from pruned import METHODS, prune
 from torch import nn
 
 from nas_kd import Genotype, Space
-from nas_kd.budget import parse_budget
+from nas_kd.budget import Budget, parse_budget
 from nas_kd.models.student import build_student
 from nas_kd.models.verify import measure
 from nas_kd.search.options import parse_options
@@ -188,7 +188,8 @@ class Study:
     def _student(self, key: Key, calibration: Images) -> nn.Module | None:
         """The network that a run begins with; None when torch-pruning cannot get to the budget."""
         if key.arm in PRUNED:
-            student = prune(self.base, PRUNED[key.arm], key.budget / 100 * self.macs, calibration)
+            budget = Budget((("macs", key.budget / 100 * self.macs),))
+            student = prune(self.base, PRUNED[key.arm], budget, calibration)
         else:
             space, genotype = self._solution(key)
             if key.arm in (SCRATCH, NO_TEACHER):

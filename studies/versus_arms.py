@@ -69,7 +69,7 @@ class Made:
 
 
 class Bench:
-    """A base with its teacher, images and logits, the bound on its MACs, and what was made of it already.
+    """A base with its teacher, images and logits, its budget of one bound, and what was made of it already.
 
     `study` are arguments of `python -m nas_kd.study`; `plain_seconds` of CPU time are given to the plain search."""
 
@@ -85,11 +85,6 @@ class Bench:
     @property
     def amp(self) -> bool:
         return self.job.settings.amp
-
-    @property
-    def macs(self) -> int:
-        """The bound."""
-        return self.job.budget["macs"]
 
     @property
     def views(self) -> Views:
@@ -119,7 +114,7 @@ class Bench:
         path = self.out / "made" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
         if key not in self.records or not path.exists():
             made = self._make(arm, seed)
-            assert self.cost(made.network).macs <= self.macs, f"{arm} is over its budget"
+            assert self.job.budget.admits(self.cost(made.network)), f"{arm} is over its budget"
             path.parent.mkdir(exist_ok=True)
             torch.save(made.network, path)
             facts = {field.name: getattr(made, field.name) for field in dataclasses.fields(Made)}
@@ -144,15 +139,16 @@ class Bench:
 
     def _pruned(self, arm: str, calibration: Images) -> nn.Module | None:
         if arm in TORCH_PRUNING:
-            return prune(self.base, TORCH_PRUNING[arm], self.macs, calibration)
+            return prune(self.base, TORCH_PRUNING[arm], self.job.budget, calibration)
         few = self.materials.splits.val[:SCORED]
-        return peers.fastnas(self.base, self.macs, calibration, lambda network: evaluate(network, few, batch_size=250))
+        macs = self.job.budget["macs"]
+        return peers.fastnas(self.base, macs, calibration, lambda network: evaluate(network, few, batch_size=250))
 
     def _plain(self, seed: int) -> Made:
         started = time.process_time()
         images = min(plain_optuna.TRIAL_IMAGES, len(self.views))
         training = plain_optuna.Training(images, 0.1, seed, self.amp)
-        found = plain_optuna.Search(self.macs, self.plain_seconds, training).run(self.plain_data())
+        found = plain_optuna.Search(self.job.budget["macs"], self.plain_seconds, training).run(self.plain_data())
         other, size = time.process_time() - started, self.job.space.input_size
         network = plain_optuna.build(found, size, self.materials.splits.num_classes, seed)
         words = f"{found.trials} trials: {found.params}, width {found.width}"

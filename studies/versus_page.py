@@ -97,7 +97,7 @@ def pair_lines(pair: Row) -> Iterator[str]:
     yield f"\n## {pair['title']}\n\n`{pair['command']}`: `{pair['study']}`\n"
     yield (
         f"The base, which is the teacher: {100 * teacher['test']:.2f} % test accuracy, {teacher['macs'] / 1e6:.2f} M "
-        f"MACs, {teacher['params']:,} params. The bound: {pair['bound'] / 1e6:.2f} M MACs."
+        f"MACs, {teacher['params']:,} params. The bound: {bound_of(pair)}."
     )
     for seconds in sorted({row["total"] for row in pair["rows"]}):
         rows = [row for row in pair["rows"] if row["total"] == seconds]
@@ -107,6 +107,15 @@ def pair_lines(pair: Row) -> Iterator[str]:
             yield f"\n### After {rows[0]['images']:,} images of distillation\n"
         yield from table(rows)
     yield from tried(pair)
+
+
+def bound_of(pair: Row) -> str:
+    """In words; rows of before bound MACs."""
+    return f"{pair['bound']:,.0f} params" if bounded(pair) == "params" else f"{pair['bound'] / 1e6:.2f} M MACs"
+
+
+def bounded(pair: Row) -> str:
+    return str(pair.get("bounded", "macs"))
 
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
@@ -158,11 +167,12 @@ def draw(pairs: Sequence[Row], path: Path) -> None:
                 _, marker, colour = style(row["arm"])
                 fill = "none" if row["total"] else colour
                 axes.plot(row[name] / unit, 100 * row["test"], marker, color=colour, markerfacecolor=fill)
+            if name == bounded(pair):
+                axes.axvline(pair["bound"] / unit, color="#57606a", linestyle=":", linewidth=1.2)
             if name != "macs":
                 spread_out(axes)
             axes.set_xlabel(label)
             axes.grid(alpha=0.3)
-        row_of_axes[0].axvline(pair["bound"] / 1e6, color="#57606a", linestyle=":", linewidth=1.2)
         row_of_axes[0].set_ylabel("test accuracy in %")
         row_of_axes[0].set_title(pair["title"], loc="left", fontsize=10)
     handles = [plt.Line2D([], [], linestyle="", marker=marker, color=colour) for _, marker, colour in STYLES]
