@@ -9,7 +9,8 @@ weights get their batch norms recalibrated first. Phases, each going on from wha
 - `lr`: each arm, and the best method, at several learning rates, seed 0, 30 %, 25,600 images; the best rate stays
 - `short`: 25,600 images, three budgets, three seeds
 - `untrained`: no training at all, 70 % of the MACs; all methods
-- `long`: ten times the images, 30 %, and of torch-pruning's methods the best
+- `long`: ten times the images, 30 %, and of torch-pruning's methods the best; each arm at its rate, and at that of
+  torch-pruning, which has the larger one
 
 What goes on is decided on the validation split. A run is tested at its end and only the table shows it. `--smoke` takes
 a minute. The table (docs/results/pruning.md) is written from all lines after every run.
@@ -269,12 +270,15 @@ class Study:
                 yield from (Key(arm, SCREENED, self.short, 0, lr) for lr in RATES.get(arm, INHERITED))
             yield from (Key(arm, SCREENED, self.short, 0, self.lr(arm)) for arm in rest if arm in arms)
             return
-        count = 1 if phase == "long" else None
-        final = [*others, *(arm for arm in self.kept(self.short)[:count] if arm in arms)]
-        budgets = self.arguments.budgets if phase == "short" else (SCREENED,)
-        images = self.short if phase == "short" else self.long
-        for budget, seed in itertools.product(budgets, seeds):
-            yield from (Key(arm, budget, images, seed, self.lr(arm)) for arm in final)
+        kept = self.kept(self.short)
+        if phase == "long":
+            final, common = [*others, *(arm for arm in kept[:1] if arm in arms)], self.lr(kept[0])
+            for seed, arm in itertools.product(seeds, final):
+                yield from (Key(arm, SCREENED, self.long, seed, lr) for lr in dict.fromkeys((common, self.lr(arm))))
+            return
+        final = [*others, *(arm for arm in kept if arm in arms)]
+        for budget, seed in itertools.product(self.arguments.budgets, seeds):
+            yield from (Key(arm, budget, self.short, seed, self.lr(arm)) for arm in final)
 
 
 def read(path: Path) -> Iterator[Run]:
