@@ -28,6 +28,7 @@ from torch import nn
 from nas_kd.models.onnx import difference, write_model
 
 MODELS = ("resnet18", "mobilenetv2_100", "mobilenetv3_small_100", "efficientnet_b0", "regnetx_002", "densenet121")
+COLUMNS = ("model", "older s", "newer s", "newer / older", "operators", "newer's", "outputs apart", "newer's")
 Writer = Callable[[nn.Module, Sequence[int], Path], None]
 
 
@@ -56,8 +57,8 @@ def measured(write: Writer, network: nn.Module, size: Sequence[int]) -> tuple[fl
 
 
 def table(models: Sequence[str], side: int) -> Iterator[str]:
-    yield "| model | older s | newer s | newer / older | older operators | newer operators | older apart | newer apart |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield f"| {' | '.join(COLUMNS)} |"
+    yield f"|{'---|' * len(COLUMNS)}"
     size = (3, side, side)
     for write in (write_model, write_newer):
         measured(write, timm.create_model("resnet10t").eval(), size)

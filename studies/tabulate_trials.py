@@ -28,7 +28,7 @@ from optuna.storages import InMemoryStorage
 from torch import nn
 
 from nas_kd.arguments.study import parse_study
-from nas_kd.pipeline.job import Job, prepare, recipe_of
+from nas_kd.pipeline.job import Job, prepare, proxy_recipe_of
 from nas_kd.pipeline.materials import Materials, gather
 from nas_kd.pipeline.records import Record, Records
 from nas_kd.progress import Stages, console_for
@@ -63,7 +63,7 @@ def name_of(row: NDArray[np.int64]) -> str:
 
 def train_one(job: Job, materials: Materials, row: NDArray[np.int64]) -> Record:
     """What a trial of this genotype scores at each of its rungs."""
-    recipe = recipe_of(job.settings, job.settings.proxy_epochs)
+    recipe = proxy_recipe_of(job.settings)
     recipe = dataclasses.replace(recipe, eval_epochs=rung_epochs(recipe.epochs))
     proxy = Proxy(views=materials.proxy_views, val=materials.splits.val, recipe=recipe)
     started = time.process_time()
