@@ -5,6 +5,7 @@
     python studies/versus.py resnet20_params … the same, at equal params
     python studies/versus.py mobilenetv2 --dataset folder --data-dir cifar10 --teacher FOLDER
     python studies/versus.py fashion --dataset torch/fashion_mnist --data-dir DIR --teacher FOLDER
+    python studies/versus.py fashion_tight … the same, at a third of the MACs
 
 Each arm makes a network within the bound (versus_arms.py), which then learns from the same teacher's logits on the same
 augmented images:
@@ -136,6 +137,22 @@ PAIRS = {
         timed=("knapsack, small", GROUP_NORM),
         rates={OURS: (0.005, 0.02), PRUNED: (0.005, 0.02), FRESH: (0.1,)},
         seeds={"knapsack, small": 3, "search, small": 3, GROUP_NORM: 3},
+        plain_seconds=40,
+    ),
+    "fashion_tight": Pair(
+        title="ResNet-20 on Fashion-MNIST at 16×16, a tenth of the MACs",
+        study="--model cifar_resnet20 --img-size 16 --budget macs=10% --val-fraction 0.1 --views 1 --refine-epochs 1 "
+        "--proxy-epochs 1 --proxy-images 1600 --amp",
+        images=25_600,
+        totals=(40,),
+        ours={
+            "knapsack, small": Ours(space=SMALL, rounds=()),
+            "search, small": Ours(space=SMALL, rounds=(), trials=16),
+        },
+        peers=(GROUP_NORM, WHOLE, SCALE, TAYLOR, FASTNAS, PLAIN),
+        timed=("knapsack, small", "search, small", GROUP_NORM, TAYLOR),
+        rates={OURS: (0.005, 0.02), PRUNED: (0.005, 0.02), FRESH: (0.1,)},
+        seeds={"knapsack, small": 3, "search, small": 3, GROUP_NORM: 3, TAYLOR: 3},
         plain_seconds=40,
     ),
     "mobilenetv2": Pair(
