@@ -136,6 +136,10 @@ def test_more_genotypes_and_other_proxies_keep_what_is_known(finished: tuple[Pat
     before = records(out)
     assert main([*BASE, *SMALL, "--val-images", "10", "--out", str(out), "-q"]) == 0
     assert Counter(key.split("/")[0] for key in (records(out) - before)) == dict.fromkeys(parts(out)[1:-1], 3)
+    before = records(out)
+    assert main([*BASE, *SMALL, "--val-images", "10", "--proxy-images", "16", "--out", str(out), "-q"]) == 0
+    assert Counter(key.split("/")[0] for key in (records(out) - before)) == dict.fromkeys(parts(out)[1:-1], 3)
+    assert main([*BASE, *SMALL, "--val-images", "10", "--out", str(out), "-q"]) == 0
     before, slower = records(out), result(out).groups[0]
     assert main([*BASE, *SMALL, "--val-images", "10", "--proxy-lr", "0.05", "--out", str(out), "-q"]) == 0
     inheriting = parts(out)[2:-1]  # from fresh weights the rate is that of a teacher

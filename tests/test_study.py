@@ -182,6 +182,7 @@ class TestResume:
         ("change", "words"),
         [
             (["--proxy-epochs", "2"], "was begun with proxy"),
+            (["--proxy-lr", "0.01"], "was begun with proxy"),
             (["--space", "width"], "was begun with space"),
             (["--pin", "layer1.*:conv=standard"], "was begun with pin"),
             (["--teacher-epochs", "2"], "was begun with teacher"),

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from nas_kd.arguments.parsing import Parser, number
-from nas_kd.arguments.shared import add_base, add_choices, add_data, add_library, add_recipe, add_report
+from nas_kd.arguments.shared import add_base, add_choices, add_data, add_library, add_proxy_rate, add_recipe, add_report
 from nas_kd.arguments.study import Settings, settings_from, study_parser
 from nas_kd.errors import NasKdError
 
@@ -16,9 +15,8 @@ from nas_kd.errors import NasKdError
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankSettings:
     """The arguments of `python -m nas_kd.rank_check`: those of the `study` that it speaks of, and its own. A truth sees
-    `truth_images`, a proxy `proxy_images` at a peak learning rate of `proxy_lr`, None for the study's; a score looks at
-    `val_images` of the validation images. Proxies begin with all the weights that they can, or, of `starts` "study",
-    with those of a study alone."""
+    `truth_images`, a proxy `proxy_images`; a score looks at `val_images` of the validation images. Proxies begin with
+    all the weights that they can, or, of `starts` "study", with those of a study alone."""
 
     study: Settings
     genotypes: int
@@ -26,7 +24,6 @@ class RankSettings:
     near: int
     truth_images: int
     proxy_images: int
-    proxy_lr: float | None
     val_images: int
     starts: str
 
@@ -52,9 +49,8 @@ def rank_parser(prog: str = "python -m nas_kd.rank_check") -> argparse.ArgumentP
     add_library(add)
     add = parser.add_argument_group("training").add_argument
     add("--truth-images", type=number(2), default=102_400, metavar="N", help="images that a truth sees (102400)")
-    add("--proxy-images", type=number(8), default=6400, metavar="N", help="images that a short training sees (6400)")
-    rate = number(1e-9, float, math.inf)
-    add("--proxy-lr", type=rate, metavar="F", help="peak learning rate of inherited short trainings (--lr)")
+    add("--proxy-images", type=number(8), default=4000, metavar="N", help="images that a short training sees (4000)")
+    add_proxy_rate(add)
     add(
         "--starts",
         choices=("all", "study"),

@@ -90,6 +90,12 @@ def add_recipe(add: Callable[..., object]) -> None:
     add("--seed", type=number(0, int, 2**32), default=0, metavar="N", help="decides everything that is random (0)")
 
 
+def add_proxy_rate(add: Callable[..., object]) -> None:
+    """How fast the short trainings are that a search ranks students by."""
+    rate = number(1e-9, float, math.inf)
+    add("--proxy-lr", type=rate, metavar="F", help="peak learning rate of a trial (0.4 of --lr)")
+
+
 def add_report(add: Callable[..., object]) -> None:
     """The arguments that say where results go and what is printed."""
     add("--out", metavar="DIR", help="output folder (results/STUDY); the same command again resumes")

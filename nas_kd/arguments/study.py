@@ -17,6 +17,7 @@ from nas_kd.arguments.shared import (
     add_data,
     add_library,
     add_onnx,
+    add_proxy_rate,
     add_recipe,
     add_report,
     add_workers,
@@ -86,6 +87,7 @@ class Settings:
     start_from: tuple[str, ...] = ()
     command: str = ""
     maximize: str | None = None
+    proxy_lr: float | None = None
     pruner: str = "front"
 
     @property
@@ -179,6 +181,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("training").add_argument
     add("--proxy-epochs", type=number(1), default=4, metavar="N", help="epochs of a trial, at most (4)")
     add("--proxy-images", type=number(2), default=10_000, metavar="N", help="training images of a trial (10000)")
+    add_proxy_rate(add)
     add("--refine-epochs", type=number(1), metavar="N", help="epochs of the front's models (by the data's size)")
     add(
         "--distill",

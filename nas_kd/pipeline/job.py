@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -40,6 +41,7 @@ DIGITS_SIZE = 16  # at the base's own stride: measured, docs/decisions.md
 TEACHER, REFINE = (60_000, 20), (60_000, 15)
 _GPU = 10
 TEACHER_LR = 0.03
+_PROXY_RATE = 0.4  # of the refinement's: gentler short trainings rank better, docs/results/rank_check.md
 _logger = logging.getLogger(__name__)
 
 
@@ -216,7 +218,7 @@ def choices_made(settings: Settings, budget: Budget) -> dict[str, Any]:
         "objectives": list(objectives(budget, settings.maximize)),
         **latency_facts(settings, budget),
         **space_of(settings),
-        "proxy": repr(recipe_of(settings, settings.proxy_epochs)),
+        "proxy": repr(proxy_recipe_of(settings)),
         "score": f"accuracy after batch norms see {LOOK_CALIBRATION} images",
         "version": __version__,
     }
@@ -231,6 +233,13 @@ def space_of(settings: Settings) -> dict[str, Any]:
 def recipe_of(settings: Settings, epochs: int) -> Recipe:
     """How students are trained for so many epochs."""
     return Recipe(epochs=epochs, batch_size=settings.batch_size, lr=settings.lr, amp=settings.amp, seed=settings.seed)
+
+
+def proxy_recipe_of(settings: Settings) -> Recipe:
+    """How the short trainings are done that a search ranks students by."""
+    return dataclasses.replace(
+        recipe_of(settings, settings.proxy_epochs), lr=settings.proxy_lr or _PROXY_RATE * settings.lr
+    )
 
 
 def epochs_of(given: int | None, default: tuple[int, int], splits: Splits, device: torch.device) -> int:

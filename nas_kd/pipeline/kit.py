@@ -19,7 +19,7 @@ from torch import nn
 from nas_kd import __version__
 from nas_kd.arguments.study import Settings
 from nas_kd.errors import ArtifactError, CheckpointError, StudyError
-from nas_kd.pipeline.job import Job, choices_made, in_chans_of, make_base, make_space, recipe_of
+from nas_kd.pipeline.job import Job, choices_made, in_chans_of, make_base, make_space, proxy_recipe_of
 from nas_kd.pipeline.materials import Materials
 from nas_kd.search.artifacts import Store, open_store, pack, unpack
 from nas_kd.search.space import Space
@@ -175,7 +175,7 @@ def equip(kit: Kit, cache: Path, device: torch.device) -> tuple[Space[nn.Module]
     proxy = Proxy(
         views=_proxy_views(kit, settings, cache, images, base),
         val=images["val"],
-        recipe=recipe_of(settings, settings.proxy_epochs),
+        recipe=proxy_recipe_of(settings),
         device=str(device),
         checkpoints=checkpoints(kit, cache),
     )
@@ -184,7 +184,7 @@ def equip(kit: Kit, cache: Path, device: torch.device) -> tuple[Space[nn.Module]
 
 def checkpoints(kit: Kit, cache: Path) -> Path:
     """Where trials of this study keep their state: those of other teachers, images or recipes keep theirs elsewhere."""
-    recipe = recipe_of(settings_of(kit), kit.settings["proxy_epochs"])
+    recipe = proxy_recipe_of(settings_of(kit))
     facts = json.dumps([kit.weights, kit.images, kit.views, kit.library, kit.proxy_images, repr(recipe)])
     return cache / f"trials-{hashlib.sha256(facts.encode()).hexdigest()[:8]}"
 

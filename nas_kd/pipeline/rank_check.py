@@ -19,7 +19,7 @@ from nas_kd.errors import TrainingError
 from nas_kd.genotype import Genotype
 from nas_kd.pipeline.job import Job, prepare, recipe_of, space_of
 from nas_kd.pipeline.materials import Materials, gather
-from nas_kd.pipeline.rank_parts import FRESH, RUNGS, Ground, Part, parts_of
+from nas_kd.pipeline.rank_parts import FRESH, RUNGS, Ground, Part, parts_of, truth_portions
 from nas_kd.pipeline.records import Record, Records
 from nas_kd.pipeline.summary import environment_of
 from nas_kd.progress import Stages
@@ -94,18 +94,18 @@ def check(settings: RankSettings, stages: Stages) -> tuple[RankCheck, Job]:
 def _ground(job: Job, settings: RankSettings, materials: Materials) -> Ground:
     space: Space[nn.Module] = copy.copy(job.space)
     space.budget = job.budget.scaled(1 + settings.band)  # half of the band is over the budget, and nothing is exported
-    count = settings.proxy_images // RUNGS[-1]
     study = job.settings
+    truth_count, truth_number = truth_portions(settings.truth_images, study.batch_size)
     return Ground(
         job=job,
         materials=materials,
         space=space,
-        portions=Portions(materials.refine_views, count, study.seed),
+        portions=Portions(materials.refine_views, settings.proxy_images // RUNGS[-1], study.seed),
+        truth=Portions(materials.refine_views, truth_count, study.seed),
+        truth_portions=truth_number,
         # other work on the same cores must not change what a score costs beside a truth
         clock=time.process_time if job.device.type == "cpu" else time.monotonic,
-        proxy_lr=settings.proxy_lr,
         every_start=settings.starts == "all",
-        truth_portions=max(1, round(settings.truth_images / count)),
         validation=validation_of(
             materials.splits.val,
             materials.teacher.network,
@@ -210,7 +210,9 @@ def _rung_scores(start: str, rung: Record, before: float, cost: Cost, damage: fl
 
 def _conclude(settings: RankSettings, ground: Ground, groups: Mapping[str, Sequence[_Entry]]) -> RankCheck:
     job = ground.job
-    portion_steps = math.ceil(ground.portions.count / settings.study.batch_size)
+    truth_steps, portion_steps = (
+        math.ceil(portions.count / settings.study.batch_size) for portions in (ground.truth, ground.portions)
+    )
     library = ground.library
     return RankCheck(
         model=settings.study.model,
@@ -221,8 +223,8 @@ def _conclude(settings: RankSettings, ground: Ground, groups: Mapping[str, Seque
         band=settings.band,
         seed=settings.study.seed,
         command=settings.study.command,
-        truth_steps=portion_steps * ground.truth_portions,
-        truth_images=ground.portions.count * ground.truth_portions,
+        truth_steps=truth_steps * ground.truth_portions,
+        truth_images=ground.truth.count * ground.truth_portions,
         library_seconds=None if library is None else library.seconds,
         default=(SCORE, ground.starts[-1], portion_steps * RUNGS[-1]),
         groups=tuple(_group(name, ground, entries) for name, entries in groups.items()),

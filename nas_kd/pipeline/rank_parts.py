@@ -16,7 +16,7 @@ from torch import nn
 
 from nas_kd.errors import TrainingError
 from nas_kd.genotype import Genotype
-from nas_kd.pipeline.job import TEACHER_LR, Job, recipe_of
+from nas_kd.pipeline.job import TEACHER_LR, Job, proxy_recipe_of, recipe_of
 from nas_kd.pipeline.materials import Materials
 from nas_kd.pipeline.models import fresh_student
 from nas_kd.pipeline.records import Record
@@ -31,6 +31,7 @@ from nas_kd.training.zero_cost import ZERO_COST
 
 FRESH, CLOSED_FORM, LIBRARY = "fresh weights", "closed form", "library"
 RUNGS = (1, 2, 4)  # portions of a proxy after which it is looked at; the last is its end
+_TRUTH_STEPS = 25  # of a portion of a truth, about
 _VERSION = 1  # of what the records hold
 _ZERO_COST_IMAGES = 64
 
@@ -38,16 +39,16 @@ _ZERO_COST_IMAGES = 64
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Ground:
     """What all trainings of a check share: the job and its materials, the images in portions (`RUNGS[-1]` of them are a
-    proxy, `truth_portions` a truth), the validation images of the proxies, their peak learning rate where it is not the
-    study's, and whether they begin from `every_start` or as in a study alone."""
+    proxy) and in those of a truth (`truth_portions` of them), the validation images of the proxies, and whether those
+    begin from `every_start` or as in a study alone."""
 
     job: Job
     materials: Materials
     space: Space[nn.Module]
     portions: Portions
+    truth: Portions
     truth_portions: int
     validation: Validation
-    proxy_lr: float | None = None
     every_start: bool = True
     clock: Callable[[], float] = time.monotonic
 
@@ -70,9 +71,7 @@ class Ground:
     def proxy_recipe(self, start: str) -> Recipe:
         """How a proxy is trained from this start."""
         recipe = self.recipe(start, RUNGS[-1])
-        if start == FRESH or self.proxy_lr is None:
-            return recipe
-        return dataclasses.replace(recipe, lr=self.proxy_lr)
+        return recipe if start == FRESH else dataclasses.replace(recipe, lr=proxy_recipe_of(self.job.settings).lr)
 
     def student(self, genotype: Genotype, start: str) -> nn.Module:
         """The student on its device, its batch norms recalibrated where it inherits."""
@@ -90,6 +89,13 @@ class Ground:
         return space
 
 
+def truth_portions(images: int, batch_size: int) -> tuple[int, int]:
+    """How many images a portion of a truth has, and how many of them there are: they do not depend on the proxies, so
+    that other proxies can be held against the truths that are there."""
+    number = math.ceil(images / (_TRUTH_STEPS * batch_size))
+    return max(2, round(images / number)), number
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
     """One thing to measure of every genotype, and a key that names all that it depends on but the genotype."""
@@ -101,18 +107,19 @@ class Part:
 
 def parts_of(ground: Ground) -> tuple[Part, ...]:
     """What is measured of each genotype; the truth comes last."""
-    shared = f"{_VERSION} {ground.materials.teacher.digest} {ground.materials.splits.digest} {ground.portions.count} "
+    shared = f"{_VERSION} {ground.materials.teacher.digest} {ground.materials.splits.digest} "
     shared += f"{ground.job.settings.seed} {getattr(ground.portions.views, 'count', 0)} "
     parts = [Part(name="zero-cost", key=_digest(shared), measure=functools.partial(_zero_cost, ground))]
     for start in ground.starts:
         about = (
-            f"{start} {ground.proxy_recipe(start)} {len(ground.validation.images)} {_library_key(ground, start)}"
-            f" {LOOK_CALIBRATION}"
+            f"{start} {ground.portions.count} {ground.proxy_recipe(start)} {len(ground.validation.images)} "
+            f"{_library_key(ground, start)} {LOOK_CALIBRATION}"
         )
         measure = functools.partial(_proxy, ground, start)
         parts.append(Part(name=start, key=_digest(shared + about), measure=measure))
     start = ground.starts[-1]
-    about = f"truth {start} {ground.recipe(start, ground.truth_portions)} {_library_key(ground, start)}"
+    recipe = ground.recipe(start, ground.truth_portions)
+    about = f"truth {start} {ground.truth.count} {recipe} {_library_key(ground, start)}"
     return (*parts, Part(name="truth", key=_digest(shared + about), measure=functools.partial(_truth, ground)))
 
 
@@ -130,7 +137,7 @@ def _truth(ground: Ground, genotype: Genotype) -> Record:
     start = ground.starts[-1]
     student = ground.student(genotype, start)
     try:
-        train(student, ground.portions, ground.recipe(start, ground.truth_portions))
+        train(student, ground.truth, ground.recipe(start, ground.truth_portions))
     except TrainingError as error:
         return {"failed": str(error)}
     accuracy = evaluate(student, ground.materials.splits.val)

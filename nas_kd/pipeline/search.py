@@ -7,7 +7,7 @@ from typing import Any
 import optuna
 
 from nas_kd.pipeline.crew import advance_by, crew_of, run_crew
-from nas_kd.pipeline.job import Job, choices_made, recipe_of
+from nas_kd.pipeline.job import Job, choices_made, proxy_recipe_of
 from nas_kd.pipeline.kit import checkpoints, publish
 from nas_kd.pipeline.materials import Materials
 from nas_kd.pipeline.showcase import announce
@@ -36,11 +36,10 @@ def search(job: Job, materials: Materials, stages: Stages) -> optuna.Study:
             if settings.jobs > 1:
                 run_crew(crew_of(settings, job.out, kit), study, board)
             else:
-                recipe = recipe_of(settings, settings.proxy_epochs)
                 proxy = Proxy(
                     views=materials.proxy_views,
                     val=materials.splits.val,
-                    recipe=recipe,
+                    recipe=proxy_recipe_of(settings),
                     device=str(job.device),
                     checkpoints=checkpoints(kit, job.cache),
                 )
