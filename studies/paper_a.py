@@ -292,7 +292,8 @@ def main() -> None:
         study.run()
     made = [record["rows"] for record in Records(out / "rows.jsonl").values()]
     seconds = sum(rows[0]["seconds"] for rows in made)
-    for line in (*header(study, arguments.size, seconds), *table([row for rows in made for row in rows])):
+    ordered = sorted((row for rows in made for row in rows), key=lambda row: (row["base"], row["dataset"]))
+    for line in (*header(study, arguments.size, seconds), *table(ordered)):
         print(line)
 
 
