@@ -18,8 +18,8 @@ class Portions:
     """The same images as `views`, but an epoch of the training loop is the next `count` of them.
 
     The images are walked through in an order that `seed` decides and that is drawn anew for each pass over all of them;
-    a pass sees the next view. So trainings walk through the same images, those on portions of one size in the same batches.
-    Raises DataError for a count below 2.
+    a pass sees the next view. So trainings walk through the same images, those on portions of one size in the same
+    batches. Raises DataError for a count below 2.
     """
 
     views: Views | OnlineViews
