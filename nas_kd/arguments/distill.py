@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nas_kd.arguments.parsing import Parser, number
-from nas_kd.arguments.shared import add_data, add_shape
+from nas_kd.arguments.shared import RATE, add_data, add_shape
 from nas_kd.errors import NasKdError
 
 LOSSES = ("kd", "dkd")
@@ -148,10 +148,9 @@ def _add_mode(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_recipe(add: Callable[..., object]) -> None:
-    positive = number(1e-9, float, math.inf)
     add("--epochs", type=number(1), metavar="N", help="epochs (by the data's size)")
     add("--batch-size", type=number(2), default=64, metavar="N", help="images per step (64)")
-    add("--lr", type=positive, metavar="F", help="peak learning rate (0.005 from given weights, 0.03 from scratch)")
+    add("--lr", type=RATE, metavar="F", help="peak learning rate (0.005 from given weights, 0.03 from scratch)")
     add("--optimizer", choices=("sgd", "adamw"), default="sgd", help="(sgd)")
     add("--schedule", choices=("one-cycle", "cosine", "step", "constant"), default="one-cycle", help="(one-cycle)")
     add("--weight-decay", type=number(0, float, math.inf), default=5e-4, metavar="F", help="(5e-4)")

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 from nas_kd.arguments.parsing import number
 
+RATE = number(1e-9, float, math.inf)  # a learning rate
+
 
 def add_base(parser: argparse.ArgumentParser) -> None:
     """The arguments that name base and teacher."""
@@ -78,7 +80,7 @@ def add_recipe(add: Callable[..., object]) -> None:
     add("--batch-size", type=number(2), default=64, metavar="N", help="images per step (64)")
     add(
         "--lr",
-        type=number(1e-9, float, math.inf),
+        type=RATE,
         default=0.005,
         metavar="F",
         help="peak learning rate of students (0.005)",
@@ -92,8 +94,7 @@ def add_recipe(add: Callable[..., object]) -> None:
 
 def add_proxy_rate(add: Callable[..., object]) -> None:
     """How fast the short trainings are that a search ranks students by."""
-    rate = number(1e-9, float, math.inf)
-    add("--proxy-lr", type=rate, metavar="F", help="peak learning rate of a trial (0.4 of --lr)")
+    add("--proxy-lr", type=RATE, metavar="F", help="peak learning rate of a trial (0.4 of --lr)")
 
 
 def add_report(add: Callable[..., object]) -> None:

@@ -210,9 +210,7 @@ def _rung_scores(start: str, rung: Record, before: float, cost: Cost, damage: fl
 
 def _conclude(settings: RankSettings, ground: Ground, groups: Mapping[str, Sequence[_Entry]]) -> RankCheck:
     job = ground.job
-    truth_steps, portion_steps = (
-        math.ceil(portions.count / settings.study.batch_size) for portions in (ground.truth, ground.portions)
-    )
+    batch_size = settings.study.batch_size
     library = ground.library
     return RankCheck(
         model=settings.study.model,
@@ -223,10 +221,10 @@ def _conclude(settings: RankSettings, ground: Ground, groups: Mapping[str, Seque
         band=settings.band,
         seed=settings.study.seed,
         command=settings.study.command,
-        truth_steps=truth_steps * ground.truth_portions,
+        truth_steps=ground.truth.steps(batch_size) * ground.truth_portions,
         truth_images=ground.truth.count * ground.truth_portions,
         library_seconds=None if library is None else library.seconds,
-        default=(SCORE, ground.starts[-1], portion_steps * RUNGS[-1]),
+        default=(SCORE, ground.starts[-1], ground.portions.steps(batch_size) * RUNGS[-1]),
         groups=tuple(_group(name, ground, entries) for name, entries in groups.items()),
         environment=environment_of(job),
     )

@@ -175,7 +175,7 @@ def _proxy(ground: Ground, start: str, genotype: Genotype) -> Record:
     except TrainingError as error:
         return {"failed": str(error)}
     rungs = RUNGS if start == FRESH else (0, *RUNGS)
-    steps = math.ceil(ground.portions.count / recipe.batch_size)  # of one portion
+    steps = ground.portions.steps(recipe.batch_size)
     return {
         "rungs": [
             {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -33,6 +34,10 @@ class Portions:
 
     def __len__(self) -> int:
         return self.count
+
+    def steps(self, batch_size: int) -> int:
+        """Of one portion."""
+        return math.ceil(self.count / batch_size)
 
     @property
     def mean(self) -> tuple[float, ...]:
