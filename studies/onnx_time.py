@@ -11,11 +11,8 @@ first export of a process loads what the later ones find loaded.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -25,7 +22,7 @@ import torch
 from paper_tables import hardware
 from torch import nn
 
-from nas_kd.models.onnx import difference, write_model
+from nas_kd.models.onnx import _export, difference, write_model
 
 MODELS = ("resnet18", "mobilenetv2_100", "mobilenetv3_small_100", "efficientnet_b0", "regnetx_002", "densenet121")
 COLUMNS = ("model", "older s", "newer s", "newer / older", "operators", "newer's", "outputs apart", "newer's")
@@ -33,15 +30,11 @@ Writer = Callable[[nn.Module, Sequence[int], Path], None]
 
 
 def write_newer(network: nn.Module, size: Sequence[int], path: Path) -> None:
+    """As `write_model` does where the older exporter's file will not do."""
     shapes = ({0: torch.export.Dim("batch")},)
-    with (
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
-        warnings.simplefilter("ignore")
-        images = (torch.zeros(2, *size),)
-        torch.onnx.export(network, images, str(path), dynamo=True, external_data=False, dynamic_shapes=shapes)
+    _export(
+        network, (torch.zeros(2, *size),), path, dynamic_shapes=shapes, input_names=["input"], output_names=["output"]
+    )
 
 
 def measured(write: Writer, network: nn.Module, size: Sequence[int]) -> tuple[float, int, float]:

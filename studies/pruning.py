@@ -239,6 +239,11 @@ class Study:
         runs = [run for other in (PRUNED if arm in PRUNED else (arm,)) for run in self.decisive(other, self.short)]
         return max(runs, key=lambda run: run.val).key.lr if runs else RATES.get(arm, INHERITED)[0]
 
+    @property
+    def pruned_lr(self) -> float:
+        """The learning rate that torch-pruning's methods share."""
+        return self.lr(next(iter(PRUNED)))
+
     def decisive(self, arm: str, images: int) -> list[Run]:
         """The runs of an arm by which something is decided."""
         runs = [run for key, run in self.runs.items() if (key.arm, key.budget, key.seed) == (arm, SCREENED, 0)]
@@ -272,9 +277,10 @@ class Study:
             return
         kept = self.kept(self.short)
         if phase == "long":
-            final, common = [*others, *(arm for arm in kept[:1] if arm in arms)], self.lr(kept[0])
+            final = [*others, *(arm for arm in kept[:1] if arm in arms)]
             for seed, arm in itertools.product(seeds, final):
-                yield from (Key(arm, SCREENED, self.long, seed, lr) for lr in dict.fromkeys((common, self.lr(arm))))
+                rates = dict.fromkeys((self.pruned_lr, self.lr(arm)))
+                yield from (Key(arm, SCREENED, self.long, seed, lr) for lr in rates)
             return
         final = [*others, *(arm for arm in kept if arm in arms)]
         for budget, seed in itertools.product(self.arguments.budgets, seeds):
@@ -310,8 +316,8 @@ def report(study: Study) -> Iterator[str]:
         chosen = [group for group in groups if not images or group[0].key.lr == study.lr(group[0].key.arm)]
         yield from lead(chosen, "at chosen rates")
         if images == study.long:
-            common = study.lr(next(iter(PRUNED)))
-            yield from lead([group for group in groups if group[0].key.lr == common], f"both at {common:g}")
+            common = [group for group in groups if group[0].key.lr == study.pruned_lr]
+            yield from lead(common, f"both at {study.pruned_lr:g}")
     yield "\n## Which methods and learning rates went on\n"
     yield f"Validation accuracy in %, seed 0, {SCREENED} % of the MACs; the screening was before rates were known.\n"
     yield from selection(study)

@@ -23,7 +23,7 @@ distillation from the library, with bootstrap intervals over the genotypes. Regr
 genotype that a score puts first, or the best of its first three, is below the best one. The last column is what a
 candidate costs beside a long training; the library, which is built once, is left out. Steps are of one batch; a short
 training has a schedule of its own and is looked at on its way, batch norms recalibrated before each look.
-`size allowed for`: loss · params^-0.15."""
+`size allowed for`: loss · params^-0.15; `damage allowed for`: loss · (the library's nMSE)^0.2."""
 
 
 def page(checks: list[RankCheck]) -> Iterator[str]:

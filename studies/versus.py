@@ -51,6 +51,11 @@ GROUP_NORM, WHOLE, SCALE, TAYLOR = (
     f"torch-pruning local {kind}" for kind in ("l2 inner", "l2 whole", "bn inner", "taylor whole")
 )
 SMALL = "width=0.25/0.5/1,conv"
+SMALL_ARMS = {
+    "knapsack, small": Ours(space=SMALL, rounds=()),
+    "search, small": Ours(space=SMALL, rounds=(), trials=16),
+}
+THREE = {"knapsack, small": 3, "search, small": 3, GROUP_NORM: 3}  # seeds
 LEAST = 0.15  # of an equal compute must be left for training
 TEACHER = "the base, the teacher"
 
@@ -98,14 +103,13 @@ PAIRS = {
         images=25_600,
         totals=(40, 200),
         ours={
-            "knapsack, small": Ours(space=SMALL, rounds=()),
-            "search, small": Ours(space=SMALL, rounds=(), trials=16),
+            **SMALL_ARMS,
             "knapsack": Ours(),
         },
         peers=(GROUP_NORM, SCALE, TAYLOR, FASTNAS, PLAIN, "timm tinynet_d/16", "timm mobilenetv2_050/16"),
         timed=("knapsack, small", GROUP_NORM),
         rates={OURS: (0.005,), PRUNED: (0.0075,), FRESH: (0.1,)},  # its validation images were seen by the teacher
-        seeds={"knapsack, small": 3, "search, small": 3, GROUP_NORM: 3},
+        seeds=THREE,
         plain_seconds=60,
     ),
     "resnet20_params": Pair(
@@ -114,14 +118,11 @@ PAIRS = {
         "--proxy-epochs 1 --proxy-images 1600 --amp",
         images=25_600,
         totals=(60,),
-        ours={
-            "knapsack, small": Ours(space=SMALL, rounds=()),
-            "search, small": Ours(space=SMALL, rounds=(), trials=16),
-        },
+        ours=SMALL_ARMS,
         peers=(GROUP_NORM, WHOLE, SCALE, TAYLOR),  # of timm's models none is that small, the other searches bound MACs
         timed=("knapsack, small", GROUP_NORM),
         rates={OURS: (0.005, 0.002), PRUNED: (0.0075, 0.02)},
-        seeds={"knapsack, small": 3, "search, small": 3, GROUP_NORM: 3},
+        seeds=THREE,
     ),
     "fashion": Pair(
         title="ResNet-20 on Fashion-MNIST at 16×16",
@@ -129,14 +130,11 @@ PAIRS = {
         "--proxy-epochs 1 --proxy-images 1600 --amp",
         images=25_600,
         totals=(40,),
-        ours={
-            "knapsack, small": Ours(space=SMALL, rounds=()),
-            "search, small": Ours(space=SMALL, rounds=(), trials=16),
-        },
+        ours=SMALL_ARMS,
         peers=(GROUP_NORM, SCALE, TAYLOR, FASTNAS, PLAIN, "timm tinynet_e/16"),
         timed=("knapsack, small", GROUP_NORM),
         rates={OURS: (0.005, 0.02), PRUNED: (0.005, 0.02), FRESH: (0.1,)},
-        seeds={"knapsack, small": 3, "search, small": 3, GROUP_NORM: 3},
+        seeds=THREE,
         plain_seconds=40,
     ),
     "fashion_tight": Pair(
@@ -145,14 +143,11 @@ PAIRS = {
         "--proxy-epochs 1 --proxy-images 1600 --amp",
         images=25_600,
         totals=(40,),
-        ours={
-            "knapsack, small": Ours(space=SMALL, rounds=()),
-            "search, small": Ours(space=SMALL, rounds=(), trials=16),
-        },
+        ours=SMALL_ARMS,
         peers=(GROUP_NORM, WHOLE, SCALE, TAYLOR, FASTNAS, PLAIN),
         timed=("knapsack, small", "search, small", GROUP_NORM, TAYLOR),
         rates={OURS: (0.005, 0.02), PRUNED: (0.005, 0.02), FRESH: (0.1,)},
-        seeds={"knapsack, small": 3, "search, small": 3, GROUP_NORM: 3, TAYLOR: 3},
+        seeds={**THREE, TAYLOR: 3},
         plain_seconds=40,
     ),
     "mobilenetv2": Pair(
@@ -168,7 +163,7 @@ PAIRS = {
         peers=(GROUP_NORM, WHOLE, SCALE, TAYLOR, PLAIN, "timm tinynet_e/16", "timm efficientnet_b1_pruned/32"),
         timed=("knapsack, small", GROUP_NORM),
         rates={OURS: (0.005, 0.02), PRUNED: (0.005, 0.02), FRESH: (0.1,)},
-        seeds={"knapsack, small": 3, "search, small": 3, GROUP_NORM: 3},
+        seeds=THREE,
         plain_seconds=40,
     ),
 }
