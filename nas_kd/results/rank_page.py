@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import count
 
 import plotly.graph_objects as go
 from rich.console import Console
@@ -14,7 +13,7 @@ from rich.text import Text
 from nas_kd.budget import short
 from nas_kd.results.axes import BLUE, GREY, RED, bare_figure, name_axis, plain, scatter_style
 from nas_kd.results.figures import Panel, duration
-from nas_kd.results.page import escaped, page, panel_section
+from nas_kd.results.page import render
 from nas_kd.results.rank_rows import GroupRows, RankCheck, ScoreRow, interval, share
 
 _GREEN = "#0f9b73"
@@ -80,20 +79,8 @@ def _number(value: float, sign: str = "") -> str:
 
 def render_check(check: RankCheck) -> str:
     """The page: how to read it, a plot of τ, of τ over seconds, and of the study's score over the truth, per group."""
-    numbers = count()
-    sections = [
-        f"<h1>Rank check of {escaped(check.model)}</h1>",
-        f'<p class="result">{escaped(check.sentence())}</p>',
-        f'<p class="facts">{escaped(_facts(check))}</p>',
-        *(
-            panel_section(panel, lambda: f"plot-{next(numbers)}")
-            for group in check.groups
-            for panel in _panels(group, check)
-        ),
-        f"<h2>How to reproduce</h2>\n<pre>{escaped(check.command)}</pre>",
-        f'<p class="facts">{" · ".join(escaped(f"{name}: {value}") for name, value in check.environment)}</p>',
-    ]
-    return page(f"Rank check of {check.model} · nas_kd", "\n".join(sections))
+    panels = [panel for group in check.groups for panel in _panels(group, check)]
+    return render("rank_check.html", f"Rank check of {check.model} · nas_kd", panels, check=check, facts=_facts(check))
 
 
 def _facts(check: RankCheck) -> str:

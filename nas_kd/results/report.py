@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import count
 from pathlib import Path
 
 from nas_kd.budget import KINDS, LATENCY, Budget, amount, short
 from nas_kd.results.figures import COST_NAMES, panels
 from nas_kd.results.front import write_atomically
-from nas_kd.results.page import escaped, page, panel_section
+from nas_kd.results.page import render
 from nas_kd.results.rows import ModelRow, StudySummary, sort_models
 
 _MISSING = "–"
@@ -27,16 +26,32 @@ def write_report(path: Path, summary: StudySummary) -> None:
 
 def render_report(summary: StudySummary) -> str:
     """The HTML of the report. Every text of the summary is escaped."""
-    numbers = count()
-    sections = [
-        _head(summary),
-        _models(summary),
-        *(panel_section(panel, lambda: f"plot-{next(numbers)}") for panel in panels(summary)),
-        _trust(summary),
-        _notes(summary),
-        _environment(summary),
+    columns = _columns(summary)
+    models = sort_models(summary.models)
+    groups = [
+        (
+            name,
+            [
+                (model, [cell(model, summary.teacher) for _, cell in columns])
+                for model in models
+                if _group(model) == name
+            ],
+        )
+        for name in ("teacher", "front", "baselines")
     ]
-    return page(f"{summary.study_name} · nas_kd", "\n".join(sections))
+    return render(
+        "report.html",
+        f"{summary.study_name} · nas_kd",
+        panels(summary),
+        summary=summary,
+        headline=headline(summary),
+        facts=_facts(summary),
+        titles=[title for title, _ in columns],
+        groups=groups,
+        gaps=_gaps(models),
+        loading=_loading(summary),
+        environment=(("seed", str(summary.seed)), *summary.environment),
+    )
 
 
 def headline(summary: StudySummary) -> str:
@@ -79,21 +94,17 @@ def _times(best: ModelRow, teacher: ModelRow, kind: str) -> str:
     return f"{ratio:.1f}× fewer {name}" if ratio >= 1 else f"{1 / max(ratio, 1e-9):.1f}× more {name}"
 
 
-def _head(summary: StudySummary) -> str:
+def _facts(summary: StudySummary) -> list[str]:
     states = [trial.state for trial in summary.trials]
-    trials = f"{states.count('trained') + states.count('stopped')} trials trained"
     refused = states.count("over budget")
-    facts = [summary.base, summary.dataset, f"budget {summary.budget}", f"seed {summary.seed}", trials]
-    facts += [f"{refused} refused over budget"] if refused else []
-    lines = [
-        f"<h1>{escaped(summary.study_name)}</h1>",
-        f'<p class="result">{escaped(headline(summary))}</p>',
-        f'<p class="facts">{" · ".join(escaped(fact) for fact in facts)}</p>',
+    return [
+        summary.base,
+        summary.dataset,
+        f"budget {summary.budget}",
+        f"seed {summary.seed}",
+        f"{states.count('trained') + states.count('stopped')} trials trained",
+        *([f"{refused} refused over budget"] if refused else []),
     ]
-    if summary.notes:  # they stand far below and must not be missed
-        some = "1 note" if len(summary.notes) == 1 else f"{len(summary.notes)} notes"
-        lines.append(f'<p class="warn">Read with care: <a href="#notes">{some} below</a>.</p>')
-    return "\n".join(lines)
 
 
 _Cell = tuple[str, Callable[[ModelRow, ModelRow | None], str]]
@@ -124,28 +135,12 @@ def _bytes(kind: str, model: ModelRow, _: ModelRow | None) -> str:
     return short(model.cost[kind]) if model.cost[kind] else _MISSING
 
 
-def _models(summary: StudySummary) -> str:
-    columns = _columns(summary)
-    titles = "".join(f'<th scope="col">{title}</th>' for title, _ in columns)
-    head = f'<th scope="col" class="text">model</th><th scope="col" class="text">role</th>{titles}'
-    head += '<th scope="col" class="text">path</th>'
-    models = sort_models(summary.models)
-    groups = {
-        "teacher": [model for model in models if model.role == "teacher"],
-        "front": [model for model in models if model.role == "front"],
-        "baselines": [model for model in models if model.role not in ("teacher", "front")],
-    }
-    bodies = []
-    for name, members in groups.items():
-        lines = "".join(_model_line(model, summary.teacher, columns) for model in members)
-        bodies += [f'<tbody class="group {name}">{lines}</tbody>'] if members else []
-    table = f'<table class="models"><thead><tr>{head}</tr></thead>{"".join(bodies)}</table>'
-    return (
-        f'<h2>Models</h2>\n<div class="scroll" tabindex="0">{table}</div>\n{_missing_models(models)}{_loading(summary)}'
-    )
+def _group(model: ModelRow) -> str:
+    return model.role if model.role in ("teacher", "front") else "baselines"
 
 
-def _missing_models(models: Sequence[ModelRow]) -> str:
+def _gaps(models: Sequence[ModelRow]) -> list[str]:
+    """What the table of the models lacks, a sentence each."""
     gaps = []
     if models and all(model.test_accuracy is None for model in models):
         gaps.append("No model was tested on the test split: the accuracies are those the search chose by.")
@@ -153,44 +148,15 @@ def _missing_models(models: Sequence[ModelRow]) -> str:
         gaps.append("No latency was measured.")
     if any(model.role == "teacher" and model.accuracy is None for model in models):
         gaps.append("The teacher's accuracy is not quoted.")
-    return f'<p class="missing">{" ".join(gaps)}</p>\n' if gaps else ""
+    return gaps
 
 
 def _loading(summary: StudySummary) -> str:
+    """The code that loads the best model; empty where it was not exported."""
     best = summary.best
     if best is None or best.path is None:
         return ""
-    code = f"import timm, nas_kd.models\nmodel = timm.create_model({'local-dir:' + best.path!r}, pretrained=True)"
-    return f'<p class="lead">To load the best model, from the folder of this report:</p>\n<pre>{escaped(code)}</pre>'
-
-
-def _model_line(model: ModelRow, teacher: ModelRow | None, columns: Sequence[_Cell]) -> str:
-    cells = "".join(f"<td>{escaped(render(model, teacher))}</td>" for _, render in columns)
-    name = f'<th scope="row" class="text">{escaped(model.name)}</th><td class="text">{escaped(model.role)}</td>'
-    return f'<tr>{name}{cells}<td class="text">{escaped(model.path or _MISSING)}</td></tr>'
-
-
-def _trust(summary: StudySummary) -> str:
-    missing = "Not measured: python -m nas_kd.rank_check with the arguments of this study does."
-    body = f"<p>{escaped(summary.trust)}</p>" if summary.trust else f'<p class="missing">{missing}</p>'
-    return f"<h2>How far to trust the ranking</h2>\n{body}"
-
-
-def _notes(summary: StudySummary) -> str:
-    items = "".join(f"<li>{escaped(note)}</li>" for note in summary.notes)
-    body = f"<ul>{items}</ul>" if items else '<p class="missing">Nothing to warn of.</p>'
-    return f'<h2 id="notes">Notes</h2>\n{body}'
-
-
-def _environment(summary: StudySummary) -> str:
-    rows = "".join(
-        f'<tr><th scope="row" class="text">{escaped(name)}</th><td class="text wrap">{escaped(value)}</td></tr>'
-        for name, value in (("seed", str(summary.seed)), *summary.environment)
-    )
-    return (
-        f"<h2>How to reproduce</h2>\n<pre>{escaped(summary.command)}</pre>\n"
-        f'<table class="environment"><tbody>{rows}</tbody></table>'
-    )
+    return f"import timm, nas_kd.models\nmodel = timm.create_model({'local-dir:' + best.path!r}, pretrained=True)"
 
 
 def _ratio(model: ModelRow, teacher: ModelRow | None, kind: str) -> str:
