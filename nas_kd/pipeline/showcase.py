@@ -14,7 +14,7 @@ from nas_kd.budget import kinds_of
 from nas_kd.errors import OutputError
 from nas_kd.pipeline.job import Job
 from nas_kd.results.export import ONNX
-from nas_kd.results.figures import front_panel
+from nas_kd.results.front_figure import front_panel
 from nas_kd.results.note import command_note, study_note
 from nas_kd.results.picture import student_picture
 from nas_kd.results.rows import ModelRow, StudySummary

@@ -8,7 +8,7 @@ from html import escape
 from nas_kd.budget import short
 from nas_kd.genotype import Choice
 from nas_kd.results.axes import BLUE, GREY
-from nas_kd.results.figures import choice_words
+from nas_kd.results.model_figures import choice_words
 from nas_kd.results.rows import ModelRow
 
 _LINE, _HEAD, _BAR = 22, 56, 240  # pixels: a block's line, the title above all, a bar of the full width

@@ -7,10 +7,13 @@ from functools import partial
 from pathlib import Path
 
 from nas_kd.budget import KINDS, LATENCY, Budget, amount, short
-from nas_kd.results.figures import COST_NAMES, panels
+from nas_kd.results.figures import COST_NAMES, Panel
 from nas_kd.results.front import write_atomically
+from nas_kd.results.front_figure import front_panel
+from nas_kd.results.model_figures import blocks_panel, latency_panel
 from nas_kd.results.page import render
 from nas_kd.results.rows import ModelRow, StudySummary, sort_models
+from nas_kd.results.trial_figures import history_panel, importances_panel, stages_panel
 
 _MISSING = "–"
 
@@ -51,6 +54,18 @@ def render_report(summary: StudySummary) -> str:
         gaps=_gaps(models),
         loading=_loading(summary),
         environment=(("seed", str(summary.seed)), *summary.environment),
+    )
+
+
+def panels(summary: StudySummary) -> tuple[Panel, ...]:
+    """Returns all sections with plots, in the order of the report."""
+    return (
+        front_panel(summary),
+        latency_panel(summary),
+        blocks_panel(summary),
+        history_panel(summary),
+        importances_panel(summary),
+        stages_panel(summary),
     )
 
 
