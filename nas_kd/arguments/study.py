@@ -6,10 +6,11 @@ import argparse
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from nas_kd import __version__
+from nas_kd.arguments.augment import AugmentOptions, add_augmentation, augment_options
 from nas_kd.arguments.parsing import Parser, number
 from nas_kd.arguments.shared import (
     add_base,
@@ -89,6 +90,7 @@ class Settings:
     maximize: str | None = None
     proxy_lr: float | None = None
     pruner: str = "front"
+    augment: AugmentOptions = field(default_factory=AugmentOptions)
 
     @property
     def name(self) -> str:
@@ -109,6 +111,7 @@ def study_parser(prog: str = "python -m nas_kd.study") -> argparse.ArgumentParse
     parser.add_argument("--version", action="version", version=f"nas_kd {__version__}")
     add_base(parser)
     add_data(parser)
+    add_augmentation(parser)
     _add_search(parser)
     _add_training(parser)
     _add_output(parser)
@@ -221,6 +224,7 @@ def settings_from(arguments: dict[str, Any]) -> Settings:
         raise NasKdError(f"--study-name {arguments['study_name']!r} needs a letter or digit")
     arguments = {**arguments, **{name: tuple(arguments[name]) for name in ("pin", "start_from")}}
     arguments["pruner"] = _pruner(arguments["pruner"], bool(arguments["maximize"]))
+    arguments["augment"] = augment_options(arguments, arguments["distill"])
     return Settings(**{field.name: arguments[field.name] for field in fields(Settings)})
 
 

@@ -22,12 +22,13 @@ from nas_kd.models.reduction import reduce_stride
 from nas_kd.models.student import build_student
 from nas_kd.models.trace import meta_image, without_storage
 from nas_kd.models.verify import measure
+from nas_kd.pipeline.augmenting import augmentation_of, fresh_images
 from nas_kd.pipeline.job import DIGITS_SIZE, TEACHER, TEACHER_LR, choose_device, data_spec, epochs_of, open_folder
 from nas_kd.progress import Stages
 from nas_kd.results.export import Card, export
 from nas_kd.results.refine import Candidate, Refined, Refinement, refine
 from nas_kd.search.space import input_size_of
-from nas_kd.training.augment import default_augmentation, derive_seed
+from nas_kd.training.augment import derive_seed
 from nas_kd.training.checkpoint import load_checkpoint
 from nas_kd.training.data import DIGITS, DataSpec, Splits, load_splits
 from nas_kd.training.images import AugmentedImages
@@ -222,7 +223,7 @@ def _teacher(job: DistillJob, splits: Splits, stages: Stages) -> TeacherResult |
             network,
             splits,
             recipe=dataclasses.replace(recipe, distill="kd", temperature=4.0, eval_epochs=()),
-            augmentation=default_augmentation(settings.dataset),
+            augmentation=augmentation_of(settings, job.input_size[1]),
             cache=TeacherCache(folder=job.cache, key=f"{settings.teacher} {settings.seed}"),
             report=lambda _, accuracy: advance(f"val accuracy {100 * accuracy:.1f} %"),
         )
@@ -235,12 +236,15 @@ def _training_data(job: DistillJob, splits: Splits, teacher: TeacherResult | Non
     """Fresh views of the training images in every epoch; beside a teacher cached ones with its logits, or its logits in
     every step where there is to be no cache or it would be too large."""
     settings = job.settings
-    augmentation = default_augmentation(settings.dataset)
-    fresh = AugmentedImages(splits.train, augmentation, settings.seed)
+    fresh = fresh_images(settings, splits.train, splits.num_classes)
     if teacher is None:
         return fresh
     spec = ViewSpec(
-        count=max(1, min(settings.views, epochs)), augmentation=augmentation, seed=settings.seed, key=splits.digest
+        count=max(1, min(settings.views, epochs)),
+        augmentation=fresh.augmentation,
+        seed=settings.seed,
+        key=splits.digest,
+        mixing=fresh.mixing,
     )
     if settings.views == 0 or views_bytes(splits.train, spec, splits.num_classes) > spec.max_bytes:
         return OnlineViews(fresh, Teacher(teacher.network))

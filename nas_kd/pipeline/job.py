@@ -218,6 +218,7 @@ def choices_made(settings: Settings, budget: Budget) -> dict[str, Any]:
         "objectives": list(objectives(budget, settings.maximize)),
         **latency_facts(settings, budget),
         **space_of(settings),
+        "augmentation": settings.augment.text,
         "proxy": repr(proxy_recipe_of(settings)),
         "score": f"accuracy after batch norms see {LOOK_CALIBRATION} images",
         "version": __version__,

@@ -17,8 +17,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from nas_kd import __version__
+from nas_kd.arguments.augment import AugmentOptions
 from nas_kd.arguments.study import Settings
 from nas_kd.errors import ArtifactError, CheckpointError, StudyError
+from nas_kd.pipeline.augmenting import fresh_images
 from nas_kd.pipeline.job import Job, choices_made, in_chans_of, make_base, make_space, proxy_recipe_of
 from nas_kd.pipeline.materials import Materials
 from nas_kd.search.artifacts import Store, open_store, pack, unpack
@@ -26,10 +28,9 @@ from nas_kd.search.space import Space
 from nas_kd.search.storage import CONFIG, storage_errors
 from nas_kd.search.trials import Proxy
 from nas_kd.training.arrays import load
-from nas_kd.training.augment import default_augmentation
 from nas_kd.training.checkpoint import load_exactly
 from nas_kd.training.entries import EntryFile
-from nas_kd.training.images import AugmentedImages, Images
+from nas_kd.training.images import Images
 from nas_kd.training.library import Library, entry_file, made_choices
 from nas_kd.training.teacher import Teacher
 from nas_kd.training.tensor_files import write_tensors
@@ -68,7 +69,8 @@ class Kit:
         parts = ("train_labels", "val_pixels", "val_labels", *(() if self.views else ("train_pixels",)))
         yield from (f"{self.images}/{name}" for name in ("meta.json", *(f"{part}.npy" for part in parts)))
         if self.views:
-            yield from (f"{self.views}/{name}" for name in ("meta.json", "pixels.npy", "logits.npy"))
+            shares = ("shares.npy",) if AugmentOptions.restore(self.settings.get("augment")).softens else ()
+            yield from (f"{self.views}/{name}" for name in ("meta.json", "pixels.npy", "logits.npy", *shares))
         if self.library:
             yield f"{self.library}.zip"
 
@@ -133,7 +135,8 @@ def read_kit(study: optuna.Study) -> Kit | None:
 
 def settings_of(kit: Kit) -> Settings:
     """The settings of the study's command."""
-    return Settings(**{**kit.settings, "pin": tuple(kit.settings["pin"])})
+    augment = AugmentOptions.restore(kit.settings.get("augment"))
+    return Settings(**{**kit.settings, "pin": tuple(kit.settings["pin"]), "augment": augment})
 
 
 def locate(kit: Kit, out: str | None, artifacts: str | None) -> Path:
@@ -229,8 +232,7 @@ def _proxy_views(
     kit: Kit, settings: Settings, cache: Path, images: Mapping[str, Images], base: nn.Module
 ) -> Views | OnlineViews:
     if kit.views is None:
-        augmented = AugmentedImages(images["train"], default_augmentation(settings.dataset), settings.seed)
-        return OnlineViews(augmented, Teacher(base))
+        return OnlineViews(fresh_images(settings, images["train"], kit.num_classes), Teacher(base))
     views = open_views(cache / kit.views, images["train"].labels, kit.mean, kit.std)
     if views is None:
         raise _damaged(cache / kit.views, "it is not there, or does not match its checksums")

@@ -16,6 +16,7 @@ from timm.data.auto_augment import augment_and_mix_transform, auto_augment_trans
 from torch import Tensor
 
 from nas_kd.errors import DataError
+from nas_kd.training.augmentation_names import ERASE_MODES, INTERPOLATIONS
 
 PADDINGS = ("zero", "reflect")
 # a mirrored digit or letter is another sign; clothes, animals and things stay what they are
@@ -23,8 +24,6 @@ _NO_FLIP = frozenset({"digits", "torch/mnist", "torch/kmnist", "torch/qmnist", "
 PHOTO_SIZE = 64  # pixels from which on an image is taken for a photo: below, a crop leaves too little
 _PHOTOS = frozenset({"", "folder", "imagefolder", "image_folder", "torch/folder", "torch/image_folder",
                      "torch/imagenet", "torch/places365"})  # fmt: skip
-INTERPOLATIONS = ("random", "bilinear", "bicubic", "lanczos", "nearest", "box", "hamming")  # timm's, for Pillow
-ERASE_MODES = ("const", "rand", "pixel")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

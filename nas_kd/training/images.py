@@ -13,7 +13,7 @@ from torch import Tensor
 from nas_kd.errors import DataError
 from nas_kd.training.augment import AnyAugmentation, Augmentation, Draw, apply, derive_seed, draw
 from nas_kd.training.mixing import Mixing, mix_each, smoothed
-from nas_kd.training.originals import Originals, tensor_to_picture
+from nas_kd.training.originals import Originals
 from nas_kd.training.photos import PhotoTransform, transform_each
 
 
@@ -64,7 +64,10 @@ class Images:
 
     def picture(self, index: int) -> Image.Image:
         """One image as a picture of mode L or RGB: the original where there is one."""
-        return tensor_to_picture(self.pixels[index]) if self.originals is None else self.originals.picture(index)
+        if self.originals is not None:
+            return self.originals.image(index)
+        pixels = self.pixels[index].cpu().permute(1, 2, 0).contiguous().numpy()
+        return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
