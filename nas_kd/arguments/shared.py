@@ -35,12 +35,11 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add(
         "--dataset",
-        default="digits",
         metavar="NAME",
-        help="digits (ships with scikit-learn), a name of timm's dataset"
-        " factory (torch/cifar10, torch/fashion_mnist, …), or folder",
+        help="digits (ships with scikit-learn), folder, or a name of timm's dataset factory (torch/cifar10,"
+        " torch/fashion_mnist, …); folder with --data-dir, else digits",
     )
-    add("--data-dir", metavar="DIR", help="where the data lies; image folders as timm takes them")
+    add("--data-dir", metavar="DIR", help="where the data lies; alone: image folders, one per class, split or not")
     add("--train-images", type=number(2), metavar="N", help="use at most so many training images, class by class (all)")
     add(
         "--val-fraction",

@@ -124,7 +124,7 @@ def _try_out(network: nn.Module, input_size: tuple[int, int, int]) -> None:
 def _name(settings: DistillSettings) -> str:
     """The name of the output folder: results of one base are told apart by their own."""
     model = Path(settings.model.partition(":")[2]).resolve().name if settings.is_result else settings.stem
-    return f"distill-{model}-{settings.dataset.replace('/', '-') or 'folder'}-{settings.mode}"
+    return f"distill-{model}-{settings.dataset.replace('/', '-')}-{settings.mode}"
 
 
 def _input_size(settings: DistillSettings) -> tuple[int, int, int]:

@@ -20,8 +20,9 @@ from nas_kd.errors import DataError
 from nas_kd.training import sources
 from nas_kd.training.arrays import Array, ArrayFile, finish, load, writing
 from nas_kd.training.augment import derive_seed
+from nas_kd.training.dataset_names import DIGITS, check_name, choose_dataset
 from nas_kd.training.images import Images, normalise
-from nas_kd.training.sources import DIGITS, Source
+from nas_kd.training.sources import Source
 
 __all__ = ["DIGITS", "DataSpec", "Images", "Splits", "load_splits", "normalise"]
 
@@ -36,14 +37,15 @@ class DataSpec:
     """Which images, and in which form.
 
     `dataset` is `digits` (no files needed) or a name of timm's dataset factory: `torch/cifar10`, `torch/fashion_mnist`,
-    ..., '' or `folder` for the image folders in `data_dir`. Images become `in_chans` (1 or 3) × `img_size` ×
+    ..., '' or `folder` for the image folders in `data_dir`; by default these where a `data_dir` is given, else the
+    digits. Images become `in_chans` (1 or 3) × `img_size` ×
     `img_size`; `mean` and `std` are per channel on the scale 0–1; None takes them from the training images.
     `train_images` limits the training images, balanced over the classes, and the validation images in proportion.
     `seed` decides every cut; `workers` is the number of decoding threads. Raises DataError for a value outside its
     range.
     """
 
-    dataset: str = DIGITS
+    dataset: str | None = None
     data_dir: str | None = None
     img_size: int = 32
     in_chans: int = 3
@@ -56,7 +58,7 @@ class DataSpec:
     workers: int = 2
 
     def __post_init__(self) -> None:
-        sources.check_name(self.dataset)
+        check_name(choose_dataset(self.dataset, self.data_dir))
         if self.in_chans not in (1, 3):
             raise DataError(f"images have 1 or 3 channels, got in_chans={self.in_chans}")
         if not 0 < self.val_fraction < 1:

@@ -14,16 +14,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from nas_kd.errors import DataError, nearest
+from nas_kd.errors import DataError
 from nas_kd.training.arrays import Array
+from nas_kd.training.dataset_names import DIGITS, FOLDER, check_name, choose_dataset
 
 _logger = logging.getLogger(__name__)
-DIGITS = "digits"
-FOLDERS = ("", "folder", "imagefolder", "image_folder")
-# timm.data.create_dataset's torchvision names
-TORCH = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist", "places365", "imagenet", "folder",
-         "image_folder")  # fmt: skip
-_STREAMS = ("hfds", "hfids", "tfds", "wds")
 _TRAIN_FOLDERS = ("train", "training")
 _TEST_FOLDERS = ("test", "val", "valid", "validation", "eval", "evaluation")  # the first that is there
 
@@ -45,35 +40,23 @@ class Source:
     fingerprint: str
 
 
-def check_name(dataset: str) -> None:
-    """Raises DataError when no dataset has this name; loads nothing."""
-    prefix, slash, rest = dataset.lower().partition("/")
-    if prefix in _STREAMS and slash:
-        raise DataError(f"{dataset!r} is a stream: save its images as folders, one per class, and give --data-dir")
-    if slash and prefix == "torch" and rest in TORCH:
-        return
-    if not slash and prefix in (DIGITS, *FOLDERS):
-        return
-    known = (DIGITS, *FOLDERS[1:], *(f"torch/{name}" for name in TORCH))
-    hint = nearest(dataset, known) or nearest(f"torch/{dataset}", known)
-    raise DataError(f"unknown dataset {dataset!r}: use {DIGITS}, folder, or one of timm's torch/ names{hint}")
+def open_source(dataset: str | None, data_dir: str | None) -> Source:
+    """Finds the images and their labels, decoding nothing; without a name, image folders in `data_dir` or the digits.
 
-
-def open_source(dataset: str, data_dir: str | None) -> Source:
-    """Finds the images and their labels, decoding nothing. Raises DataError for a missing folder or no images."""
-    check_name(dataset)
-    if dataset.lower() == DIGITS:
+    Raises DataError for a missing folder, no images, or a folder that the dataset would not read.
+    """
+    name = choose_dataset(dataset, data_dir)
+    check_name(name)
+    if name == DIGITS:
         return _digits()
     if data_dir is None:
-        raise DataError(f"the dataset {dataset or 'folder'!r} is read from disk: give its folder with --data-dir")
+        raise DataError(f"the dataset {name!r} is read from disk: give its folder with --data-dir")
     root = Path(data_dir)
     if root.suffix == ".tar":
         raise DataError(f"{root} is an archive: unpack it and give the folder")
     if not root.is_dir():
         raise DataError(f"there is no data folder {root}: give one that exists with --data-dir")
-    if dataset.lower() in (*FOLDERS, "torch/folder", "torch/image_folder"):
-        return _folders(root)
-    return _torchvision(dataset, root)
+    return _folders(root) if name == FOLDER else _torchvision(name, root)
 
 
 def _digits() -> Source:
