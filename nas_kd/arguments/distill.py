@@ -51,6 +51,10 @@ class DistillSettings:
     temperature: float
     dataset: str
     data_dir: str | None
+    class_map: str | None
+    skip_unreadable: bool
+    crop_pct: float | None
+    interpolation: str | None
     train_images: int | None
     val_fraction: float
     epochs: int | None

@@ -89,6 +89,10 @@ class Settings:
     command: str = ""
     maximize: str | None = None
     proxy_lr: float | None = None
+    class_map: str | None = None
+    skip_unreadable: bool = False
+    crop_pct: float | None = None
+    interpolation: str | None = None
     pruner: str = "front"
 
     @property
