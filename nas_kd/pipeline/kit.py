@@ -32,6 +32,7 @@ from nas_kd.training.checkpoint import load_exactly
 from nas_kd.training.entries import EntryFile
 from nas_kd.training.images import Images
 from nas_kd.training.library import Library, entry_file, made_choices
+from nas_kd.training.originals import open_originals
 from nas_kd.training.teacher import Teacher
 from nas_kd.training.tensor_files import write_tensors
 from nas_kd.training.views import OnlineViews, Views, open_views, weights_digest
@@ -62,12 +63,18 @@ class Kit:
     folder: str
     artifacts: str | None = None
     files: Mapping[str, str] = field(default_factory=dict)
+    originals: bool = False
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The arrays of images that a worker reads: those to train on only where there are no views of them."""
+        originals = ("originals_pixels", "originals_sizes") if self.originals else ()
+        return "train_labels", "val_pixels", "val_labels", *(() if self.views else ("train_pixels", *originals))
 
     def paths(self) -> Iterator[str]:
         """Every file that a worker reads; a library as one packed file."""
         yield self.weights
-        parts = ("train_labels", "val_pixels", "val_labels", *(() if self.views else ("train_pixels",)))
-        yield from (f"{self.images}/{name}" for name in ("meta.json", *(f"{part}.npy" for part in parts)))
+        yield from (f"{self.images}/{name}" for name in ("meta.json", *(f"{part}.npy" for part in self.parts)))
         if self.views:
             shares = ("shares.npy",) if AugmentOptions.restore(self.settings.get("augment")).softens else ()
             yield from (f"{self.views}/{name}" for name in ("meta.json", "pixels.npy", "logits.npy", *shares))
@@ -108,6 +115,7 @@ def _describe(job: Job, materials: Materials) -> Kit:
         views=views.folder.name if isinstance(views, Views) and views.folder else None,
         library=None if library is None else library.folder.name,
         folder=str(job.cache.resolve()),
+        originals=splits.train.originals is not None,
     )
 
 
@@ -216,15 +224,16 @@ def _load_weights(base: nn.Module, kit: Kit, cache: Path) -> None:
 
 def _images(kit: Kit, cache: Path) -> dict[str, Images]:
     folder = cache / kit.images
-    wanted = ("train_labels", "val_pixels", "val_labels", *(() if kit.views else ("train_pixels",)))
-    loaded = load(folder, wanted)
+    loaded = load(folder, kit.parts)
     if loaded is None:
         raise _damaged(folder, "it is not there, or does not match its checksums")
+    originals = open_originals(loaded[0], len(kit.mean))
     tensors = {name: torch.from_numpy(array) for name, array in loaded[0].items()}
     images = {"val": Images(tensors["val_pixels"], tensors["val_labels"], kit.mean, kit.std)}
     labels = tensors["train_labels"][: kit.proxy_images]
     pixels = tensors.get("train_pixels", torch.zeros(len(labels), len(kit.mean), 1, 1, dtype=torch.uint8))
-    images["train"] = Images(pixels[: kit.proxy_images], labels, kit.mean, kit.std)
+    kept = None if originals is None else originals[: kit.proxy_images]
+    images["train"] = Images(pixels[: kit.proxy_images], labels, kit.mean, kit.std, kept)
     return images
 
 
