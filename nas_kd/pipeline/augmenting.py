@@ -16,6 +16,7 @@ from nas_kd.training.augment import (
     default_augmentation,
     may_be_mirrored,
 )
+from nas_kd.training.data import Splits
 from nas_kd.training.images import AugmentedImages, Images
 from nas_kd.training.mixing import Mixing
 
@@ -58,6 +59,11 @@ def mixing_of(settings: Settings | DistillSettings, num_classes: int) -> Mixing 
         return None
     known = {field.name for field in dataclasses.fields(Mixing)}
     return Mixing(num_classes=num_classes, **{name: value for name, value in options.given.items() if name in known})
+
+
+def images_key(settings: Settings | DistillSettings, splits: Splits) -> str:
+    """What names the images that students see: their splits, and how they are augmented where that was said."""
+    return " ".join(filter(None, (splits.digest, settings.augment.text)))
 
 
 def fresh_images(settings: Settings | DistillSettings, images: Images, num_classes: int) -> AugmentedImages:

@@ -22,7 +22,7 @@ from nas_kd.models.reduction import reduce_stride
 from nas_kd.models.student import build_student
 from nas_kd.models.trace import meta_image, without_storage
 from nas_kd.models.verify import measure
-from nas_kd.pipeline.augmenting import augmentation_of, fresh_images
+from nas_kd.pipeline.augmenting import augmentation_of, fresh_images, images_key
 from nas_kd.pipeline.image_form import data_spec, warn_of_other_order
 from nas_kd.pipeline.job import DIGITS_SIZE, TEACHER, TEACHER_LR, choose_device, epochs_of, open_folder
 from nas_kd.progress import Stages
@@ -279,7 +279,7 @@ def _train(job: DistillJob, splits: Splits, teacher: TeacherResult | None, stage
         splits=splits,
         recipe=recipe,
         folder=job.cache,
-        key=f"{splits.digest} {teacher.digest if teacher else ''} {settings.views}",
+        key=f"{images_key(settings, splits)} {teacher.digest if teacher else ''} {settings.views}",
         peers=settings.peers if settings.mode == "online" else 0,
     )
     candidate = Candidate(role=settings.mode, digest=weights_digest(student(0))[:12], build=student)

@@ -182,7 +182,7 @@ def equip(kit: Kit, cache: Path, device: torch.device) -> tuple[Space[nn.Module]
     space = make_space(dataclasses.replace(settings, out=str(cache.parent)), base.to(device).eval())
     if kit.library:
         space.library = _open_library(space, cache / kit.library)
-    images = _images(kit, cache)
+    images = images_of(kit, cache)
     proxy = Proxy(
         views=_proxy_views(kit, settings, cache, images, base),
         val=images["val"],
@@ -196,8 +196,9 @@ def equip(kit: Kit, cache: Path, device: torch.device) -> tuple[Space[nn.Module]
 def checkpoints(kit: Kit, cache: Path) -> Path:
     """Where trials of this study keep their state: those of other teachers, images or recipes keep theirs elsewhere."""
     recipe = proxy_recipe_of(settings_of(kit))
-    facts = json.dumps([kit.weights, kit.images, kit.views, kit.library, kit.proxy_images, repr(recipe)])
-    return cache / f"trials-{hashlib.sha256(facts.encode()).hexdigest()[:8]}"
+    augment = settings_of(kit).augment.text
+    facts = [kit.weights, kit.images, kit.views, kit.library, kit.proxy_images, repr(recipe), *filter(None, [augment])]
+    return cache / f"trials-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]}"
 
 
 def check_space(study: optuna.Study, kit: Kit, space: Space[nn.Module]) -> None:
@@ -222,7 +223,8 @@ def _load_weights(base: nn.Module, kit: Kit, cache: Path) -> None:
         raise _damaged(path, "it holds other weights")
 
 
-def _images(kit: Kit, cache: Path) -> dict[str, Images]:
+def images_of(kit: Kit, cache: Path) -> dict[str, Images]:
+    """The images that a worker needs, train and val, from a kit's files. Raises ArtifactError for damaged ones."""
     folder = cache / kit.images
     loaded = load(folder, kit.parts)
     if loaded is None:

@@ -20,7 +20,7 @@ from nas_kd.genotype import Genotype
 from nas_kd.models.latency_table import LatencyTable, Meter
 from nas_kd.models.onnx import is_installed
 from nas_kd.models.student import build_student
-from nas_kd.pipeline.augmenting import fresh_images
+from nas_kd.pipeline.augmenting import fresh_images, images_key
 from nas_kd.pipeline.job import REFINE, TEACHER_LR, Job, epochs_of, make_base, recipe_of
 from nas_kd.pipeline.latency import latency_spec, make_meter
 from nas_kd.pipeline.materials import Materials
@@ -225,7 +225,7 @@ def _refine(job: Job, wanted: Wanted, materials: Materials, advance: Advance) ->
         splits=materials.splits,
         recipe=_recipe(settings, role, wanted.epochs),
         folder=job.cache,
-        key=f"{materials.splits.digest} {materials.teacher.digest} {settings.views} {settings.seed}",
+        key=f"{images_key(settings, materials.splits)} {materials.teacher.digest} {settings.views} {settings.seed}",
         peers=settings.peers if online else 0,
     )
 

@@ -157,8 +157,8 @@ def _originals_side(spec: DataSpec, count: int, cache_dir: Path) -> tuple[int | 
     would take too much of the disk."""
     if spec.originals is None:
         return None, []
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    most = min(spec.originals_bytes, shutil.disk_usage(cache_dir).free // 2)
+    there = next(folder for folder in (cache_dir.absolute(), *cache_dir.absolute().parents) if folder.exists())
+    most = min(spec.originals_bytes, shutil.disk_usage(there).free // 2)
     side = original_side(spec.img_size, spec.originals, (count, spec.in_chans), most)
     if side is not None:
         return side, []
