@@ -7,13 +7,15 @@ import ast
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from nas_kd.arguments.augment import AugmentOptions, add_augmentation, augment_options
 from nas_kd.arguments.parsing import Parser, number
 from nas_kd.arguments.shared import RATE, add_data, add_shape
 from nas_kd.errors import NasKdError
+from nas_kd.training.dataset_names import choose_dataset
 
 LOSSES = ("kd", "dkd")
 _LOCAL = "local-dir:"
@@ -50,6 +52,10 @@ class DistillSettings:
     temperature: float
     dataset: str
     data_dir: str | None
+    class_map: str | None
+    skip_unreadable: bool
+    crop_pct: float | None
+    interpolation: str | None
     train_images: int | None
     val_fraction: float
     epochs: int | None
@@ -67,6 +73,7 @@ class DistillSettings:
     quiet: bool
     debug: bool
     command: str = ""
+    augment: AugmentOptions = field(default_factory=AugmentOptions)
 
     @property
     def is_result(self) -> bool:
@@ -102,6 +109,7 @@ def distill_parser(prog: str = "python -m nas_kd.distill") -> argparse.ArgumentP
     _add_model(parser.add_argument_group("model (as in timm)").add_argument)
     _add_mode(parser)
     add_data(parser)
+    add_augmentation(parser)
     _add_recipe(parser.add_argument_group("training").add_argument)
     add = parser.add_argument_group("output").add_argument
     add("--out", metavar="DIR", help="output folder (results/distill-…); the same command again resumes")
@@ -168,6 +176,8 @@ def parse_distill(argv: Sequence[str]) -> DistillSettings:
     for name in ("model", "teacher"):
         arguments[name] = _with_prefix(arguments[name])
     _check_weights(arguments)
+    arguments["dataset"] = choose_dataset(arguments["dataset"], arguments["data_dir"])
+    arguments["augment"] = augment_options(arguments, arguments["loss"])
     arguments["command"] = " ".join(["python -m nas_kd.distill", *argv])
     return DistillSettings(**{field.name: arguments[field.name] for field in fields(DistillSettings)})
 

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+from nas_kd.arguments.augment import add_augmentation
 from nas_kd.arguments.parsing import Parser, number
 from nas_kd.arguments.shared import add_base, add_choices, add_data, add_library, add_proxy_rate, add_recipe, add_report
 from nas_kd.arguments.study import Settings, settings_from, study_parser
@@ -40,6 +41,7 @@ def rank_parser(prog: str = "python -m nas_kd.rank_check") -> argparse.ArgumentP
     )
     add_base(parser)
     add_data(parser)
+    add_augmentation(parser)
     add = parser.add_argument_group("check").add_argument
     add("--budget", required=True, metavar="B", help="around which costs: params=1M,macs=30M or macs=50%% of the base")
     add("--genotypes", type=number(0), default=30, metavar="N", help="random genotypes to train (30)")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nas_kd.arguments.augment import add_augmentation
 from nas_kd.arguments.parsing import Parser, number
 from nas_kd.arguments.shared import add_base, add_data, add_onnx, add_recipe, add_report
 from nas_kd.arguments.study import Settings, settings_from, study_parser
@@ -41,6 +42,7 @@ def structure_parser(prog: str = "python -m nas_kd.structure") -> argparse.Argum
     )
     add_base(parser)
     add_data(parser)
+    add_augmentation(parser)
     _add_widths(parser.add_argument_group("widths").add_argument)
     _add_training(parser)
     output = parser.add_argument_group("output").add_argument

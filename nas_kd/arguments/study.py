@@ -6,10 +6,11 @@ import argparse
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from nas_kd import __version__
+from nas_kd.arguments.augment import AugmentOptions, add_augmentation, augment_options
 from nas_kd.arguments.parsing import Parser, number
 from nas_kd.arguments.shared import (
     add_base,
@@ -24,6 +25,7 @@ from nas_kd.arguments.shared import (
 )
 from nas_kd.budget import parse_budget, parse_levels
 from nas_kd.errors import NasKdError, nearest, without_password
+from nas_kd.training.dataset_names import choose_dataset
 
 STORAGE = "NAS_KD_STORAGE"  # environment variable: a URL with a password is not for every eye on the machine
 DISTILLATIONS = ("kd", "dkd", "online")
@@ -88,12 +90,17 @@ class Settings:
     command: str = ""
     maximize: str | None = None
     proxy_lr: float | None = None
+    class_map: str | None = None
+    skip_unreadable: bool = False
+    crop_pct: float | None = None
+    interpolation: str | None = None
     pruner: str = "front"
+    augment: AugmentOptions = field(default_factory=AugmentOptions)
 
     @property
     def name(self) -> str:
         """The study's name: as given, or model, dataset and budget."""
-        text = self.study_name or f"{self.model}-{self.dataset or 'folder'}-{self.budget.replace('=', '')}"
+        text = self.study_name or f"{self.model}-{self.dataset}-{self.budget.replace('=', '')}"
         return re.sub(r"[^\w.%+-]+", "-", text).strip("-.")
 
 
@@ -109,6 +116,7 @@ def study_parser(prog: str = "python -m nas_kd.study") -> argparse.ArgumentParse
     parser.add_argument("--version", action="version", version=f"nas_kd {__version__}")
     add_base(parser)
     add_data(parser)
+    add_augmentation(parser)
     _add_search(parser)
     _add_training(parser)
     _add_output(parser)
@@ -220,7 +228,9 @@ def settings_from(arguments: dict[str, Any]) -> Settings:
     if arguments["study_name"] is not None and not re.search(r"\w", arguments["study_name"]):
         raise NasKdError(f"--study-name {arguments['study_name']!r} needs a letter or digit")
     arguments = {**arguments, **{name: tuple(arguments[name]) for name in ("pin", "start_from")}}
+    arguments["dataset"] = choose_dataset(arguments["dataset"], arguments["data_dir"])
     arguments["pruner"] = _pruner(arguments["pruner"], bool(arguments["maximize"]))
+    arguments["augment"] = augment_options(arguments, arguments["distill"])
     return Settings(**{field.name: arguments[field.name] for field in fields(Settings)})
 
 

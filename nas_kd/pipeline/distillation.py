@@ -22,12 +22,14 @@ from nas_kd.models.reduction import reduce_stride
 from nas_kd.models.student import build_student
 from nas_kd.models.trace import meta_image, without_storage
 from nas_kd.models.verify import measure
-from nas_kd.pipeline.job import DIGITS_SIZE, TEACHER, TEACHER_LR, choose_device, data_spec, epochs_of, open_folder
+from nas_kd.pipeline.augmenting import augmentation_of, fresh_images, images_key
+from nas_kd.pipeline.image_form import data_spec, warn_of_other_order
+from nas_kd.pipeline.job import DIGITS_SIZE, TEACHER, TEACHER_LR, choose_device, epochs_of, open_folder
 from nas_kd.progress import Stages
 from nas_kd.results.export import Card, export
 from nas_kd.results.refine import Candidate, Refined, Refinement, refine
 from nas_kd.search.space import input_size_of
-from nas_kd.training.augment import default_augmentation, derive_seed
+from nas_kd.training.augment import derive_seed
 from nas_kd.training.checkpoint import load_checkpoint
 from nas_kd.training.data import DIGITS, DataSpec, Splits, load_splits
 from nas_kd.training.images import AugmentedImages
@@ -96,17 +98,27 @@ def prepare_distillation(settings: DistillSettings) -> DistillJob:
     out = open_folder(Path(settings.out or Path("results") / _name(settings)))
     if settings.cache is not None:
         open_folder(Path(settings.cache), "--cache")
-    classes = settings.num_classes or len(open_source(settings.dataset, settings.data_dir).class_names)
+    source = open_source(settings.dataset, settings.data_dir, settings.class_map)
+    classes = settings.num_classes or len(source.class_names)
     size = _input_size(settings)
     student = build(settings, classes, size, 0)
     teacher = _make_teacher(settings, classes, size[0])
     for network in filter(None, (student, teacher)):
         _try_out(network, size)
-    brings = teacher if _teacher_is_trained(settings) else student if settings.has_weights else None
-    data = data_spec(settings, size, brings)
+    trained = teacher is not None and _teacher_is_trained(settings)
+    model = teacher if trained and teacher is not None else student
+    data = data_spec(settings, size, source, model, weighted=trained or settings.has_weights)
+    if trained or settings.has_weights:
+        warn_of_other_order(source, settings, model, _origin(settings, of_teacher=trained))
     return DistillJob(
         settings=settings, device=device, out=out, input_size=size, classes=classes, data=data, teacher=teacher
     )
+
+
+def _origin(settings: DistillSettings, *, of_teacher: bool) -> str:
+    """Where weights come from, in words."""
+    file = settings.teacher_checkpoint if of_teacher else settings.initial_checkpoint
+    return file or f"timm's {settings.teacher if of_teacher else settings.model}"
 
 
 def _try_out(network: nn.Module, input_size: tuple[int, int, int]) -> None:
@@ -124,7 +136,7 @@ def _try_out(network: nn.Module, input_size: tuple[int, int, int]) -> None:
 def _name(settings: DistillSettings) -> str:
     """The name of the output folder: results of one base are told apart by their own."""
     model = Path(settings.model.partition(":")[2]).resolve().name if settings.is_result else settings.stem
-    return f"distill-{model}-{settings.dataset.replace('/', '-') or 'folder'}-{settings.mode}"
+    return f"distill-{model}-{settings.dataset.replace('/', '-')}-{settings.mode}"
 
 
 def _input_size(settings: DistillSettings) -> tuple[int, int, int]:
@@ -222,7 +234,7 @@ def _teacher(job: DistillJob, splits: Splits, stages: Stages) -> TeacherResult |
             network,
             splits,
             recipe=dataclasses.replace(recipe, distill="kd", temperature=4.0, eval_epochs=()),
-            augmentation=default_augmentation(settings.dataset),
+            augmentation=augmentation_of(settings, job.input_size[1]),
             cache=TeacherCache(folder=job.cache, key=f"{settings.teacher} {settings.seed}"),
             report=lambda _, accuracy: advance(f"val accuracy {100 * accuracy:.1f} %"),
         )
@@ -235,12 +247,15 @@ def _training_data(job: DistillJob, splits: Splits, teacher: TeacherResult | Non
     """Fresh views of the training images in every epoch; beside a teacher cached ones with its logits, or its logits in
     every step where there is to be no cache or it would be too large."""
     settings = job.settings
-    augmentation = default_augmentation(settings.dataset)
-    fresh = AugmentedImages(splits.train, augmentation, settings.seed)
+    fresh = fresh_images(settings, splits.train, splits.num_classes)
     if teacher is None:
         return fresh
     spec = ViewSpec(
-        count=max(1, min(settings.views, epochs)), augmentation=augmentation, seed=settings.seed, key=splits.digest
+        count=max(1, min(settings.views, epochs)),
+        augmentation=fresh.augmentation,
+        seed=settings.seed,
+        key=splits.digest,
+        mixing=fresh.mixing,
     )
     if settings.views == 0 or views_bytes(splits.train, spec, splits.num_classes) > spec.max_bytes:
         return OnlineViews(fresh, Teacher(teacher.network))
@@ -264,7 +279,7 @@ def _train(job: DistillJob, splits: Splits, teacher: TeacherResult | None, stage
         splits=splits,
         recipe=recipe,
         folder=job.cache,
-        key=f"{splits.digest} {teacher.digest if teacher else ''} {settings.views}",
+        key=f"{images_key(settings, splits)} {teacher.digest if teacher else ''} {settings.views}",
         peers=settings.peers if settings.mode == "online" else 0,
     )
     candidate = Candidate(role=settings.mode, digest=weights_digest(student(0))[:12], build=student)
@@ -285,6 +300,7 @@ def _export(job: DistillJob, splits: Splits, teacher: TeacherResult | None, refi
         input_size=job.input_size,
         mean=splits.mean,
         std=splits.std,
+        **dataclasses.asdict(splits.preprocessing),
         label_names=splits.class_names,
         facts=facts,
         title=name,

@@ -17,8 +17,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from nas_kd import __version__
+from nas_kd.arguments.augment import AugmentOptions
 from nas_kd.arguments.study import Settings
 from nas_kd.errors import ArtifactError, CheckpointError, StudyError
+from nas_kd.pipeline.augmenting import fresh_images
 from nas_kd.pipeline.job import Job, choices_made, in_chans_of, make_base, make_space, proxy_recipe_of
 from nas_kd.pipeline.materials import Materials
 from nas_kd.search.artifacts import Store, open_store, pack, unpack
@@ -26,11 +28,11 @@ from nas_kd.search.space import Space
 from nas_kd.search.storage import CONFIG, storage_errors
 from nas_kd.search.trials import Proxy
 from nas_kd.training.arrays import load
-from nas_kd.training.augment import default_augmentation
 from nas_kd.training.checkpoint import load_exactly
 from nas_kd.training.entries import EntryFile
-from nas_kd.training.images import AugmentedImages, Images
+from nas_kd.training.images import Images
 from nas_kd.training.library import Library, entry_file, made_choices
+from nas_kd.training.originals import open_originals
 from nas_kd.training.teacher import Teacher
 from nas_kd.training.tensor_files import write_tensors
 from nas_kd.training.views import OnlineViews, Views, open_views, weights_digest
@@ -61,14 +63,21 @@ class Kit:
     folder: str
     artifacts: str | None = None
     files: Mapping[str, str] = field(default_factory=dict)
+    originals: bool = False
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The arrays of images that a worker reads: those to train on only where there are no views of them."""
+        originals = ("originals_pixels", "originals_sizes") if self.originals else ()
+        return "train_labels", "val_pixels", "val_labels", *(() if self.views else ("train_pixels", *originals))
 
     def paths(self) -> Iterator[str]:
         """Every file that a worker reads; a library as one packed file."""
         yield self.weights
-        parts = ("train_labels", "val_pixels", "val_labels", *(() if self.views else ("train_pixels",)))
-        yield from (f"{self.images}/{name}" for name in ("meta.json", *(f"{part}.npy" for part in parts)))
+        yield from (f"{self.images}/{name}" for name in ("meta.json", *(f"{part}.npy" for part in self.parts)))
         if self.views:
-            yield from (f"{self.views}/{name}" for name in ("meta.json", "pixels.npy", "logits.npy"))
+            shares = ("shares.npy",) if AugmentOptions.restore(self.settings.get("augment")).softens else ()
+            yield from (f"{self.views}/{name}" for name in ("meta.json", "pixels.npy", "logits.npy", *shares))
         if self.library:
             yield f"{self.library}.zip"
 
@@ -106,6 +115,7 @@ def _describe(job: Job, materials: Materials) -> Kit:
         views=views.folder.name if isinstance(views, Views) and views.folder else None,
         library=None if library is None else library.folder.name,
         folder=str(job.cache.resolve()),
+        originals=splits.train.originals is not None,
     )
 
 
@@ -133,7 +143,8 @@ def read_kit(study: optuna.Study) -> Kit | None:
 
 def settings_of(kit: Kit) -> Settings:
     """The settings of the study's command."""
-    return Settings(**{**kit.settings, "pin": tuple(kit.settings["pin"])})
+    augment = AugmentOptions.restore(kit.settings.get("augment"))
+    return Settings(**{**kit.settings, "pin": tuple(kit.settings["pin"]), "augment": augment})
 
 
 def locate(kit: Kit, out: str | None, artifacts: str | None) -> Path:
@@ -171,7 +182,7 @@ def equip(kit: Kit, cache: Path, device: torch.device) -> tuple[Space[nn.Module]
     space = make_space(dataclasses.replace(settings, out=str(cache.parent)), base.to(device).eval())
     if kit.library:
         space.library = _open_library(space, cache / kit.library)
-    images = _images(kit, cache)
+    images = images_of(kit, cache)
     proxy = Proxy(
         views=_proxy_views(kit, settings, cache, images, base),
         val=images["val"],
@@ -185,8 +196,9 @@ def equip(kit: Kit, cache: Path, device: torch.device) -> tuple[Space[nn.Module]
 def checkpoints(kit: Kit, cache: Path) -> Path:
     """Where trials of this study keep their state: those of other teachers, images or recipes keep theirs elsewhere."""
     recipe = proxy_recipe_of(settings_of(kit))
-    facts = json.dumps([kit.weights, kit.images, kit.views, kit.library, kit.proxy_images, repr(recipe)])
-    return cache / f"trials-{hashlib.sha256(facts.encode()).hexdigest()[:8]}"
+    augment = settings_of(kit).augment.text
+    facts = [kit.weights, kit.images, kit.views, kit.library, kit.proxy_images, repr(recipe), *filter(None, [augment])]
+    return cache / f"trials-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]}"
 
 
 def check_space(study: optuna.Study, kit: Kit, space: Space[nn.Module]) -> None:
@@ -211,17 +223,19 @@ def _load_weights(base: nn.Module, kit: Kit, cache: Path) -> None:
         raise _damaged(path, "it holds other weights")
 
 
-def _images(kit: Kit, cache: Path) -> dict[str, Images]:
+def images_of(kit: Kit, cache: Path) -> dict[str, Images]:
+    """The images that a worker needs, train and val, from a kit's files. Raises ArtifactError for damaged ones."""
     folder = cache / kit.images
-    wanted = ("train_labels", "val_pixels", "val_labels", *(() if kit.views else ("train_pixels",)))
-    loaded = load(folder, wanted)
+    loaded = load(folder, kit.parts)
     if loaded is None:
         raise _damaged(folder, "it is not there, or does not match its checksums")
+    originals = open_originals(loaded[0], len(kit.mean))
     tensors = {name: torch.from_numpy(array) for name, array in loaded[0].items()}
     images = {"val": Images(tensors["val_pixels"], tensors["val_labels"], kit.mean, kit.std)}
     labels = tensors["train_labels"][: kit.proxy_images]
     pixels = tensors.get("train_pixels", torch.zeros(len(labels), len(kit.mean), 1, 1, dtype=torch.uint8))
-    images["train"] = Images(pixels[: kit.proxy_images], labels, kit.mean, kit.std)
+    kept = None if originals is None else originals[: kit.proxy_images]
+    images["train"] = Images(pixels[: kit.proxy_images], labels, kit.mean, kit.std, kept)
     return images
 
 
@@ -229,8 +243,7 @@ def _proxy_views(
     kit: Kit, settings: Settings, cache: Path, images: Mapping[str, Images], base: nn.Module
 ) -> Views | OnlineViews:
     if kit.views is None:
-        augmented = AugmentedImages(images["train"], default_augmentation(settings.dataset), settings.seed)
-        return OnlineViews(augmented, Teacher(base))
+        return OnlineViews(fresh_images(settings, images["train"], kit.num_classes), Teacher(base))
     views = open_views(cache / kit.views, images["train"].labels, kit.mean, kit.std)
     if views is None:
         raise _damaged(cache / kit.views, "it is not there, or does not match its checksums")

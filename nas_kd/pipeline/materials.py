@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from nas_kd.pipeline.augmenting import augmentation_of, fresh_images
 from nas_kd.pipeline.job import REFINE, TEACHER, TEACHER_LR, Job, epochs_of, recipe_of
 from nas_kd.progress import Advance, Stages
-from nas_kd.training.augment import default_augmentation
 from nas_kd.training.data import Splits, load_splits
 from nas_kd.training.images import AugmentedImages, Images
 from nas_kd.training.library import Library
@@ -66,7 +66,8 @@ def gather_whole(job: Job, epochs: Callable[[Splits], int], stages: Stages) -> M
 
 def _library(job: Job, splits: Splits, teacher: TeacherResult, stages: Stages) -> Library:
     """The library of the teacher's blocks, with as many training steps as its share of the study's work allows."""
-    augmented = AugmentedImages(splits.train, default_augmentation(job.settings.dataset), job.settings.seed)
+    size = job.space.input_size[1]
+    augmented = AugmentedImages(splits.train, augmentation_of(job.settings, size), job.settings.seed)
     spec = plan_library(LibrarySpec(seed=job.settings.seed), job.space.analysis, _library_images(job, splits))
     images = augmented.sample(spec.images + spec.holdout)
     with stages.stage("library", 3 * len(job.space.blocks)) as advance:
@@ -93,7 +94,7 @@ def _teacher(job: Job, splits: Splits, epochs: int, advance: Advance) -> Teacher
     if not settings.pretrained:  # pretrained weights are tuned gently, like inherited ones
         recipe = dataclasses.replace(recipe, lr=TEACHER_LR)
     cache = TeacherCache(folder=job.cache, key=f"{settings.model} {settings.pretrained} {settings.seed}")
-    augmentation = default_augmentation(settings.dataset)
+    augmentation = augmentation_of(settings, job.space.input_size[1])
 
     def report(epoch: int, accuracy: float) -> None:
         advance(f"val accuracy {100 * accuracy:.1f} %")
@@ -103,8 +104,14 @@ def _teacher(job: Job, splits: Splits, epochs: int, advance: Advance) -> Teacher
 
 def _views(job: Job, splits: Splits, teacher: TeacherResult, count: int, images: Images) -> Views | OnlineViews:
     """Cached views, or the teacher beside the student in every step where they would be too large to keep."""
-    augmentation = default_augmentation(job.settings.dataset)
-    spec = ViewSpec(count=count, augmentation=augmentation, seed=job.settings.seed, key=splits.digest)
+    fresh = fresh_images(job.settings, images, splits.num_classes)
+    spec = ViewSpec(
+        count=count,
+        augmentation=fresh.augmentation,
+        seed=job.settings.seed,
+        key=splits.digest,
+        mixing=fresh.mixing,
+    )
     if views_bytes(images, spec, splits.num_classes) > spec.max_bytes:
-        return OnlineViews(AugmentedImages(images, augmentation, job.settings.seed), Teacher(teacher.network))
+        return OnlineViews(fresh, Teacher(teacher.network))
     return build_views(images, teacher.network, spec, job.cache)

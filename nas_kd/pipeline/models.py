@@ -20,6 +20,7 @@ from nas_kd.genotype import Genotype
 from nas_kd.models.latency_table import LatencyTable, Meter
 from nas_kd.models.onnx import is_installed
 from nas_kd.models.student import build_student
+from nas_kd.pipeline.augmenting import fresh_images, images_key
 from nas_kd.pipeline.job import REFINE, TEACHER_LR, Job, epochs_of, make_base, recipe_of
 from nas_kd.pipeline.latency import latency_spec, make_meter
 from nas_kd.pipeline.materials import Materials
@@ -32,8 +33,7 @@ from nas_kd.search.options import parse_options
 from nas_kd.search.space import Space
 from nas_kd.search.starts import random_genotype, uniform_width_student, uniform_width_students
 from nas_kd.search.trials import cost_of, values_of
-from nas_kd.training.augment import default_augmentation, derive_seed
-from nas_kd.training.images import AugmentedImages
+from nas_kd.training.augment import derive_seed
 from nas_kd.training.loop import CALIBRATION, evaluate, recalibrate
 from nas_kd.training.recipe import Recipe
 
@@ -209,7 +209,7 @@ def _refine(job: Job, wanted: Wanted, materials: Materials, advance: Advance) ->
     role, genotype, space, settings = wanted.role, wanted.genotype, wanted.space, job.settings
     online = settings.distill == "online" and role != "no teacher"
     views = materials.refine_views
-    fresh = AugmentedImages(materials.splits.train, default_augmentation(settings.dataset), settings.seed)
+    fresh = fresh_images(settings, materials.splits.train, materials.splits.num_classes)
 
     def build(number: int) -> nn.Module:
         if online or role == "no teacher":  # from scratch
@@ -225,7 +225,7 @@ def _refine(job: Job, wanted: Wanted, materials: Materials, advance: Advance) ->
         splits=materials.splits,
         recipe=_recipe(settings, role, wanted.epochs),
         folder=job.cache,
-        key=f"{materials.splits.digest} {materials.teacher.digest} {settings.views} {settings.seed}",
+        key=f"{images_key(settings, materials.splits)} {materials.teacher.digest} {settings.views} {settings.seed}",
         peers=settings.peers if online else 0,
     )
 
@@ -286,6 +286,7 @@ def _export(job: Job, model: Model, materials: Materials) -> ModelRow:
         input_size=job.space.input_size,
         mean=materials.splits.mean,
         std=materials.splits.std,
+        **dataclasses.asdict(materials.splits.preprocessing),
         label_names=materials.splits.class_names,
         facts=facts,
         title=name,

@@ -16,6 +16,7 @@ from torch import nn
 
 from nas_kd.errors import TrainingError
 from nas_kd.genotype import Genotype
+from nas_kd.pipeline.augmenting import images_key
 from nas_kd.pipeline.job import TEACHER_LR, Job, proxy_recipe_of, recipe_of
 from nas_kd.pipeline.materials import Materials
 from nas_kd.pipeline.models import fresh_student
@@ -107,7 +108,8 @@ class Part:
 
 def parts_of(ground: Ground) -> tuple[Part, ...]:
     """What is measured of each genotype; the truth comes last."""
-    shared = f"{_VERSION} {ground.materials.teacher.digest} {ground.materials.splits.digest} "
+    images = images_key(ground.job.settings, ground.materials.splits)
+    shared = f"{_VERSION} {ground.materials.teacher.digest} {images} "
     shared += f"{ground.job.settings.seed} {getattr(ground.portions.views, 'count', 0)} "
     parts = [Part(name="zero-cost", key=_digest(shared), measure=functools.partial(_zero_cost, ground))]
     for start in ground.starts:

@@ -22,6 +22,7 @@ from nas_kd.models.channel_cost import segments_of
 from nas_kd.models.inherit import inherit_student
 from nas_kd.models.scale_factors import FILTERS, ScaleFactors
 from nas_kd.models.structure import Analysis
+from nas_kd.pipeline.augmenting import images_key
 from nas_kd.pipeline.job import REFINE, Job, epochs_of, prepare, recipe_of
 from nas_kd.pipeline.materials import Materials, gather_whole
 from nas_kd.pipeline.models import Start, Wanted, make_models, plain_baselines
@@ -127,7 +128,8 @@ def _learn(job: Job, goal: Goal, materials: Materials, epochs: int, stages: Stag
     learner = WidthLearner(job.space.base, job.space.analysis, goal)
     _say_sources(learner.scales, job.space.analysis)
     choices = [(block.name, block.choices) for block in job.space.blocks]
-    facts = f"1 {materials.teacher.digest} {materials.splits.digest} {settings.views} {recipe} {goal} {choices}"
+    images = images_key(settings, materials.splits)
+    facts = f"1 {materials.teacher.digest} {images} {settings.views} {recipe} {goal} {choices}"
     digest = hashlib.sha256(facts.encode()).hexdigest()[:16]
     path = job.cache / f"learnt-{digest}.safetensors"
     with stages.stage("learn widths", epochs) as advance:

@@ -1,18 +1,29 @@
-"""Augmentation of uint8 image batches as tensor operations, every draw from a given seed."""
+"""How training images are augmented, as a value: shift and flip for tiny ones, timm's own transforms for photos.
+
+Shift and flip are here too, as tensor operations on uint8 batches; the transforms of photos are in `photos`. Every draw
+comes from a given seed.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
 from torch import Tensor
 
 from nas_kd.errors import DataError
+from nas_kd.training.augmentation_names import ERASE_MODES, INTERPOLATIONS
 
 PADDINGS = ("zero", "reflect")
 # a mirrored digit or letter is another sign; clothes, animals and things stay what they are
 _NO_FLIP = frozenset({"digits", "torch/mnist", "torch/kmnist", "torch/qmnist", "torch/svhn"})
+PHOTO_SIZE = 64  # pixels from which on an image is taken for a photo: below, a crop leaves too little
+_PHOTOS = frozenset({"", "folder", "imagefolder", "image_folder", "torch/folder", "torch/image_folder",
+                     "torch/imagenet", "torch/places365"})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +44,54 @@ class Augmentation:
             raise DataError(f"padding must be one of {', '.join(PADDINGS)}, got {self.padding!r}")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhotoAugmentation:
+    """timm's augmentation of photos (`timm.data.create_transform(is_training=True)`), with its names and meanings.
+
+    A crop with a share `scale` of the area and an aspect ratio within `ratio` is resized by `interpolation`, then
+    mirrored with the probabilities `hflip` and `vflip`; `auto_augment` (such as rand-m9-mstd0.5), or else
+    `color_jitter`, changes it further, and with the probability `re_prob` a rectangle is erased (`re_mode`: const is
+    the mean colour, rand one colour, pixel noise). Raises DataError for a value outside its range.
+    """
+
+    scale: tuple[float, float] = (0.35, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    vflip: float = 0.0
+    color_jitter: float | None = None
+    auto_augment: str | None = None
+    interpolation: str = "random"
+    re_prob: float = 0.0
+    re_mode: str = "pixel"
+
+    def __post_init__(self) -> None:
+        for name, fine, legal in self._ranges():
+            if not fine:
+                raise DataError(f"{name} must be {legal}, got {getattr(self, name)!r}")
+        if self.auto_augment is None:
+            return
+        try:
+            make_auto_augment(self.auto_augment, {})
+        except (AssertionError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"timm cannot read auto_augment {self.auto_augment!r}: write it like rand-m9-mstd0.5, augmix-m3, "
+                "original, v0 or 3a"
+            ) from error
+        if self.color_jitter is not None and "3a" not in self.auto_augment:
+            raise DataError(
+                f"timm leaves color_jitter out beside auto_augment {self.auto_augment!r}: leave one of them out"
+            )
+
+    def _ranges(self) -> Iterable[tuple[str, bool, str]]:
+        yield "scale", len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1] <= 1, "two shares in (0, 1], rising"
+        yield "ratio", len(self.ratio) == 2 and 0 < self.ratio[0] <= self.ratio[1] < math.inf, "two rising ratios > 0"
+        for name in ("hflip", "vflip", "re_prob"):
+            yield name, 0 <= getattr(self, name) <= 1, "a probability in [0, 1]"
+        yield "color_jitter", self.color_jitter is None or 0 <= self.color_jitter < math.inf, "0 or more"
+        yield "interpolation", self.interpolation in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}"
+        yield "re_mode", self.re_mode in ERASE_MODES, f"one of {', '.join(ERASE_MODES)}"
+
+
 @dataclass(frozen=True, slots=True)
 class Draw:
     """What was drawn for N images: `shifts`, N×2 int64 (down, right), and `flips`, N bool."""
@@ -44,9 +103,28 @@ class Draw:
         return Draw(self.shifts[indices], self.flips[indices])
 
 
-def default_augmentation(dataset: str) -> Augmentation:
-    """The augmentation for a dataset's name; signs (digits, letters) are not mirrored."""
-    return Augmentation(flip=dataset.lower() not in _NO_FLIP)
+AnyAugmentation = Augmentation | PhotoAugmentation
+
+
+def default_augmentation(dataset: str, img_size: int = 32) -> AnyAugmentation:
+    """The augmentation for a dataset's name and the side of its images: that of photos where they are photos of 64
+    pixels or more, else shift and flip. Signs (digits, letters) are not mirrored."""
+    if img_size >= PHOTO_SIZE and dataset.lower() in _PHOTOS:
+        return PhotoAugmentation()
+    return Augmentation(flip=may_be_mirrored(dataset))
+
+
+def may_be_mirrored(dataset: str) -> bool:
+    """Whether a mirrored image of this dataset is still of its class: not so for digits and letters."""
+    return dataset.lower() not in _NO_FLIP
+
+
+def make_auto_augment(config: str, parameters: dict[str, object]) -> object:
+    """timm's transform of this configuration, as its own factory makes it."""
+    for start, make in (("rand", rand_augment_transform), ("augmix", augment_and_mix_transform)):
+        if config.startswith(start):
+            return make(config, parameters)
+    return auto_augment_transform(config, parameters)
 
 
 def derive_seed(*parts: int | str) -> int:

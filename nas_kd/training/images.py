@@ -7,10 +7,14 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from nas_kd.errors import DataError
-from nas_kd.training.augment import Augmentation, Draw, apply, derive_seed, draw
+from nas_kd.training.augment import AnyAugmentation, Augmentation, Draw, apply, derive_seed, draw
+from nas_kd.training.mixing import Mixing, mix_each, smoothed
+from nas_kd.training.originals import Originals
+from nas_kd.training.photos import PhotoTransform, transform_each
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -18,13 +22,15 @@ class Images:
     """N labelled images and how a network wants them normalised.
 
     `pixels` N×C×H×W uint8, `labels` N int64, `mean` and `std` one value per channel on the scale 0–1. The pixels may
-    be memory-mapped. Raises DataError when they do not fit together or there is no image.
+    be memory-mapped. `originals` are the same images before they were cropped and resized, where they are kept: photos
+    are augmented from these. Raises DataError when they do not fit together or there is no image.
     """
 
     pixels: Tensor
     labels: Tensor
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    originals: Originals | None = None
 
     def __post_init__(self) -> None:
         if self.pixels.ndim != 4 or self.pixels.dtype != torch.uint8:
@@ -37,12 +43,15 @@ class Images:
         numbers = all(map(math.isfinite, (*self.mean, *self.std)))
         if len(self.mean) != channels or len(self.std) != channels or min(self.std) <= 0 or not numbers:
             raise DataError(f"{channels} channels need as many means and positive stds: got {self.mean}, {self.std}")
+        if self.originals is not None and len(self.originals) != len(self.pixels):
+            raise DataError(f"{len(self.pixels)} images with {len(self.originals)} originals")
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def __getitem__(self, indices: Tensor | slice) -> Images:
-        return replace(self, pixels=self.pixels[indices], labels=self.labels[indices])
+        originals = None if self.originals is None else self.originals[indices]
+        return replace(self, pixels=self.pixels[indices], labels=self.labels[indices], originals=originals)
 
     @property
     def bytes(self) -> int:
@@ -50,17 +59,32 @@ class Images:
         return self.pixels.numel()
 
     def to(self, device: torch.device) -> Images:
-        """The same images on `device`."""
+        """The same images on `device`; originals stay where they are."""
         return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))
+
+    def picture(self, index: int) -> Image.Image:
+        """One image as a picture of mode L or RGB: the original where there is one."""
+        if self.originals is not None:
+            return self.originals.image(index)
+        pixels = self.pixels[index].cpu().permute(1, 2, 0).contiguous().numpy()
+        return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """B images for one training step: `pixels` B×C×H×W uint8, `labels` B int64, the teacher's `logits` B×K or None."""
+    """B images for one training step: `pixels` B×C×H×W uint8, `labels` B int64, the teacher's `logits` B×K or None.
+
+    Where images are mixed or labels smoothed, `labels` are the classes' shares, B×K float32.
+    """
 
     pixels: Tensor
     labels: Tensor
     logits: Tensor | None
+
+    @property
+    def classes(self) -> Tensor:
+        """The class of each image, B int64; of a mixed one the one that has the greatest share."""
+        return self.labels if self.labels.ndim == 1 else self.labels.argmax(1)
 
 
 class TrainingData(Protocol):
@@ -96,12 +120,17 @@ def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...], d
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AugmentedImages:
-    """Training images with fresh augmentation in every epoch, decided by `seed` alone; there are no teacher logits."""
+    """Training images with fresh augmentation in every epoch, decided by `seed` alone; there are no teacher logits.
+
+    With `mixing` each is mixed with another one, which is drawn for it anew in every epoch.
+    """
 
     images: Images
-    augmentation: Augmentation
+    augmentation: AnyAugmentation
     seed: int = 0
+    mixing: Mixing | None = None
     _drawn: dict[int, Draw] = field(default_factory=dict, repr=False)  # of the current epoch
+    _partners: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -119,24 +148,56 @@ class AugmentedImages:
         return self.images.bytes
 
     def to(self, device: torch.device) -> AugmentedImages:
-        """The same data on `device`; augmentation then runs there."""
-        return AugmentedImages(self.images.to(device), self.augmentation, self.seed)
+        """The same data on `device`; augmentation then runs there. Photos are augmented on the CPU and stay there."""
+        if not isinstance(self.augmentation, Augmentation):
+            return self
+        return AugmentedImages(self.images.to(device), self.augmentation, self.seed, self.mixing)
 
     def batch(self, epoch: int, indices: Tensor) -> Batch:
         """The images `indices` (B int64), augmented for `epoch`; an image does not depend on the rest of its batch."""
-        local = indices.to(self.images.pixels.device)
-        pixels = apply(self.images.pixels[local], self._draw(epoch)[indices.cpu()], self.augmentation.padding)
-        return Batch(pixels, self.images.labels[local], None)
+        pixels, labels = self._seen(epoch, indices), self._labels(indices)
+        if self.mixing is None:
+            return Batch(pixels, labels, None)
+        if not self.mixing.mixes:
+            return Batch(pixels, smoothed(labels, self.mixing), None)
+        others = self._partner(epoch)[indices.cpu()]
+        seeds = self._seeds("mix", epoch, indices)
+        partners = self._seen(epoch, others), self._labels(others)
+        return Batch(*mix_each(self.mixing, (pixels, labels), partners, seeds), None)
 
     def sample(self, count: int) -> Images:
-        """The first `count` images as epoch 0 sees them, e.g. to recalibrate batch norms."""
+        """The first `count` images as epoch 0 sees them, unmixed, e.g. to recalibrate batch norms."""
         indices = torch.arange(min(count, len(self)))
-        return replace(self.images[indices], pixels=self.batch(0, indices).pixels)
+        return replace(self.images[indices], pixels=self._seen(0, indices), originals=None)
+
+    def _labels(self, indices: Tensor) -> Tensor:
+        return self.images.labels[indices.to(self.images.labels.device)]
+
+    def _seen(self, epoch: int, indices: Tensor) -> Tensor:
+        """The images `indices` as `epoch` sees them, before any are mixed."""
+        augmentation, pixels = self.augmentation, self.images.pixels
+        if isinstance(augmentation, Augmentation):
+            return apply(pixels[indices.to(pixels.device)], self._draw(epoch)[indices.cpu()], augmentation.padding)
+        transform = PhotoTransform(augmentation, pixels.shape[-1], self.mean, self.std)
+        photos = map(self.images.picture, indices.tolist())
+        return transform_each(transform, photos, self._seeds("photo", epoch, indices))
+
+    def _seeds(self, what: str, epoch: int, indices: Tensor) -> list[int]:
+        return [derive_seed(self.seed, what, epoch, index) for index in indices.tolist()]
+
+    def _partner(self, epoch: int) -> Tensor:
+        """Which image each one is mixed with in `epoch`."""
+        if epoch not in self._partners:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "partners", epoch))
+            self._partners.clear()
+            self._partners[epoch] = torch.randperm(len(self), generator=generator)
+        return self._partners[epoch]
 
     def _draw(self, epoch: int) -> Draw:
         if epoch not in self._drawn:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "augment", epoch))
             size = self.images.pixels.shape[-1]
             self._drawn.clear()
+            assert isinstance(self.augmentation, Augmentation)
             self._drawn[epoch] = draw(len(self), size, self.augmentation, generator)
         return self._drawn[epoch]

@@ -1,9 +1,10 @@
 """Distillation losses, each in its paper's notation, and how they are put together.
 
 A *soft loss* draws a student to a teacher: `soft(student, teacher, labels)` → mean over the batch, for logits N×K and
-labels N. `soft_loss` makes one by name. A *criterion* is what training descends: `criterion(outputs, labels, teacher)`
+labels N; `soft_loss` makes one by name. A *criterion* is what training descends: `criterion(outputs, labels, teacher)`
 for whatever the network gives. `student_loss` is that of a student beside a finished teacher, `ensemble_loss` that of
-students that build their teacher online; both take any soft loss.
+students that build their teacher online; both take any soft loss. Where images are mixed or labels smoothed, labels are
+the classes' shares N×K.
 """
 
 from __future__ import annotations
@@ -63,9 +64,11 @@ def decoupled_distillation_loss(
 
     TCKD is the KL of the binary (target, rest) probabilities, NCKD the KL among the other classes. Logits are N×K,
     labels N. With α = 1 and β = the teacher's probability of the rest it is `distillation_loss` for one image
-    (equation 5). Raises TrainingError if the shapes differ or T ≤ 0.
+    (equation 5). Raises TrainingError if the shapes differ, T ≤ 0, or the labels are shares of several classes.
     """
     _check(student_logits, teacher_logits, temperature)
+    if labels.ndim != 1:
+        raise TrainingError("decoupled KD needs one class per image, these are mixed or smoothed: use kd instead")
     log_student, rest_student = _decouple(student_logits / temperature, labels)
     log_teacher, rest_teacher = _decouple(teacher_logits / temperature, labels)
     tckd = F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)

@@ -64,7 +64,7 @@ class Portions:
     def sample(self, count: int) -> Images:
         """The first `count` images of the first pass, e.g. to recalibrate batch norms."""
         batch = self._of_pass(0, torch.arange(min(count, len(self.views))))
-        return Images(batch.pixels, batch.labels, self.mean, self.std)
+        return Images(batch.pixels, batch.classes, self.mean, self.std)
 
     def _of_pass(self, number: int, positions: Tensor) -> Batch:
         if number not in self._orders:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from nas_kd.errors import CheckpointError, DataError
-from nas_kd.training.augment import Augmentation
+from nas_kd.training.augment import AnyAugmentation
 from nas_kd.training.checkpoint import load_checkpoint, load_exactly
 from nas_kd.training.data import Splits
 from nas_kd.training.images import AugmentedImages, Images
@@ -88,7 +88,7 @@ def prepare_teacher(
     splits: Splits,
     *,
     recipe: Recipe,
-    augmentation: Augmentation,
+    augmentation: AnyAugmentation,
     cache: TeacherCache,
     report: Callable[[int, float], None] = ignore,
 ) -> TeacherResult:
@@ -123,7 +123,7 @@ def _fetch(network: nn.Module, path: Path) -> bool:
     return True
 
 
-def _key(network: nn.Module, splits: Splits, recipe: Recipe, augmentation: Augmentation, key: str) -> str:
+def _key(network: nn.Module, splits: Splits, recipe: Recipe, augmentation: AnyAugmentation, key: str) -> str:
     shapes = [(name, tuple(tensor.shape)) for name, tensor in network.state_dict().items()]
     text = f"1 {key} {network!r} {shapes} {splits.digest} {recipe} {augmentation}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]

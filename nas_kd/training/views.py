@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from nas_kd.errors import DataError, TrainingError
 from nas_kd.training.arrays import Array, ArrayFile, finish, load, writing
-from nas_kd.training.augment import Augmentation
+from nas_kd.training.augment import AnyAugmentation, Augmentation
 from nas_kd.training.images import AugmentedImages, Batch, Images
 from nas_kd.training.loop import predict_logits
+from nas_kd.training.mixing import Mixing
 
 MAX_BYTES = 16 << 30  # of one cache; larger data wants `OnlineViews`
 _CHUNK = 1024  # images augmented and shown to the teacher at once
@@ -27,14 +28,15 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ViewSpec:
-    """Which views: `count` of them, drawn by `augmentation` and `seed`; `key` names what else they depend on, such as
-    the digests of the data and of the teacher. `max_bytes` bounds the cache on disk."""
+    """Which views: `count` of them, drawn by `augmentation`, `mixing` and `seed`; `key` names what else they depend on,
+    such as the digests of the data and of the teacher. `max_bytes` bounds the cache on disk."""
 
     count: int
-    augmentation: Augmentation
+    augmentation: AnyAugmentation
     seed: int = 0
     key: str = ""
     max_bytes: int = MAX_BYTES
+    mixing: Mixing | None = None
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -44,7 +46,8 @@ class ViewSpec:
 @dataclass(frozen=True, slots=True, eq=False)
 class Views:
     """V augmented views of N images: `pixels` V×N×C×H×W uint8, `labels` N int64, the teacher's `logits` V×N×K float16
-    (None without a teacher). Memory-mapped from `folder` and shared by every process that opens them."""
+    (None without a teacher), and `shares` V×N×K float32 of the classes where images are mixed or labels smoothed.
+    Memory-mapped from `folder` and shared by every process that opens them."""
 
     pixels: Tensor
     labels: Tensor
@@ -52,6 +55,7 @@ class Views:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     folder: Path | None = None
+    shares: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -63,8 +67,10 @@ class Views:
 
     @property
     def bytes(self) -> int:
-        """The size of pixels and logits."""
-        return self.pixels.numel() + (0 if self.logits is None else 2 * self.logits.numel())
+        """The size of pixels, logits and shares."""
+        return sum(
+            part.numel() * part.element_size() for part in (self.pixels, self.logits, self.shares) if part is not None
+        )
 
     def epoch(self, epoch: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """What `epoch` (from 0) sees: pixels N×C×H×W uint8, labels N, logits N×K or None: the view `epoch` mod V."""
@@ -74,6 +80,8 @@ class Views:
     def batch(self, epoch: int, indices: Tensor) -> Batch:
         """The images `indices` (B int64) of an epoch."""
         pixels, labels, logits = self.epoch(epoch)
+        if self.shares is not None:
+            labels = self.shares[epoch % self.count]
         indices = indices.to(labels.device)
         return Batch(pixels[indices], labels[indices], None if logits is None else logits[indices].float())
 
@@ -83,8 +91,8 @@ class Views:
 
     def to(self, device: torch.device) -> Views:
         """The same views on `device`."""
-        logits = None if self.logits is None else self.logits.to(device)
-        return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device), logits=logits)
+        logits, shares = (None if part is None else part.to(device) for part in (self.logits, self.shares))
+        return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device), logits=logits, shares=shares)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,7 +121,7 @@ class OnlineViews:
     def batch(self, epoch: int, indices: Tensor) -> Batch:
         """The augmented images `indices` (B int64) of an epoch and the teacher's logits on exactly these."""
         batch = self.data.batch(epoch, indices)
-        images = Images(batch.pixels, batch.labels, self.mean, self.std)
+        images = Images(batch.pixels, batch.classes, self.mean, self.std)
         return replace(batch, logits=predict_logits(self.teacher, images, batch_size=len(indices)))
 
     def sample(self, count: int) -> Images:
@@ -152,13 +160,14 @@ def open_views(path: Path, labels: Tensor, mean: tuple[float, ...], std: tuple[f
 def _views(
     path: Path, arrays: Mapping[str, Array], labels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Views:
-    logits = torch.from_numpy(arrays["logits"]) if "logits" in arrays else None
-    return Views(torch.from_numpy(arrays["pixels"]), labels, logits, mean, std, path)
+    logits, shares = (torch.from_numpy(arrays[name]) if name in arrays else None for name in ("logits", "shares"))
+    return Views(torch.from_numpy(arrays["pixels"]), labels, logits, mean, std, path, shares)
 
 
 def views_bytes(train: Images, spec: ViewSpec, classes: int) -> int:
     """What the views of `train` take on disk, with a teacher's logits over so many classes."""
-    return spec.count * (train.bytes + 2 * classes * len(train))
+    shares = 0 if spec.mixing is None else 4 * spec.mixing.num_classes
+    return spec.count * (train.bytes + (2 * classes + shares) * len(train))
 
 
 def _build(train: Images, teacher: nn.Module | None, spec: ViewSpec, path: Path) -> None:
@@ -174,23 +183,27 @@ def _build(train: Images, teacher: nn.Module | None, spec: ViewSpec, path: Path)
         files = {"pixels": ArrayFile(draft / "pixels.npy", (spec.count, *train.pixels.shape), "|u1")}
         if teacher is not None:
             files["logits"] = ArrayFile(draft / "logits.npy", (spec.count, count, classes), "<f2")
+        if spec.mixing is not None:
+            files["shares"] = ArrayFile(draft / "shares.npy", (spec.count, count, spec.mixing.num_classes), "<f4")
         with ExitStack() as stack:
             for file in files.values():
                 stack.enter_context(file)
-            for images in _augmented(train, spec):
-                files["pixels"].write(images.pixels.numpy())
+            for batch in _augmented(train, spec):
+                files["pixels"].write(batch.pixels.cpu().numpy())
+                if "shares" in files:
+                    files["shares"].write(batch.labels.cpu().numpy())
                 if teacher is not None:
+                    images = Images(batch.pixels, batch.classes, train.mean, train.std)
                     files["logits"].write(_half(predict_logits(teacher, images)))
         finish(draft, files)
 
 
-def _augmented(train: Images, spec: ViewSpec) -> Iterator[Images]:
+def _augmented(train: Images, spec: ViewSpec) -> Iterator[Batch]:
     """The same images that training on `AugmentedImages` with this seed sees in its first epochs, in chunks."""
-    data = AugmentedImages(train, spec.augmentation, spec.seed)
+    data = AugmentedImages(train, spec.augmentation, spec.seed, spec.mixing)
     for view in range(spec.count):
         for indices in torch.split(torch.arange(len(train)), _CHUNK):
-            batch = data.batch(view, indices)
-            yield Images(batch.pixels.cpu(), batch.labels.cpu(), train.mean, train.std)
+            yield data.batch(view, indices)
 
 
 def _half(logits: Tensor) -> Array:
@@ -202,7 +215,11 @@ def _half(logits: Tensor) -> Array:
 
 def _digest(train: Images, teacher: nn.Module | None, spec: ViewSpec) -> str:
     digest = hashlib.sha256(f"1 {spec.count} {spec.augmentation} {spec.seed} {spec.key}".encode())
+    if spec.mixing is not None:
+        digest.update(str(spec.mixing).encode())
     digest.update(np.ascontiguousarray(train.pixels.cpu().numpy()).data)
+    if train.originals is not None and not isinstance(spec.augmentation, Augmentation):
+        digest.update(np.ascontiguousarray(train.originals.sizes).data)
     if teacher is not None:
         digest.update(f"{train.mean} {train.std} {weights_digest(teacher)}".encode())
     return digest.hexdigest()

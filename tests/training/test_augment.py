@@ -1,10 +1,21 @@
 from __future__ import annotations
 
+import hashlib
+
 import pytest
 import torch
 
 from nas_kd.errors import DataError
-from nas_kd.training.augment import Augmentation, Draw, apply, augment, default_augmentation, draw
+from nas_kd.training.augment import (
+    Augmentation,
+    Draw,
+    PhotoAugmentation,
+    apply,
+    augment,
+    default_augmentation,
+    draw,
+)
+from nas_kd.training.images import AugmentedImages, Images
 
 
 def images(count: int = 5, channels: int = 3, size: int = 8) -> torch.Tensor:
@@ -65,7 +76,7 @@ def test_an_image_does_not_depend_on_its_batch() -> None:
     [("digits", False), ("torch/mnist", False), ("torch/svhn", False), ("torch/fashion_mnist", True), ("", True)],
 )
 def test_signs_are_not_mirrored(dataset: str, flip: bool) -> None:
-    assert default_augmentation(dataset).flip is flip
+    assert default_augmentation(dataset) == Augmentation(flip=flip)
 
 
 def test_bad_values_are_refused() -> None:
@@ -73,3 +84,22 @@ def test_bad_values_are_refused() -> None:
         Augmentation(shift=0.6)
     with pytest.raises(DataError, match="padding must be one of zero, reflect"):
         Augmentation(padding="edge")
+
+
+@pytest.mark.parametrize(("flip", "expected"), [(False, "46b8488ca51049fd"), (True, "c91b62a6dcfe41f3")])
+def test_small_images_are_augmented_as_ever(flip: bool, expected: str) -> None:
+    """The checksums are those of version 0.1.0: studies of digits go on with the same images."""
+    pixels = torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    images = Images(pixels, torch.arange(12), (0.5,) * 3, (0.5,) * 3)
+    data, digest = AugmentedImages(images, Augmentation(flip=flip), 4), hashlib.sha256()
+    for epoch in range(3):
+        digest.update(data.batch(epoch, torch.arange(12)).pixels.numpy().tobytes())
+    assert digest.hexdigest()[:16] == expected
+
+
+@pytest.mark.parametrize(
+    ("dataset", "size", "photo"),
+    [("folder", 64, True), ("torch/imagenet", 224, True), ("folder", 63, False), ("torch/cifar10", 224, False)],
+)
+def test_photos_are_cropped(dataset: str, size: int, photo: bool) -> None:
+    assert isinstance(default_augmentation(dataset, size), PhotoAugmentation if photo else Augmentation)

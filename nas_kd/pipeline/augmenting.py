@@ -1,0 +1,72 @@
+"""What a command's settings make of its training images: one place for their augmentation and mixing."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from nas_kd.arguments.augment import AugmentOptions
+from nas_kd.arguments.distill import DistillSettings
+from nas_kd.arguments.study import Settings
+from nas_kd.errors import DataError
+from nas_kd.training.augment import (
+    AnyAugmentation,
+    Augmentation,
+    PhotoAugmentation,
+    default_augmentation,
+    may_be_mirrored,
+)
+from nas_kd.training.data import Splits
+from nas_kd.training.images import AugmentedImages, Images
+from nas_kd.training.mixing import Mixing
+
+_NAMES = {"aa": "auto_augment", "train_interpolation": "interpolation", "reprob": "re_prob", "remode": "re_mode"}
+
+
+def augmentation_of(settings: Settings | DistillSettings, img_size: int) -> AnyAugmentation:
+    """How training images with sides of so many pixels are augmented: by the size and kind of the data, and as the
+    options say. Raises DataError for options that timm cannot read."""
+    options, dataset = settings.augment, settings.dataset
+    if options.no_aug:
+        return Augmentation(shift=0, flip=False)
+    chosen = default_augmentation(dataset, img_size)
+    if options.crops and not isinstance(chosen, PhotoAugmentation):
+        chosen = PhotoAugmentation(hflip=0.5 if may_be_mirrored(dataset) else 0.0)
+    if isinstance(chosen, PhotoAugmentation):
+        return dataclasses.replace(chosen, **_transforms(options))
+    return chosen if options.hflip is None else dataclasses.replace(chosen, flip=_flips(options.hflip))
+
+
+def _transforms(options: AugmentOptions) -> dict[str, Any]:
+    given = {_NAMES.get(name, name): value for name, value in options.given.items()}
+    known = {field.name for field in dataclasses.fields(PhotoAugmentation)}
+    return {name: value for name, value in given.items() if name in known}
+
+
+def _flips(probability: float) -> bool:
+    if probability not in (0, 0.5):
+        raise DataError(
+            f"--hflip {probability:g}: small images are shifted and mirrored half of the time, or never (0); with "
+            "--scale they are cropped and mirrored as timm does it"
+        )
+    return probability > 0
+
+
+def mixing_of(settings: Settings | DistillSettings, num_classes: int) -> Mixing | None:
+    """How a student's training images are mixed and their labels smoothed; None where neither is asked for."""
+    options = settings.augment
+    if not options.softens:
+        return None
+    known = {field.name for field in dataclasses.fields(Mixing)}
+    return Mixing(num_classes=num_classes, **{name: value for name, value in options.given.items() if name in known})
+
+
+def images_key(settings: Settings | DistillSettings, splits: Splits) -> str:
+    """What names the images that students see: their splits, and how they are augmented where that was said."""
+    return " ".join(filter(None, (splits.digest, settings.augment.text)))
+
+
+def fresh_images(settings: Settings | DistillSettings, images: Images, num_classes: int) -> AugmentedImages:
+    """Training images of a student, augmented and mixed anew in every epoch."""
+    augmentation = augmentation_of(settings, images.pixels.shape[-1])
+    return AugmentedImages(images, augmentation, settings.seed, mixing_of(settings, num_classes))
