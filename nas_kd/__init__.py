@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from nas_kd.training.losses import ensemble_loss as ensemble_loss
     from nas_kd.training.losses import soft_loss as soft_loss
     from nas_kd.training.online import make_ensemble as make_ensemble
+    from nas_kd.training.pictures import open_picture as open_picture
 
 __version__ = "0.1.0"
 
@@ -56,6 +57,7 @@ _HOMES = {
     "export": "nas_kd.results.export",
     "load": "nas_kd.results.export",
     "make_ensemble": "nas_kd.training.online",
+    "open_picture": "nas_kd.training.pictures",
     "parse_budget": "nas_kd.budget",
     "parse_options": "nas_kd.search.options",
     "recalibrate": "nas_kd.training.loop",

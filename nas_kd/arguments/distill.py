@@ -14,6 +14,7 @@ from typing import Any
 from nas_kd.arguments.parsing import Parser, number
 from nas_kd.arguments.shared import RATE, add_data, add_shape
 from nas_kd.errors import NasKdError
+from nas_kd.training.dataset_names import choose_dataset
 
 LOSSES = ("kd", "dkd")
 _LOCAL = "local-dir:"
@@ -50,6 +51,10 @@ class DistillSettings:
     temperature: float
     dataset: str
     data_dir: str | None
+    class_map: str | None
+    skip_unreadable: bool
+    crop_pct: float | None
+    interpolation: str | None
     train_images: int | None
     val_fraction: float
     epochs: int | None
@@ -168,6 +173,7 @@ def parse_distill(argv: Sequence[str]) -> DistillSettings:
     for name in ("model", "teacher"):
         arguments[name] = _with_prefix(arguments[name])
     _check_weights(arguments)
+    arguments["dataset"] = choose_dataset(arguments["dataset"], arguments["data_dir"])
     arguments["command"] = " ".join(["python -m nas_kd.distill", *argv])
     return DistillSettings(**{field.name: arguments[field.name] for field in fields(DistillSettings)})
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 
 from nas_kd.arguments.parsing import number
+from nas_kd.training.preprocessing import INTERPOLATIONS
 
 RATE = number(1e-9, float, math.inf)  # a learning rate
 
@@ -35,12 +36,28 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add(
         "--dataset",
-        default="digits",
         metavar="NAME",
-        help="digits (ships with scikit-learn), a name of timm's dataset"
-        " factory (torch/cifar10, torch/fashion_mnist, …), or folder",
+        help="digits (ships with scikit-learn), folder, or a name of timm's dataset factory (torch/cifar10,"
+        " torch/fashion_mnist, …); folder with --data-dir, else digits",
     )
-    add("--data-dir", metavar="DIR", help="where the data lies; image folders as timm takes them")
+    add("--data-dir", metavar="DIR", help="where the data lies; alone: image folders, one per class, split or not")
+    add(
+        "--class-map",
+        metavar="FILE",
+        help="the number of each class: a text file with one class per line, or JSON (timm's order of the folders)",
+    )
+    add("--skip-unreadable", action="store_true", help="go on without images that cannot be read")
+    add(
+        "--crop-pct",
+        type=number(0.01, float, 1 + 1e-9),
+        metavar="F",
+        help="images are resized to the network's size / F and cropped at the centre (the model's; 1 for tiny images)",
+    )
+    add(
+        "--interpolation",
+        choices=INTERPOLATIONS,
+        help="how images are resized (the model's; bilinear for tiny images)",
+    )
     add("--train-images", type=number(2), metavar="N", help="use at most so many training images, class by class (all)")
     add(
         "--val-fraction",

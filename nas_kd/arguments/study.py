@@ -24,6 +24,7 @@ from nas_kd.arguments.shared import (
 )
 from nas_kd.budget import parse_budget, parse_levels
 from nas_kd.errors import NasKdError, nearest, without_password
+from nas_kd.training.dataset_names import choose_dataset
 
 STORAGE = "NAS_KD_STORAGE"  # environment variable: a URL with a password is not for every eye on the machine
 DISTILLATIONS = ("kd", "dkd", "online")
@@ -88,12 +89,16 @@ class Settings:
     command: str = ""
     maximize: str | None = None
     proxy_lr: float | None = None
+    class_map: str | None = None
+    skip_unreadable: bool = False
+    crop_pct: float | None = None
+    interpolation: str | None = None
     pruner: str = "front"
 
     @property
     def name(self) -> str:
         """The study's name: as given, or model, dataset and budget."""
-        text = self.study_name or f"{self.model}-{self.dataset or 'folder'}-{self.budget.replace('=', '')}"
+        text = self.study_name or f"{self.model}-{self.dataset}-{self.budget.replace('=', '')}"
         return re.sub(r"[^\w.%+-]+", "-", text).strip("-.")
 
 
@@ -220,6 +225,7 @@ def settings_from(arguments: dict[str, Any]) -> Settings:
     if arguments["study_name"] is not None and not re.search(r"\w", arguments["study_name"]):
         raise NasKdError(f"--study-name {arguments['study_name']!r} needs a letter or digit")
     arguments = {**arguments, **{name: tuple(arguments[name]) for name in ("pin", "start_from")}}
+    arguments["dataset"] = choose_dataset(arguments["dataset"], arguments["data_dir"])
     arguments["pruner"] = _pruner(arguments["pruner"], bool(arguments["maximize"]))
     return Settings(**{field.name: arguments[field.name] for field in fields(Settings)})
 

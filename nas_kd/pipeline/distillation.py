@@ -22,7 +22,8 @@ from nas_kd.models.reduction import reduce_stride
 from nas_kd.models.student import build_student
 from nas_kd.models.trace import meta_image, without_storage
 from nas_kd.models.verify import measure
-from nas_kd.pipeline.job import DIGITS_SIZE, TEACHER, TEACHER_LR, choose_device, data_spec, epochs_of, open_folder
+from nas_kd.pipeline.image_form import data_spec, warn_of_other_order
+from nas_kd.pipeline.job import DIGITS_SIZE, TEACHER, TEACHER_LR, choose_device, epochs_of, open_folder
 from nas_kd.progress import Stages
 from nas_kd.results.export import Card, export
 from nas_kd.results.refine import Candidate, Refined, Refinement, refine
@@ -96,17 +97,27 @@ def prepare_distillation(settings: DistillSettings) -> DistillJob:
     out = open_folder(Path(settings.out or Path("results") / _name(settings)))
     if settings.cache is not None:
         open_folder(Path(settings.cache), "--cache")
-    classes = settings.num_classes or len(open_source(settings.dataset, settings.data_dir).class_names)
+    source = open_source(settings.dataset, settings.data_dir, settings.class_map)
+    classes = settings.num_classes or len(source.class_names)
     size = _input_size(settings)
     student = build(settings, classes, size, 0)
     teacher = _make_teacher(settings, classes, size[0])
     for network in filter(None, (student, teacher)):
         _try_out(network, size)
-    brings = teacher if _teacher_is_trained(settings) else student if settings.has_weights else None
-    data = data_spec(settings, size, brings)
+    trained = teacher is not None and _teacher_is_trained(settings)
+    model = teacher if trained and teacher is not None else student
+    data = data_spec(settings, size, source, model, weighted=trained or settings.has_weights)
+    if trained or settings.has_weights:
+        warn_of_other_order(source, settings, model, _origin(settings, of_teacher=trained))
     return DistillJob(
         settings=settings, device=device, out=out, input_size=size, classes=classes, data=data, teacher=teacher
     )
+
+
+def _origin(settings: DistillSettings, *, of_teacher: bool) -> str:
+    """Where weights come from, in words."""
+    file = settings.teacher_checkpoint if of_teacher else settings.initial_checkpoint
+    return file or f"timm's {settings.teacher if of_teacher else settings.model}"
 
 
 def _try_out(network: nn.Module, input_size: tuple[int, int, int]) -> None:
@@ -124,7 +135,7 @@ def _try_out(network: nn.Module, input_size: tuple[int, int, int]) -> None:
 def _name(settings: DistillSettings) -> str:
     """The name of the output folder: results of one base are told apart by their own."""
     model = Path(settings.model.partition(":")[2]).resolve().name if settings.is_result else settings.stem
-    return f"distill-{model}-{settings.dataset.replace('/', '-') or 'folder'}-{settings.mode}"
+    return f"distill-{model}-{settings.dataset.replace('/', '-')}-{settings.mode}"
 
 
 def _input_size(settings: DistillSettings) -> tuple[int, int, int]:
@@ -285,6 +296,7 @@ def _export(job: DistillJob, splits: Splits, teacher: TeacherResult | None, refi
         input_size=job.input_size,
         mean=splits.mean,
         std=splits.std,
+        **dataclasses.asdict(splits.preprocessing),
         label_names=splits.class_names,
         facts=facts,
         title=name,

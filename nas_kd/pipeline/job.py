@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,13 @@ from optuna.storages import BaseStorage
 from torch import nn
 
 from nas_kd import __version__
-from nas_kd.arguments.distill import DistillSettings
 from nas_kd.arguments.study import SAMPLERS, Settings
 from nas_kd.budget import LATENCY, Budget, parse_budget, parse_levels
 from nas_kd.errors import DeviceError, GenotypeError, NasKdError, OutputError
 from nas_kd.genotype import Genotype
 from nas_kd.models.hub import create_base
 from nas_kd.models.reduction import reduce_stride
+from nas_kd.pipeline.image_form import data_spec, warn_of_other_order
 from nas_kd.pipeline.latency import latency_facts, make_meter
 from nas_kd.search.options import parse_options
 from nas_kd.search.own_sampler import check_own_sampler
@@ -72,7 +71,7 @@ def prepare(settings: Settings, storage: BaseStorage | None = None) -> Job:
     """
     device = choose_device(settings.device)
     out = open_folder(Path(settings.out or Path("results") / settings.name))
-    source = open_source(settings.dataset, settings.data_dir)
+    source = open_source(settings.dataset, settings.data_dir, settings.class_map)
     base = make_base(settings, settings.num_classes or len(source.class_names), in_chans_of(settings))
     if settings.initial_checkpoint:
         load_checkpoint(base, Path(settings.initial_checkpoint))
@@ -91,13 +90,15 @@ def prepare(settings: Settings, storage: BaseStorage | None = None) -> Job:
         close_storage(storage)
         raise
     weighted = settings.pretrained or settings.initial_checkpoint
+    if weighted:
+        warn_of_other_order(source, settings, base, settings.initial_checkpoint or f"timm's {settings.model}")
     return Job(
         settings=settings,
         device=device,
         out=out,
         space=space,
         budget=space.budget,
-        data=data_spec(settings, space.input_size, base if weighted else None),
+        data=data_spec(settings, space.input_size, source, base, weighted=bool(weighted)),
         trained_elsewhere=_is_trained(settings, base),
         storage=storage,
     )
@@ -187,27 +188,6 @@ def make_base(settings: Settings, classes: int, in_chans: int) -> nn.Module:
         torch.manual_seed(derive_seed(settings.seed, "weights"))
         base = create_base(settings.model, pretrained=settings.pretrained, num_classes=classes, in_chans=in_chans)
     return base if settings.reduction is None else reduce_stride(base, settings.reduction, in_chans)
-
-
-def data_spec(settings: Settings | DistillSettings, input_size: Sequence[int], weighted: nn.Module | None) -> DataSpec:
-    """The images, in the form that networks want. `weighted` is the network that brings weights from elsewhere, if any,
-    and with them its normalisation; else it is taken from the training images."""
-    config: Any = getattr(weighted, "pretrained_cfg", None) or {}
-    channels, side, _ = input_size
-    known = len(config.get("mean", ())) == channels
-    return DataSpec(
-        dataset=settings.dataset,
-        data_dir=settings.data_dir,
-        img_size=side,
-        in_chans=channels,
-        num_classes=settings.num_classes,
-        mean=tuple(config["mean"]) if known else None,
-        std=tuple(config["std"]) if known else None,
-        val_fraction=settings.val_fraction,
-        train_images=settings.train_images,
-        seed=settings.seed,
-        workers=settings.workers,
-    )
 
 
 def choices_made(settings: Settings, budget: Budget) -> dict[str, Any]:

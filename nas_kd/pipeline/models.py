@@ -286,6 +286,7 @@ def _export(job: Job, model: Model, materials: Materials) -> ModelRow:
         input_size=job.space.input_size,
         mean=materials.splits.mean,
         std=materials.splits.std,
+        **dataclasses.asdict(materials.splits.preprocessing),
         label_names=materials.splits.class_names,
         facts=facts,
         title=name,

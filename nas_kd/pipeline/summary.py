@@ -38,7 +38,7 @@ def summarise(
         command=settings.command,
         seed=settings.seed,
         base=settings.model,
-        dataset=settings.dataset or "folder",
+        dataset=settings.dataset,
         budget=job.budget,
         models=tuple(mark_levels(list(models), job.budget, job.space.levels)),
         trials=tuple(map(_trial_row, study.get_trials(deepcopy=False))),

@@ -29,11 +29,15 @@ DEFINITION = "model.py"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
-    """What an exported folder says of itself beside the weights: the preprocessing, and facts for its README."""
+    """What an exported folder says of itself beside the weights: the preprocessing in timm's words, as accuracies were
+    measured with it (what is left out is the base's), and facts for its README."""
 
     input_size: tuple[int, ...] | None = None  # C, H, W
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    crop_pct: float | None = None
+    interpolation: str | None = None
+    crop_mode: str | None = None
     label_names: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)  # JSON values
     title: str = ""
@@ -108,8 +112,8 @@ def _write(network: nn.Module, folder: Path, args: dict[str, Any], card: Card) -
     channels, *sides = config["input_size"]
     size = card.input_size or (args["base_args"].get("in_chans", channels), *sides)
     saved.pretrained_cfg = {**config, "architecture": ENTRY_POINT, "input_size": size}
-    data = {key: value for key, value in (("mean", card.mean), ("std", card.std)) if value is not None}
-    images = {**data, "input_size": tuple(size)}
+    given = {name: getattr(card, name) for name in ("mean", "std", "crop_pct", "interpolation", "crop_mode")}
+    images = {name: value for name, value in given.items() if value is not None} | {"input_size": tuple(size)}
     extra: dict[str, Any] = {"pretrained_cfg": {"architecture": ENTRY_POINT}, "nas_kd": dict(card.facts)}
     if card.label_names:
         extra["label_names"] = list(card.label_names)
@@ -138,6 +142,11 @@ model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True)
 ```
 
 Without nas_kd: `model.py` in this folder builds the same network with torch and timm alone.
+
+Images: `timm.data.create_transform(**timm.data.resolve_model_data_config(model))` does what was done when the accuracy
+was measured. Before it files are opened upright (EXIF), what is transparent white, more than eight bits
+scaled to eight: `nas_kd.open_picture(FILE).convert("{"L" if size[0] == 1 else "RGB"}")`; of usual files that is what
+Pillow's `Image.open` gives.
 
 | | |
 |---|---|

@@ -40,9 +40,12 @@ class ArrayFile:
 
     def __enter__(self) -> ArrayFile:
         self._file = self.path.open("wb")
+        self._header()
+        return self
+
+    def _header(self) -> None:
         header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": self.shape}
         np.lib.format.write_array_header_1_0(self._file, header)
-        return self
 
     def write(self, piece: Array) -> None:
         """Appends the elements of `piece`."""
@@ -61,6 +64,20 @@ class ArrayFile:
     def summary(self) -> dict[str, Any]:
         """What the sidecar keeps of the file: shape, dtype and the SHA-256 of its data."""
         return {"shape": list(self.shape), "dtype": self.dtype.str, "sha256": self._hash.hexdigest()}
+
+
+class GrowingFile(ArrayFile):
+    """A file of one row that is as long as what is written to it."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shape, before = (self.written,), self._file.tell() - self.written * self.dtype.itemsize
+        if kind is None:
+            self._file.seek(0)
+            self._header()  # numpy leaves room in it for the length
+            assert self._file.tell() == before, "the header has grown"
+        super().__exit__(kind, error, trace)
 
 
 @contextmanager

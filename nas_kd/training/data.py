@@ -5,28 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 
 from nas_kd.errors import DataError
 from nas_kd.training import sources
-from nas_kd.training.arrays import Array, ArrayFile, finish, load, writing
+from nas_kd.training.arrays import Array, load
 from nas_kd.training.augment import derive_seed
+from nas_kd.training.dataset_names import DIGITS, check_name, choose_dataset
+from nas_kd.training.decoding import Chosen, Form, UnreadableError, decode
 from nas_kd.training.images import Images, normalise
-from nas_kd.training.sources import DIGITS, Source
+from nas_kd.training.originals import Originals, open_originals, original_side
+from nas_kd.training.preprocessing import Preprocessing
+from nas_kd.training.sources import Source
 
 __all__ = ["DIGITS", "DataSpec", "Images", "Splits", "load_splits", "normalise"]
 
 TEST_FRACTION = 0.2  # of a dataset that has no test split of its own
-_CHUNK = 256  # images decoded at once by the workers
 _PARTS = ("train", "val", "test")
 _logger = logging.getLogger(__name__)
 
@@ -36,14 +36,17 @@ class DataSpec:
     """Which images, and in which form.
 
     `dataset` is `digits` (no files needed) or a name of timm's dataset factory: `torch/cifar10`, `torch/fashion_mnist`,
-    ..., '' or `folder` for the image folders in `data_dir`. Images become `in_chans` (1 or 3) × `img_size` ×
+    ..., '' or `folder` for the image folders in `data_dir`; by default these where a `data_dir` is given, else the
+    digits. Images become `in_chans` (1 or 3) × `img_size` ×
     `img_size`; `mean` and `std` are per channel on the scale 0–1; None takes them from the training images.
     `train_images` limits the training images, balanced over the classes, and the validation images in proportion.
-    `seed` decides every cut; `workers` is the number of decoding threads. Raises DataError for a value outside its
-    range.
+    `seed` decides every cut; `workers` is the number of decoding threads. `preprocessing` says how images are resized
+    and cropped. `class_map` is a file with the number of each class, `skip_unreadable` leaves out what cannot be read.
+    With `originals` the training images are kept whole as well, the shorter side up to so many times `img_size`, less
+    where they would take more than `originals_bytes`. Raises DataError for a value outside its range.
     """
 
-    dataset: str = DIGITS
+    dataset: str | None = None
     data_dir: str | None = None
     img_size: int = 32
     in_chans: int = 3
@@ -54,9 +57,14 @@ class DataSpec:
     train_images: int | None = None
     seed: int = 0
     workers: int = 2
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    class_map: str | None = None
+    skip_unreadable: bool = False
+    originals: float | None = None
+    originals_bytes: int = 2 << 30
 
     def __post_init__(self) -> None:
-        sources.check_name(self.dataset)
+        check_name(choose_dataset(self.dataset, self.data_dir))
         if self.in_chans not in (1, 3):
             raise DataError(f"images have 1 or 3 channels, got in_chans={self.in_chans}")
         if not 0 < self.val_fraction < 1:
@@ -65,6 +73,8 @@ class DataSpec:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise DataError(f"{name} must be at least {least}, got {value}")
+        if self.originals is not None and not self.originals >= 1:
+            raise DataError(f"originals must be at least 1 times the size, got {self.originals!r}")
         for name, values in (("mean", self.mean), ("std", self.std)):
             if values is not None and len(values) not in (1, self.in_chans):
                 raise DataError(f"{name} needs 1 or {self.in_chans} values, got {len(values)}")
@@ -73,7 +83,7 @@ class DataSpec:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Splits:
     """The images to train on, to select on and (once) to test on. `digest` names their content, form and cut; `folder`
-    is where they are cached, if they are."""
+    is where they are cached, if they are. `originals` are those of the training images, in the same order."""
 
     train: Images
     val: Images
@@ -84,38 +94,64 @@ class Splits:
     std: tuple[float, ...]
     digest: str
     folder: Path | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Cut:
-    """Which images of the source go where, and the labels of all of them."""
-
-    train: Array
-    val: Array
-    test: Array
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    originals: Originals | None = None
 
 
 def load_splits(spec: DataSpec, cache_dir: Path) -> Splits:
     """Reads, cuts, decodes and caches the dataset; the second time it is memory-mapped from `cache_dir`.
 
-    Validation is cut from the training split by seed, class by class. Both come in an order in which the first images,
-    however many, hold the classes in equal parts. Test is the dataset's own test (or else
-    validation) split; where there is none it is cut by seed too, and a log line says so. Nothing is downloaded.
+    Where the dataset has both, its validation split is what is selected on and its test split the test; where it has
+    one of them, that is the test, and a log line says so where it has none: then validation and test are cut from the
+    training split by seed, class by class. Training and validation images come in an order in which the first images,
+    however many, hold the classes in equal parts. Nothing is downloaded.
     Raises DataError for everything that is wrong with the data, before any image is decoded where that is possible,
     and OutputError when the cache cannot be written.
     """
-    source = sources.open_source(spec.dataset, spec.data_dir)
+    source = sources.open_source(spec.dataset, spec.data_dir, spec.class_map)
     _check_classes(source, spec)
     key = _digest(spec, source)
     folder = cache_dir / f"images-{key[:16]}"
     loaded = load(folder)
     if loaded is None:
-        _decode_all(source, _cut(source, spec), spec, folder)
+        _decode(source, spec, folder)
         loaded = load(folder)
         if loaded is None:
             raise DataError(f"the images in {folder} were damaged while they were written: check the disk")
     arrays, extra = loaded
+    for note in extra.get("notes", ()):
+        _logger.warning("%s", note)
     return _splits(arrays, extra, spec, source, folder)
+
+
+def _decode(source: Source, spec: DataSpec, folder: Path) -> None:
+    """Decodes the dataset, without what cannot be read if the spec says so."""
+    skipped: list[str] = []
+    while True:
+        chosen = _cut(source, spec)
+        count = len(chosen["train"].indices)
+        side = spec.originals and original_side(
+            spec.img_size, spec.originals, (count, spec.in_chans), spec.originals_bytes
+        )
+        form = Form(
+            size=spec.img_size,
+            channels=spec.in_chans,
+            preprocessing=spec.preprocessing,
+            workers=spec.workers,
+            original_side=side or None,
+        )
+        try:
+            return decode(chosen, form, source.class_names, folder, _about(skipped, source))
+        except UnreadableError as error:
+            if not spec.skip_unreadable:
+                raise error.explain(folder.parent) from error
+            skipped += [reason for part in error.failures.values() for reason in part.values()]
+            source = source.without(error.failures)
+            _check_classes(source, spec)
+
+
+def _about(skipped: Sequence[str], source: Source) -> list[str]:
+    return [f"{len(skipped)} images of {source.name} are left out: {skipped[0]}, …"] if skipped else []
 
 
 def _splits(arrays: dict[str, Array], extra: dict[str, Any], spec: DataSpec, source: Source, folder: Path) -> Splits:
@@ -126,18 +162,18 @@ def _splits(arrays: dict[str, Array], extra: dict[str, Any], spec: DataSpec, sou
         for part in _PARTS
     }
     digest = hashlib.sha256(json.dumps([_digest(spec, source), mean, std]).encode()).hexdigest()[:16]
-    num_classes = spec.num_classes or len(source.class_names)
-    names = source.class_names
     return Splits(
         train=parts["train"],
         val=parts["val"],
         test=parts["test"],
-        class_names=names,
-        num_classes=num_classes,
+        class_names=source.class_names,
+        num_classes=spec.num_classes or len(source.class_names),
         mean=mean,
         std=std,
         digest=digest,
         folder=folder,
+        preprocessing=spec.preprocessing,
+        originals=open_originals(arrays, spec.in_chans),
     )
 
 
@@ -147,50 +183,89 @@ def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
 
 def _digest(spec: DataSpec, source: Source) -> str:
     # neither the folder's place nor the number of workers changes the images
-    form = [spec.img_size, spec.in_chans, spec.val_fraction, spec.train_images, spec.seed, TEST_FRACTION]
+    form: list[Any] = [spec.img_size, spec.in_chans, spec.val_fraction, spec.train_images, spec.seed, TEST_FRACTION]
+    if spec.preprocessing != Preprocessing():  # only then: images that were cached before keep their key
+        form.append(asdict(spec.preprocessing))
+    if spec.originals is not None:
+        form.append(["originals", spec.originals, spec.originals_bytes])
+    if spec.skip_unreadable:
+        form.append("skip")
     return hashlib.sha256(json.dumps([2, source.fingerprint, form]).encode()).hexdigest()
 
 
 def _check_classes(source: Source, spec: DataSpec) -> None:
     classes, known = len(source.class_names), spec.num_classes
+    if classes < 2:
+        raise DataError(f"{source.name} has {classes} class: there is nothing to tell apart")
     if known is not None and known < classes:
         raise DataError(f"{source.name} has {classes} classes, --num-classes is {known}: raise it or leave it out")
-    for part, labels in (("train", source.train_labels), ("test", source.test_labels)):
-        if labels is not None and (labels.min() < 0 or labels.max() >= classes):
-            raise DataError(
-                f"{source.name} has the label {labels.min() if labels.min() < 0 else labels.max()} in {part}, "
-                f"but only the classes 0–{classes - 1}"
-            )
-    if spec.train_images is not None and spec.train_images < classes:
-        raise DataError(f"{spec.train_images} training images are too few for {classes} classes: raise train_images")
-    counts = np.bincount(source.train_labels, minlength=classes)
-    least = 2 if source.test_labels is not None else 3
-    rare = int(counts.argmin())
+    for name, part in source.parts().items():
+        if len(part.labels) == 0:
+            raise DataError(f"{source.name} has no images left in {name}")
+        if part.labels.min() < 0 or part.labels.max() >= classes:
+            wrong = part.labels.min() if part.labels.min() < 0 else part.labels.max()
+            raise DataError(f"{source.name} has the label {wrong} in {name}, but only the classes 0–{classes - 1}")
+    _check_counts(source, spec)
+
+
+def _check_counts(source: Source, spec: DataSpec) -> None:
+    """Raises DataError when a class has too few training images to cut the splits; a class map may name classes that
+    have none."""
+    counts = np.bincount(source.train.labels, minlength=len(source.class_names))
+    present = np.flatnonzero(counts) if spec.class_map else np.arange(len(counts))
+    if spec.train_images is not None and spec.train_images < len(present):
+        raise DataError(
+            f"{spec.train_images} training images are too few for {len(present)} classes: raise train_images"
+        )
+    least = 2 if source.test is not None else 3
+    rare = int(present[counts[present].argmin()])
     if counts[rare] == 0:
         raise DataError(f"the class {source.class_names[rare]!r} of {source.name} has no images in train")
     if counts[rare] < least:
         raise DataError(
-            f"the class {source.class_names[rare]!r} of {source.name} has {counts[rare]} training images, at least "
-            f"{least} are needed to cut the splits"
+            f"the class {source.class_names[rare]!r} of {source.name} has {counts[rare]} training "
+            f"image{'s' if counts[rare] > 1 else ''}, at least {least} are needed to cut the splits"
         )
 
 
-def _cut(source: Source, spec: DataSpec) -> _Cut:
-    """Indices into the source: train and val (and test where there is none) come from its training images."""
-    labels = source.train_labels
+def _cut(source: Source, spec: DataSpec) -> dict[str, Chosen]:
+    """Which images go where: val and test come from the training images where the dataset has none of its own."""
+    labels = source.train.labels
     pool = np.arange(len(labels))
-    test = np.arange(len(source.test_labels)) if source.test_labels is not None else None
-    if test is None:
+    own = {name: part for name, part in (("val", source.val), ("test", source.test)) if part is not None}
+    chosen = {name: Chosen(part=part, origin=name, indices=np.arange(len(part.labels))) for name, part in own.items()}
+    if "test" not in chosen:
         _logger.info("%s has no test split: %.0f%% of it is cut off by seed", source.name, 100 * TEST_FRACTION)
         pool, test = _split(pool, labels, TEST_FRACTION, derive_seed(spec.seed, "test"))
-    pool, val = _split(pool, labels, spec.val_fraction, derive_seed(spec.seed, "val"))
-    if spec.train_images is not None and spec.train_images < len(pool):
-        val_images = max(round(spec.train_images / len(pool) * len(val)), len(source.class_names))
-        pool = _balanced(pool, labels, spec.train_images, derive_seed(spec.seed, "limit train"))
-        val = _balanced(val, labels, val_images, derive_seed(spec.seed, "limit val"))
+        chosen["test"] = Chosen(part=source.train, origin="train", indices=test)
+    if "val" not in chosen:
+        pool, val = _split(pool, labels, spec.val_fraction, derive_seed(spec.seed, "val"))
+        chosen["val"] = Chosen(part=source.train, origin="train", indices=val)
+    train = Chosen(part=source.train, origin="train", indices=pool)
+    train, val_ = _limited(train, chosen["val"], spec) if spec.train_images else (train, chosen["val"])
     # files come sorted by class, but a trial or a calibration takes the first images: any prefix must hold all classes
-    train = _balanced(np.sort(pool), labels, len(pool), derive_seed(spec.seed, "order train"))
-    return _Cut(train, _balanced(np.sort(val), labels, len(val), derive_seed(spec.seed, "order val")), test)
+    return {
+        "train": _ordered(train, derive_seed(spec.seed, "order train")),
+        "val": _ordered(val_, derive_seed(spec.seed, "order val")),
+        "test": chosen["test"],
+    }
+
+
+def _limited(train: Chosen, val: Chosen, spec: DataSpec) -> tuple[Chosen, Chosen]:
+    """At most so many training images, balanced over the classes, and validation images in proportion."""
+    limit, count = spec.train_images, len(train.indices)
+    if limit is None or limit >= count:
+        return train, val
+    classes = len(np.unique(train.labels))
+    val_images = max(round(limit / count * len(val.indices)), classes)
+    kept = _balanced(train.indices, train.part.labels, limit, derive_seed(spec.seed, "limit train"))
+    kept_val = _balanced(val.indices, val.part.labels, val_images, derive_seed(spec.seed, "limit val"))
+    return replace(train, indices=kept), replace(val, indices=kept_val)
+
+
+def _ordered(chosen: Chosen, seed: int) -> Chosen:
+    indices = np.sort(chosen.indices)
+    return replace(chosen, indices=_balanced(indices, chosen.part.labels, len(indices), seed))
 
 
 def _split(pool: Array, labels: Array, fraction: float, seed: int) -> tuple[Array, Array]:
@@ -213,66 +288,3 @@ def _balanced(pool: Array, labels: Array, count: int, seed: int) -> Array:
         members = labels[shuffled] == label
         rank[members] = np.arange(members.sum())
     return shuffled[np.lexsort((labels[shuffled], rank))][:count]
-
-
-def _decode_all(source: Source, cut: _Cut, spec: DataSpec, folder: Path) -> None:
-    counts = {part: len(getattr(cut, part)) for part in _PARTS}
-    row = (spec.in_chans, spec.img_size, spec.img_size)
-    needed = sum(counts.values()) * (int(np.prod(row)) + 8)
-    _logger.info("decoding %d images of %s to %d×%d×%d", sum(counts.values()), source.name, *row)
-    with writing(folder, needed) as draft:
-        files, moments = {}, _Moments(spec.in_chans)
-        for part in _PARTS:
-            labels, open_image = source.train_labels, source.train_image
-            if part == "test" and source.test_labels is not None:
-                labels, open_image = source.test_labels, source.test_image
-            indices = getattr(cut, part)
-            files[f"{part}_labels"] = _write(draft / f"{part}_labels.npy", (len(indices),), "<i8", [labels[indices]])
-            pieces = _decoded(open_image, indices, spec)
-            watched = map(moments.see, pieces) if part == "train" else pieces
-            files[f"{part}_pixels"] = _write(draft / f"{part}_pixels.npy", (len(indices), *row), "|u1", watched)
-        finish(draft, files, moments.summary())
-
-
-def _write(path: Path, shape: tuple[int, ...], dtype: str, pieces: Iterator[Array] | Sequence[Array]) -> ArrayFile:
-    with ArrayFile(path, shape, dtype) as file:
-        for piece in pieces:
-            file.write(piece)
-    return file
-
-
-def _decoded(open_image: Callable[[int], Image.Image], indices: Array, spec: DataSpec) -> Iterator[Array]:
-    """Pieces n×C×H×W uint8, decoded by threads (Pillow releases the interpreter while it works)."""
-
-    def decode(index: int) -> Array:
-        image = open_image(index).convert("L" if spec.in_chans == 1 else "RGB")
-        if image.size != (spec.img_size, spec.img_size):
-            image = ImageOps.fit(image, (spec.img_size, spec.img_size), method=Image.Resampling.BILINEAR)
-        pixels = np.asarray(image)
-        return pixels[None] if spec.in_chans == 1 else pixels.transpose(2, 0, 1)
-
-    rest = iter(indices.tolist())
-    with ThreadPoolExecutor(spec.workers) as pool:
-        while chunk := list(islice(rest, _CHUNK)):
-            yield np.stack(list(pool.map(decode, chunk)))
-
-
-class _Moments:
-    """Mean and standard deviation of every channel, gathered while images pass by; scale 0–1."""
-
-    def __init__(self, channels: int) -> None:
-        self.count, self.sum, self.squares = 0, np.zeros(channels), np.zeros(channels)
-
-    def see(self, pixels: Array) -> Array:
-        """Counts the images N×C×H×W in and passes them on."""
-        values = pixels.astype(np.float64) / 255
-        self.count += values.size // values.shape[1]
-        self.sum += values.sum(axis=(0, 2, 3))
-        self.squares += (values**2).sum(axis=(0, 2, 3))
-        return pixels
-
-    def summary(self) -> dict[str, list[float]]:
-        """The `mean` and `std` of each channel; a channel that never changes gets the std 1."""
-        mean = self.sum / self.count
-        std = np.sqrt(np.maximum(self.squares / self.count - mean**2, 0))
-        return {"mean": mean.round(6).tolist(), "std": np.where(std > 1e-4, std, 1.0).round(6).tolist()}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,66 +16,92 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from nas_kd.errors import DataError, nearest
+from nas_kd.errors import DataError
 from nas_kd.training.arrays import Array
+from nas_kd.training.class_maps import check_covers, read_class_map
+from nas_kd.training.dataset_names import DIGITS, FOLDER, check_name, choose_dataset
+from nas_kd.training.folders import read_tree
+from nas_kd.training.pictures import as_seen, open_picture
 
 _logger = logging.getLogger(__name__)
-DIGITS = "digits"
-FOLDERS = ("", "folder", "imagefolder", "image_folder")
-# timm.data.create_dataset's torchvision names
-TORCH = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist", "places365", "imagenet", "folder",
-         "image_folder")  # fmt: skip
-_STREAMS = ("hfds", "hfids", "tfds", "wds")
-_TRAIN_FOLDERS = ("train", "training")
-_TEST_FOLDERS = ("test", "val", "valid", "validation", "eval", "evaluation")  # the first that is there
+_LOOKS = 15  # images whose size is looked at
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One split that is not decoded yet: its labels (int64), what opens one image (of mode L or RGB), and what an image
+    is called. `open_image` raises DataError, naming the file, when it cannot be read."""
+
+    labels: Array
+    open_image: Callable[[int], Image.Image]
+    called: Callable[[int], str]
+
+    def without(self, images: Collection[int]) -> Part:
+        """The same but for some images."""
+        kept = np.setdiff1d(np.arange(len(self.labels)), list(images))
+        return Part(
+            self.labels[kept],
+            lambda index: self.open_image(int(kept[index])),
+            lambda index: self.called(int(kept[index])),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A dataset that is not decoded yet.
+    """A dataset that is not decoded yet. Without a validation or test split of its own `val` or `test` is None.
 
-    Labels are known at once (int64); `train_image(i)` and `test_image(i)` open one image and raise DataError, naming
-    the file, when it cannot be read. Without a test split `test_labels` is None. `fingerprint` changes with the files.
+    `fingerprint` changes with the files; `side` is the usual shorter side of its images in pixels.
     """
 
     name: str
     class_names: tuple[str, ...]
-    train_labels: Array
-    test_labels: Array | None
-    train_image: Callable[[int], Image.Image]
-    test_image: Callable[[int], Image.Image]
+    train: Part
+    val: Part | None = None
+    test: Part | None = None
     fingerprint: str
+    side: int
+
+    def parts(self) -> dict[str, Part]:
+        """The splits that there are, by name."""
+        named = {"train": self.train, "val": self.val, "test": self.test}
+        return {name: part for name, part in named.items() if part is not None}
+
+    def without(self, images: Mapping[str, Collection[int]]) -> Source:
+        """The same but for some images of some splits."""
+        left: dict[str, Any] = {name: self.parts()[name].without(some) for name, some in images.items()}
+        return replace(self, **left)
+
+    @property
+    def train_labels(self) -> Array:
+        """The labels of the training images."""
+        return self.train.labels
+
+    @property
+    def test_labels(self) -> Array | None:
+        """The labels of the test images; None where there are none."""
+        return None if self.test is None else self.test.labels
 
 
-def check_name(dataset: str) -> None:
-    """Raises DataError when no dataset has this name; loads nothing."""
-    prefix, slash, rest = dataset.lower().partition("/")
-    if prefix in _STREAMS and slash:
-        raise DataError(f"{dataset!r} is a stream: save its images as folders, one per class, and give --data-dir")
-    if slash and prefix == "torch" and rest in TORCH:
-        return
-    if not slash and prefix in (DIGITS, *FOLDERS):
-        return
-    known = (DIGITS, *FOLDERS[1:], *(f"torch/{name}" for name in TORCH))
-    hint = nearest(dataset, known) or nearest(f"torch/{dataset}", known)
-    raise DataError(f"unknown dataset {dataset!r}: use {DIGITS}, folder, or one of timm's torch/ names{hint}")
+def open_source(dataset: str | None, data_dir: str | None, class_map: str | None = None) -> Source:
+    """Finds the images and their labels, decoding nothing; without a name, image folders in `data_dir` or the digits.
 
-
-def open_source(dataset: str, data_dir: str | None) -> Source:
-    """Finds the images and their labels, decoding nothing. Raises DataError for a missing folder or no images."""
-    check_name(dataset)
-    if dataset.lower() == DIGITS:
+    `class_map` is a file that says which class has which number. Raises DataError for a missing folder, no images, or
+    a folder or file that the dataset would not read.
+    """
+    name = choose_dataset(dataset, data_dir)
+    check_name(name)
+    if class_map is not None and name != FOLDER:
+        raise DataError(f"--class-map numbers the classes of image folders, but the dataset is {name}: leave it out")
+    if name == DIGITS:
         return _digits()
     if data_dir is None:
-        raise DataError(f"the dataset {dataset or 'folder'!r} is read from disk: give its folder with --data-dir")
+        raise DataError(f"the dataset {name!r} is read from disk: give its folder with --data-dir")
     root = Path(data_dir)
     if root.suffix == ".tar":
         raise DataError(f"{root} is an archive: unpack it and give the folder")
     if not root.is_dir():
         raise DataError(f"there is no data folder {root}: give one that exists with --data-dir")
-    if dataset.lower() in (*FOLDERS, "torch/folder", "torch/image_folder"):
-        return _folders(root)
-    return _torchvision(dataset, root)
+    return _folders(root, class_map) if name == FOLDER else _torchvision(name, root)
 
 
 def _digits() -> Source:
@@ -84,58 +112,58 @@ def _digits() -> Source:
     return Source(
         name="the handwritten digits",
         class_names=tuple(str(name) for name in digits.target_names),
-        train_labels=digits.target.astype(np.int64),
-        test_labels=None,
-        train_image=lambda index: Image.fromarray(pixels[index]),
-        test_image=_no_image,
+        train=Part(
+            digits.target.astype(np.int64),
+            lambda index: Image.fromarray(pixels[index]),
+            lambda index: f"digit {index}",
+        ),
         fingerprint=_hash_of(pixels.tobytes(), digits.target.tobytes()),
+        side=pixels.shape[1],
     )
 
 
-def _folders(root: Path) -> Source:
-    """Image folders through timm's own reader: class names are the names of the folders that hold images."""
-    train_root = _first_folder(root, _TRAIN_FOLDERS)
-    test_root = _first_folder(root, _TEST_FOLDERS)
-    if train_root is None and test_root is not None:
-        raise DataError(f"{root} has a folder {test_root.name!r} but none of {', '.join(_TRAIN_FOLDERS)}")
-    train = _reader(train_root or root)
-    test = _reader(test_root, train.class_to_idx) if test_root is not None else None
-    classes = tuple(sorted(train.class_to_idx, key=train.class_to_idx.__getitem__))
-    readers = [reader for reader in (train, test) if reader is not None]
+def _folders(root: Path, class_map: str | None) -> Source:
+    """Image folders: class names are those of the folders, in timm's order or that of the class map."""
+    tree = read_tree(root)
+    for line in tree.notes:
+        _tell(line)
+    numbers = {name: number for number, name in enumerate(tree.classes)}
+    if class_map is not None:
+        numbers = read_class_map(class_map, root)
+        check_covers(numbers, tree.classes, class_map)
+    parts = {"train": tree.train, "val": tree.val, "test": tree.test}
+    if tree.test is None:  # one split beside the training images is the test
+        parts = {"train": tree.train, "val": None, "test": tree.val}
+    samples = {part: [(path, numbers[name]) for path, name in found] for part, found in parts.items() if found}
     return Source(
         name=str(root),
-        class_names=classes,
-        train_labels=_labels([target for _, target in train.samples]),
-        test_labels=None if test is None else _labels([target for _, target in test.samples]),
-        train_image=partial(_open_file, train.samples),
-        test_image=_no_image if test is None else partial(_open_file, test.samples),
-        fingerprint=_hash_of(*(_listing(reader.samples, root) for reader in readers)),
+        class_names=tuple(sorted(numbers, key=numbers.__getitem__)),
+        **{part: _file_part(found) for part, found in samples.items()},
+        fingerprint=_hash_of(b"as seen", *(part.encode() + _listing(found, root) for part, found in samples.items())),
+        side=_usual_side([path for path, _ in samples["train"]]),
     )
 
 
-def _reader(folder: Path, class_to_idx: dict[str, int] | None = None) -> Any:
-    from timm.data import create_dataset
-
-    try:
-        reader = create_dataset("", str(folder), search_split=False).reader
-    except RuntimeError as error:  # timm: "Found 0 images in subfolders of ..."
-        raise DataError(f"no images (.png, .jpg, .jpeg) in {folder}: put them into one folder per class") from error
-    if class_to_idx is None:
-        _tell_empty(folder, reader.samples)
-        return reader
-    if unknown := sorted(set(reader.class_to_idx) - set(class_to_idx)):
-        raise DataError(f"the class {unknown[0]!r} has images in {folder} but no images in train")
-    # by name: a class without test images must not move the numbers of the others
-    return create_dataset("", str(folder), search_split=False, class_map=class_to_idx).reader
+@functools.cache  # once, however often the folder is read
+def _tell(line: str) -> None:
+    _logger.warning("%s", line)
 
 
-def _tell_empty(folder: Path, samples: list[tuple[str, int]]) -> None:
-    """Warns of folders that look like classes and hold no image: they are none."""
-    filled = {Path(file).relative_to(folder).parts[0] for file, _ in samples}
-    named = (part.name for part in sorted(folder.iterdir()) if part.is_dir() and not part.name.startswith((".", "__")))
-    for name in named:
-        if name not in filled:
-            _logger.warning("the folder %r of %s holds no images: it is no class", name, folder)
+def _file_part(samples: Sequence[tuple[Path, int]]) -> Part:
+    return Part(
+        _labels([label for _, label in samples]),
+        lambda index: _open_file(samples[index][0]),
+        lambda index: str(samples[index][0]),
+    )
+
+
+def _usual_side(paths: Sequence[Path]) -> int:
+    """The median of the shorter sides of some images, of which the headers alone are read; 0 where none can be."""
+    sides = []
+    for path in paths[:: max(1, len(paths) // _LOOKS)]:
+        with suppress(Exception), Image.open(path) as image:  # what cannot be read is named when it is decoded
+            sides.append(min(image.size))
+    return int(np.median(sides)) if sides else 0
 
 
 def _torchvision(dataset: str, root: Path) -> Source:
@@ -146,11 +174,10 @@ def _torchvision(dataset: str, root: Path) -> Source:
     return Source(
         name=dataset,
         class_names=classes,
-        train_labels=labels,
-        test_labels=_targets(test),
-        train_image=partial(_open_item, train),
-        test_image=partial(_open_item, test),
+        train=Part(labels, partial(_open_item, train), partial(_item_name, train)),
+        test=Part(_targets(test), partial(_open_item, test), partial(_item_name, test)),
         fingerprint=_hash_of(dataset.encode(), *(_content(part, root) for part in (train, test))),
+        side=min(_open_item(train, 0).size),
     )
 
 
@@ -192,7 +219,7 @@ def _content(dataset: Any, root: Path) -> bytes:
     return _listing(samples, root) if samples else repr(dataset).encode()
 
 
-def _listing(samples: list[tuple[str, int]], root: Path) -> bytes:
+def _listing(samples: Sequence[tuple[str | Path, int]], root: Path) -> bytes:
     lines = []
     for file, label in samples:
         about = Path(file).stat()
@@ -200,39 +227,24 @@ def _listing(samples: list[tuple[str, int]], root: Path) -> bytes:
     return json.dumps(lines).encode()
 
 
-def _open_file(samples: list[tuple[str, int]], index: int) -> Image.Image:
+def _open_file(path: Path) -> Image.Image:
     # timm's own __getitem__ replaces an unreadable image by its neighbour; here the file is named instead
-    path = samples[index][0]
     try:
-        with Image.open(path) as image:
-            return _in_eight_bits(image)
+        return open_picture(path)
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         raise DataError(f"cannot read the image {path}: {error}") from error
 
 
-def _in_eight_bits(image: Image.Image) -> Image.Image:
-    """A decoded image. 16-bit greys are scaled down: Pillow itself would cut everything brighter than 255 off."""
-    image.load()
-    if not image.mode.startswith("I"):  # I;16, and I in older versions of Pillow
-        return image
-    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-
-
 def _open_item(dataset: Any, index: int) -> Image.Image:
     try:
-        return _in_eight_bits(dataset[index][0])
+        return as_seen(dataset[index][0])
     except Exception as error:
-        samples = getattr(dataset, "imgs", None) or getattr(dataset, "samples", None)
-        which = samples[index][0] if samples else f"number {index}"
-        raise DataError(f"cannot read the image {which}: {error}") from error
+        raise DataError(f"cannot read the image {_item_name(dataset, index)}: {error}") from error
 
 
-def _no_image(index: int) -> Image.Image:
-    raise DataError(f"there is no test image {index}")
-
-
-def _first_folder(root: Path, names: tuple[str, ...]) -> Path | None:
-    return next((root / name for name in names if (root / name).is_dir()), None)
+def _item_name(dataset: Any, index: int) -> str:
+    samples = getattr(dataset, "imgs", None) or getattr(dataset, "samples", None)
+    return str(samples[index][0]) if samples else f"number {index}"
 
 
 def _hash_of(*parts: bytes) -> str:
