@@ -12,6 +12,7 @@ from nas_kd.arguments.parsing import Parser, guarded, number
 from nas_kd.arguments.shared import add_data
 from nas_kd.budget import short
 from nas_kd.errors import ModelError, NasKdError
+from nas_kd.training.dataset_names import choose_dataset
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,8 +32,12 @@ class QuantizeSettings:
     pretrained: bool
     initial_checkpoint: str | None
     img_size: int | None
-    dataset: str | None
+    dataset: str
     data_dir: str | None
+    class_map: str | None
+    skip_unreadable: bool
+    crop_pct: float | None
+    interpolation: str | None
     train_images: int | None
     val_fraction: float
     calibration_images: int
@@ -45,6 +50,8 @@ class QuantizeSettings:
     cache: str | None
     quiet: bool
     debug: bool
+
+    num_classes: int | None = None
 
     @property
     def folder(self) -> Path:
@@ -60,7 +67,7 @@ def parse_quantize(argv: Sequence[str]) -> QuantizeSettings:
     """Reads the arguments of the quantize command. Raises NasKdError for bad ones."""
     parser = Parser(
         prog="python -m nas_kd.quantize",
-        description="Writes a model as int8 ONNX, calibrated on training images, and measures it beside its float form.",
+        description="Writes a model as int8 ONNX, calibrated on training images, and measures it beside float.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -98,7 +105,9 @@ def parse_quantize(argv: Sequence[str]) -> QuantizeSettings:
             f"{arguments['model']} has no weights: name an exported folder, --pretrained or --initial-checkpoint"
         )
     arguments["keep_float"] = tuple(arguments["keep_float"])
-    return QuantizeSettings(**{field.name: arguments[field.name] for field in fields(QuantizeSettings)})
+    arguments["dataset"] = choose_dataset(arguments["dataset"], arguments["data_dir"])
+    names = [field.name for field in fields(QuantizeSettings) if field.name in arguments]
+    return QuantizeSettings(**{name: arguments[name] for name in names})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,11 +130,10 @@ def run_quantize(settings: QuantizeSettings) -> int:
 
     need("onnx", "onnxruntime")
     stages = Stages(console, quiet=settings.quiet)
-    network, spec = _network(settings)
+    network, spec = _prepare(settings)
     folder = open_folder(settings.folder)
     with stages.stage("data"):
         splits = load_splits(spec, Path(settings.cache) if settings.cache else folder / "cache")
-    _check_classes(network, splits.num_classes)
     with stages.stage("int8"):
         result = quantise_network(
             network,
@@ -138,10 +146,63 @@ def run_quantize(settings: QuantizeSettings) -> int:
                 threads=settings.threads,
                 seed=settings.seed,
             ),
-            default_augmentation(spec.dataset),
+            default_augmentation(settings.dataset),
         )
     out = console_for(sys.stdout)
     out.print(_table(result), crop=False)
     for line in (*_lines(result), f"files: {folder}"):
         out.print(line, highlight=False, markup=False, soft_wrap=True)
     return 0
+
+
+def _prepare(settings: QuantizeSettings) -> tuple[nn.Module, DataSpec]:
+    """The network, and the images in the form that it wants. Raises ModelError when it has not the data's classes."""
+    from nas_kd.models.hub import create_base
+    from nas_kd.pipeline.image_form import data_spec
+    from nas_kd.search.space import input_size_of
+    from nas_kd.training.checkpoint import load_checkpoint
+    from nas_kd.training.sources import open_source
+
+    source = open_source(settings.dataset, settings.data_dir, settings.class_map)
+    checkpoint = settings.initial_checkpoint
+    given = {} if checkpoint is None else {"num_classes": len(source.class_names)}
+    network = create_base(settings.model, pretrained=checkpoint is None, **given)
+    if checkpoint is not None:
+        load_checkpoint(network, Path(checkpoint))
+    classes = getattr(network, "num_classes", None)
+    if classes != len(source.class_names):
+        raise ModelError(
+            f"{settings.model} tells {classes} classes apart, there are {len(source.class_names)} in {source.name}: "
+            "quantise a network that was trained for these images"
+        )
+    return network, data_spec(settings, input_size_of(network, settings.img_size), source, network, weighted=True)
+
+
+def _table(result: Quantised) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("file", "test %", "bytes", "ms"):
+        table.add_column(heading, justify="left" if heading == "file" else "right", no_wrap=True)
+    for form in (result.exact, result.int8):
+        table.add_row(form.file, f"{100 * form.test_accuracy:.1f}", short(form.bytes), f"{form.milliseconds:.3f}")
+    return table
+
+
+def _lines(result: Quantised) -> Iterator[str]:
+    """What a person should know besides the table."""
+    faster = result.exact.milliseconds / result.int8.milliseconds
+    words = f"{faster:.1f} times as fast" if faster >= 1 else f"{1 / faster:.1f} times slower"
+    yield f"deploy {result.deploy.file}: int8 is {words} in ONNX Runtime on this machine"
+    if result.recovered:
+        yield (
+            f"calibration alone lost {100 * result.calibration_loss:.1f} points of validation accuracy; a short "
+            "training under rounding brought it back: its float weights are in model.int8.safetensors"
+        )
+    worst = ", ".join(f"{layer.module} ({layer.added:.2g})" for layer in result.worst[:3])
+    yield f"layers that int8 hurts most (what each adds to its output's relative squared error): {worst}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from timm.data import resolve_data_config
 from torch import nn
 
-from nas_kd.arguments.distill import DistillSettings
-from nas_kd.arguments.study import Settings
 from nas_kd.training.class_maps import warn_of_order
 from nas_kd.training.data import DataSpec
 from nas_kd.training.dataset_names import FOLDER
@@ -18,8 +16,35 @@ from nas_kd.training.preprocessing import CROP_MODES, PHOTO, Preprocessing
 from nas_kd.training.sources import Source
 
 
+class ImageSettings(Protocol):
+    """What commands are asked for about images."""
+
+    @property
+    def dataset(self) -> str | None: ...
+    @property
+    def data_dir(self) -> str | None: ...
+    @property
+    def class_map(self) -> str | None: ...
+    @property
+    def skip_unreadable(self) -> bool: ...
+    @property
+    def crop_pct(self) -> float | None: ...
+    @property
+    def interpolation(self) -> str | None: ...
+    @property
+    def num_classes(self) -> int | None: ...
+    @property
+    def train_images(self) -> int | None: ...
+    @property
+    def val_fraction(self) -> float: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def workers(self) -> int: ...
+
+
 def data_spec(
-    settings: Settings | DistillSettings,
+    settings: ImageSettings,
     input_size: Sequence[int],
     source: Source,
     network: nn.Module,
@@ -62,7 +87,7 @@ def _for_channels(values: Sequence[float], channels: int) -> tuple[float, ...] |
     return (sum(values) / len(values),) if channels == 1 and values else None
 
 
-def _preprocessing(settings: Settings | DistillSettings, side: int, config: dict[str, Any]) -> Preprocessing:
+def _preprocessing(settings: ImageSettings, side: int, config: dict[str, Any]) -> Preprocessing:
     """How images are resized and cropped: as given, else as the network's config says where they are photos; tiny ones
     are not cropped."""
     usual = Preprocessing()
@@ -77,7 +102,7 @@ def _preprocessing(settings: Settings | DistillSettings, side: int, config: dict
     )
 
 
-def warn_of_other_order(source: Source, settings: Settings | DistillSettings, network: nn.Module, weights: str) -> None:
+def warn_of_other_order(source: Source, settings: ImageSettings, network: nn.Module, weights: str) -> None:
     """Warns when `network`, which has its weights from `weights`, may number the classes otherwise than the data."""
     config: Any = getattr(network, "pretrained_cfg", None) or {}
     names = config.get("label_names") or ()

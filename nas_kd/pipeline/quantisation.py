@@ -51,11 +51,12 @@ class Form:
 class Quantised:
     """A network in float and in int8.
 
-    `worst` are the layers that int8 hurts most. `recovered` says whether the weights behind the int8 file were trained
-    on: calibration alone had lost `calibration_loss` (a fraction) of the accuracy on validation images.
+    `exact` is the float form. `worst` are the layers that int8 hurts most. `recovered` says whether the weights behind
+    the int8 file were trained on: calibration alone had lost `calibration_loss` (a fraction) of the accuracy on
+    validation images.
     """
 
-    float: Form
+    exact: Form
     int8: Form
     worst: tuple[LayerError, ...]
     calibration_loss: float
@@ -64,8 +65,8 @@ class Quantised:
     @property
     def deploy(self) -> Form:
         """The file to deploy: int8, unless it is slower and the float one is as accurate."""
-        slower = self.int8.milliseconds > self.float.milliseconds
-        return self.float if slower and self.float.test_accuracy >= self.int8.test_accuracy else self.int8
+        slower = self.int8.milliseconds > self.exact.milliseconds
+        return self.exact if slower and self.exact.test_accuracy >= self.int8.test_accuracy else self.int8
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain JSON values."""
@@ -114,7 +115,7 @@ def quantise_network(
         for name in (FLOAT, INT8)
     ]
     result = Quantised(
-        float=forms[0], int8=forms[1], worst=tuple(layers[:_WORST]), calibration_loss=loss, recovered=recovered
+        exact=forms[0], int8=forms[1], worst=tuple(layers[:_WORST]), calibration_loss=loss, recovered=recovered
     )
     text = json.dumps(result.to_json(), indent=2) + "\n"
     replace_file(folder / RECORD, lambda draft: draft.write_text(text, encoding="utf-8"))
