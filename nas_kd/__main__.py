@@ -14,6 +14,7 @@ COMMANDS = {
     "rank_check": "tell how far the ranking of short trainings can be trusted",
     "distill": "train one small model, online with its peers or beside a teacher",
     "structure": "learn how wide each block must be, while it is distilled",
+    "quantize": "write a result as int8 and measure it",
     "space": "show what a model may become and what that costs",
 }
 

@@ -6,8 +6,7 @@ import dataclasses
 from typing import Any
 
 from nas_kd.arguments.augment import AugmentOptions
-from nas_kd.arguments.distill import DistillSettings
-from nas_kd.arguments.study import Settings
+from nas_kd.arguments.images import ImageSettings
 from nas_kd.errors import DataError
 from nas_kd.training.augment import (
     AnyAugmentation,
@@ -23,7 +22,7 @@ from nas_kd.training.mixing import Mixing
 _NAMES = {"aa": "auto_augment", "train_interpolation": "interpolation", "reprob": "re_prob", "remode": "re_mode"}
 
 
-def augmentation_of(settings: Settings | DistillSettings, img_size: int) -> AnyAugmentation:
+def augmentation_of(settings: ImageSettings, img_size: int) -> AnyAugmentation:
     """How training images with sides of so many pixels are augmented: by the size and kind of the data, and as the
     options say. Raises DataError for options that timm cannot read."""
     options, dataset = settings.augment, settings.dataset
@@ -52,7 +51,7 @@ def _flips(probability: float) -> bool:
     return probability > 0
 
 
-def mixing_of(settings: Settings | DistillSettings, num_classes: int) -> Mixing | None:
+def mixing_of(settings: ImageSettings, num_classes: int) -> Mixing | None:
     """How a student's training images are mixed and their labels smoothed; None where neither is asked for."""
     options = settings.augment
     if not options.softens:
@@ -61,12 +60,12 @@ def mixing_of(settings: Settings | DistillSettings, num_classes: int) -> Mixing 
     return Mixing(num_classes=num_classes, **{name: value for name, value in options.given.items() if name in known})
 
 
-def images_key(settings: Settings | DistillSettings, splits: Splits) -> str:
+def images_key(settings: ImageSettings, splits: Splits) -> str:
     """What names the images that students see: their splits, and how they are augmented where that was said."""
     return " ".join(filter(None, (splits.digest, settings.augment.text)))
 
 
-def fresh_images(settings: Settings | DistillSettings, images: Images, num_classes: int) -> AugmentedImages:
+def fresh_images(settings: ImageSettings, images: Images, num_classes: int) -> AugmentedImages:
     """Training images of a student, augmented and mixed anew in every epoch."""
     augmentation = augmentation_of(settings, images.pixels.shape[-1])
     return AugmentedImages(images, augmentation, settings.seed, mixing_of(settings, num_classes))

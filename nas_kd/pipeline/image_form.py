@@ -9,8 +9,7 @@ from typing import Any
 from timm.data import resolve_data_config
 from torch import nn
 
-from nas_kd.arguments.distill import DistillSettings
-from nas_kd.arguments.study import Settings
+from nas_kd.arguments.images import ImageSettings
 from nas_kd.pipeline.augmenting import augmentation_of
 from nas_kd.training.augment import PhotoAugmentation
 from nas_kd.training.class_maps import warn_of_order
@@ -24,7 +23,7 @@ _ORIGINALS_BYTES = 8 << 30  # on disk, memory-mapped
 
 
 def data_spec(
-    settings: Settings | DistillSettings,
+    settings: ImageSettings,
     input_size: Sequence[int],
     source: Source,
     network: nn.Module,
@@ -72,7 +71,7 @@ def _for_channels(values: Sequence[float], channels: int) -> tuple[float, ...] |
     return (sum(values) / len(values),) if channels == 1 and values else None
 
 
-def _preprocessing(settings: Settings | DistillSettings, side: int, config: dict[str, Any]) -> Preprocessing:
+def _preprocessing(settings: ImageSettings, side: int, config: dict[str, Any]) -> Preprocessing:
     """How images are resized and cropped: as given, else as the network's config says where they are photos; tiny ones
     are not cropped."""
     usual = Preprocessing()
@@ -87,7 +86,7 @@ def _preprocessing(settings: Settings | DistillSettings, side: int, config: dict
     )
 
 
-def warn_of_other_order(source: Source, settings: Settings | DistillSettings, network: nn.Module, weights: str) -> None:
+def warn_of_other_order(source: Source, settings: ImageSettings, network: nn.Module, weights: str) -> None:
     """Warns when `network`, which has its weights from `weights`, may number the classes otherwise than the data."""
     config: Any = getattr(network, "pretrained_cfg", None) or {}
     names = config.get("label_names") or ()

@@ -1,0 +1,168 @@
+"""A result as int8: calibrated, measured in ONNX Runtime beside its float form, brought back where it loses."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nas_kd.models.int8 import LayerError, quantise
+from nas_kd.models.latency import Timing, take_turns
+from nas_kd.models.onnx import open_session, write_model
+from nas_kd.training.data import Splits
+from nas_kd.training.fake_quantisation import fake_quantised
+from nas_kd.training.images import AugmentedImages, Images, normalise
+from nas_kd.training.loop import train
+from nas_kd.training.recipe import Recipe
+from nas_kd.training.resume import replace_file
+from nas_kd.training.teacher import Teacher
+from nas_kd.training.tensor_files import write_tensors
+from nas_kd.training.views import OnlineViews
+
+FLOAT, INT8, WEIGHTS, RECORD = "model.onnx", "model.int8.onnx", "model.int8.safetensors", "int8.json"
+_TOLERATED = 0.003  # of accuracy that calibration alone may lose before it is brought back
+_RATE, _BATCH = 2e-4, 64  # of AdamW; SGD with momentum ended in NaN on folded weights
+_RECOVERY_IMAGES = 6_000  # that a recovery sees
+_WORST = 5  # layers that are named
+_TIMING = Timing(warmup=3, repeats=10, limit_s=2.0)
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """One file of a network: what it scores on the test images (a fraction), bytes, and milliseconds of one image."""
+
+    file: str
+    test_accuracy: float
+    bytes: int
+    milliseconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantised:
+    """A network in float and in int8.
+
+    `exact` is the float form. `worst` are the layers that int8 hurts most. `recovered` says whether the weights behind
+    the int8 file were trained on: calibration alone had lost `calibration_loss` (a fraction) of the accuracy on
+    validation images.
+    """
+
+    exact: Form
+    int8: Form
+    worst: tuple[LayerError, ...]
+    calibration_loss: float
+    recovered: bool
+
+    @property
+    def deploy(self) -> Form:
+        """The file to deploy: int8, unless it is slower and the float one is as accurate."""
+        slower = self.int8.milliseconds > self.exact.milliseconds
+        return self.exact if slower and self.exact.test_accuracy >= self.int8.test_accuracy else self.int8
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain JSON values."""
+        return {**asdict(self), "deploy": self.deploy.file}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Int8Spec:
+    """How a network becomes int8: the number of training images that calibrate it, the layers (module paths or
+    patterns) that stay float, whether a loss is trained away, threads that time it, and the seed."""
+
+    calibration_images: int = 300
+    keep_float: tuple[str, ...] = ()
+    recover: bool = True
+    threads: int = 1
+    seed: int = 0
+
+
+def quantise_network(
+    network: nn.Module, splits: Splits, folder: Path, spec: Int8Spec, train_images: AugmentedImages
+) -> Quantised:
+    """Writes the float and the int8 file of a network into `folder` and measures both.
+
+    Calibration and recovery see training images, the choice between them validation images, the result test images.
+    Raises DataError for images of another size than the network's, NasKdError without the extra `nas-kd[onnx]`,
+    ModelError when a file cannot be written.
+    """
+    network = copy.deepcopy(network).cpu().eval()
+    size = tuple(splits.train.pixels.shape[1:])
+    images = _inputs(splits.train[: spec.calibration_images])
+    write_model(network, size, folder / FLOAT)
+    layers = quantise(folder / FLOAT, images, folder / INT8, keep_float=spec.keep_float)
+    loss = accuracy_of(folder / FLOAT, splits.val) - accuracy_of(folder / INT8, splits.val)
+    recovered = False
+    if loss > _TOLERATED and spec.recover:
+        _logger.info("calibration alone loses %.1f points of validation accuracy: training it back", 100 * loss)
+        recovered = _recover(network, splits, folder, spec, train_images)
+    milliseconds = time_files([folder / FLOAT, folder / INT8], size, spec.threads)
+    forms = [
+        Form(
+            file=name,
+            test_accuracy=accuracy_of(folder / name, splits.test),
+            bytes=(folder / name).stat().st_size,
+            milliseconds=milliseconds[name],
+        )
+        for name in (FLOAT, INT8)
+    ]
+    result = Quantised(
+        exact=forms[0], int8=forms[1], worst=tuple(layers[:_WORST]), calibration_loss=loss, recovered=recovered
+    )
+    text = json.dumps(result.to_json(), indent=2) + "\n"
+    replace_file(folder / RECORD, lambda draft: draft.write_text(text, encoding="utf-8"))
+    return result
+
+
+def _recover(network: nn.Module, splits: Splits, folder: Path, spec: Int8Spec, train_images: AugmentedImages) -> bool:
+    """Trains a copy of the network under fake quantisation beside the float one, and keeps its int8 file where that is
+    better on validation images. Returns whether it was."""
+    student = copy.deepcopy(network)
+    views = OnlineViews(train_images, Teacher(network))
+    epochs = max(1, round(_RECOVERY_IMAGES / len(splits.train)))
+    recipe = Recipe(epochs=epochs, lr=_RATE, batch_size=_BATCH, optimizer="adamw", schedule="cosine", seed=spec.seed)
+    with fake_quantised(student) as rounded:
+        train(rounded, views, recipe)
+    drafts = folder / f".{FLOAT}.recovered", folder / f".{INT8}.recovered"
+    try:
+        write_model(student, tuple(splits.train.pixels.shape[1:]), drafts[0])
+        images = _inputs(splits.train[: spec.calibration_images])
+        quantise(drafts[0], images, drafts[1], keep_float=spec.keep_float)
+        if accuracy_of(drafts[1], splits.val) <= accuracy_of(folder / INT8, splits.val):
+            _logger.info("training brought nothing back: the calibrated file stays")
+            return False
+        drafts[1].replace(folder / INT8)
+        write_tensors(folder / WEIGHTS, student.state_dict(), {"what": f"the float weights behind {INT8}"})
+        return True
+    finally:
+        for draft in drafts:
+            draft.unlink(missing_ok=True)
+
+
+def _inputs(images: Images) -> Tensor:
+    return normalise(images.pixels, images.mean, images.std, torch.device("cpu"))
+
+
+def accuracy_of(path: Path, images: Images, batch: int = 50) -> float:
+    """The share of images that an ONNX file classifies rightly in ONNX Runtime."""
+    session, right = open_session(path, threads=0), 0
+    for indices in torch.split(torch.arange(len(images)), batch):
+        part = images[indices]
+        logits = session.run(None, {"input": _inputs(part).numpy()})[0]
+        right += int((torch.from_numpy(logits).argmax(1) == part.labels).sum())
+    return right / len(images)
+
+
+def time_files(paths: Sequence[Path], input_size: Sequence[int], threads: int) -> dict[str, float]:
+    """Median milliseconds of one image for each ONNX file by its name, measured turn by turn."""
+    image = torch.randn(1, *input_size, generator=torch.Generator().manual_seed(0)).numpy()
+    sessions = {path.name: open_session(path, threads=threads) for path in paths}
+    runs = {name: functools.partial(session.run, None, {"input": image}) for name, session in sessions.items()}
+    return take_turns(runs, _TIMING)

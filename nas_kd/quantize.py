@@ -1,0 +1,210 @@
+"""A result, or any timm CNN, as int8: `python -m nas_kd.quantize FOLDER --data-dir DIR`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nas_kd.arguments.augment import AugmentOptions
+from nas_kd.arguments.parsing import Parser, guarded, number
+from nas_kd.arguments.shared import add_data
+from nas_kd.budget import short
+from nas_kd.errors import ModelError, NasKdError
+from nas_kd.training.dataset_names import choose_dataset
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from torch import nn
+
+    from nas_kd.pipeline.quantisation import Quantised
+    from nas_kd.training.data import DataSpec
+
+_LOCAL = "local-dir:"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeSettings:
+    """What the command is asked for."""
+
+    model: str
+    pretrained: bool
+    initial_checkpoint: str | None
+    img_size: int | None
+    dataset: str
+    data_dir: str | None
+    class_map: str | None
+    skip_unreadable: bool
+    crop_pct: float | None
+    interpolation: str | None
+    train_images: int | None
+    val_fraction: float
+    calibration_images: int
+    keep_float: tuple[str, ...]
+    recover: bool
+    threads: int
+    workers: int
+    seed: int
+    out: str | None
+    cache: str | None
+    quiet: bool
+    debug: bool
+
+    num_classes: int | None = None
+    augment: AugmentOptions = field(default_factory=AugmentOptions)
+
+    @property
+    def folder(self) -> Path:
+        """Where the files go: as asked for, the folder of an exported model, or one of its own."""
+        if self.out is not None:
+            return Path(self.out)
+        if self.model.startswith(_LOCAL):
+            return Path(self.model.removeprefix(_LOCAL))
+        return Path("results") / f"quantize-{Path(self.model).name}"
+
+
+def parse_quantize(argv: Sequence[str]) -> QuantizeSettings:
+    """Reads the arguments of the quantize command. Raises NasKdError for bad ones."""
+    parser = Parser(
+        prog="python -m nas_kd.quantize",
+        description="Writes a model as int8 ONNX, calibrated on training images, and measures it beside float.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a folder that a study exported, local-dir:FOLDER, or a timm model")
+    add("--pretrained", action="store_true", help="take timm's weights")
+    add("--initial-checkpoint", metavar="FILE", help="take these weights (.safetensors, .pth)")
+    add("--img-size", type=number(4), metavar="N", help="side of the images in pixels (the model's)")
+    add(
+        "--calibration-images", type=number(1), default=300, metavar="N", help="training images that calibrate it (300)"
+    )
+    add(
+        "--keep-float", action="append", default=[], metavar="P", help="layers that stay float: 'layer4.*' (repeatable)"
+    )
+    add("--no-recover", action="store_false", dest="recover", help="never train a loss away")
+    add("--threads", type=number(1), default=1, metavar="N", help="CPU threads that run it while it is timed (1)")
+    add("--workers", type=number(1), default=2, metavar="N", help="threads that decode images (2)")
+    add(
+        "--seed",
+        type=number(0, int, 2**32),
+        default=0,
+        metavar="N",
+        help="the seed of the study, which cut the data (0)",
+    )
+    add("--out", metavar="DIR", help="where the files go (the model's folder, or results/quantize-MODEL)")
+    add("--cache", metavar="DIR", help="decoded images, shared with a study: results/STUDY/cache (OUT/cache)")
+    add("-q", "--quiet", action="store_true", help="print the result alone")
+    add("--debug", action="store_true", help="tracebacks and debug messages")
+    add_data(parser)
+    arguments = vars(parser.parse_args(argv))
+    if Path(arguments["model"], "config.json").is_file():
+        arguments["model"] = f"{_LOCAL}{arguments['model']}"
+    has_weights = arguments["pretrained"] or arguments["initial_checkpoint"] or arguments["model"].startswith(_LOCAL)
+    if not has_weights:
+        raise NasKdError(
+            f"{arguments['model']} has no weights: name an exported folder, --pretrained or --initial-checkpoint"
+        )
+    arguments["keep_float"] = tuple(arguments["keep_float"])
+    arguments["dataset"] = choose_dataset(arguments["dataset"], arguments["data_dir"])
+    names = [own.name for own in fields(QuantizeSettings) if own.name in arguments]
+    return QuantizeSettings(**{name: arguments[name] for name in names})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Quantises a model and returns the exit code: 0 done, 2 a mistake of the user's, 130 interrupted."""
+    return guarded(lambda arguments: run_quantize(parse_quantize(arguments)), argv)
+
+
+def run_quantize(settings: QuantizeSettings) -> int:
+    """The whole way from settings to the int8 file, progress on standard error, the result on standard output."""
+    from nas_kd.progress import Stages, configure, console_for
+
+    console = console_for(sys.stderr)
+    configure(console, quiet=settings.quiet, debug=settings.debug)
+
+    from nas_kd.models.onnx import need
+    from nas_kd.pipeline.augmenting import fresh_images
+    from nas_kd.pipeline.job import open_folder
+    from nas_kd.pipeline.quantisation import Int8Spec, quantise_network
+    from nas_kd.training.data import load_splits
+
+    need("onnx", "onnxruntime")
+    stages = Stages(console, quiet=settings.quiet)
+    network, spec = _prepare(settings)
+    folder = open_folder(settings.folder)
+    with stages.stage("data"):
+        splits = load_splits(spec, Path(settings.cache) if settings.cache else folder / "cache")
+    with stages.stage("int8"):
+        result = quantise_network(
+            network,
+            splits,
+            folder,
+            Int8Spec(
+                calibration_images=settings.calibration_images,
+                keep_float=settings.keep_float,
+                recover=settings.recover,
+                threads=settings.threads,
+                seed=settings.seed,
+            ),
+            fresh_images(settings, splits.train, splits.num_classes),
+        )
+    out = console_for(sys.stdout)
+    out.print(_table(result), crop=False)
+    for line in (*_lines(result), f"files: {folder}"):
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _prepare(settings: QuantizeSettings) -> tuple[nn.Module, DataSpec]:
+    """The network, and the images in the form that it wants. Raises ModelError when it has not the data's classes."""
+    from nas_kd.models.hub import create_base
+    from nas_kd.pipeline.image_form import data_spec
+    from nas_kd.search.space import input_size_of
+    from nas_kd.training.checkpoint import load_checkpoint
+    from nas_kd.training.sources import open_source
+
+    source = open_source(settings.dataset, settings.data_dir, settings.class_map)
+    checkpoint = settings.initial_checkpoint
+    given = {} if checkpoint is None else {"num_classes": len(source.class_names)}
+    network = create_base(settings.model, pretrained=checkpoint is None, **given)
+    if checkpoint is not None:
+        load_checkpoint(network, Path(checkpoint))
+    classes = getattr(network, "num_classes", None)
+    if classes != len(source.class_names):
+        raise ModelError(
+            f"{settings.model} tells {classes} classes apart, there are {len(source.class_names)} in {source.name}: "
+            "quantise a network that was trained for these images"
+        )
+    return network, data_spec(settings, input_size_of(network, settings.img_size), source, network, weighted=True)
+
+
+def _table(result: Quantised) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("file", "test %", "bytes", "ms"):
+        table.add_column(heading, justify="left" if heading == "file" else "right", no_wrap=True)
+    for form in (result.exact, result.int8):
+        table.add_row(form.file, f"{100 * form.test_accuracy:.1f}", short(form.bytes), f"{form.milliseconds:.3f}")
+    return table
+
+
+def _lines(result: Quantised) -> Iterator[str]:
+    """What a person should know besides the table."""
+    faster = result.exact.milliseconds / result.int8.milliseconds
+    words = f"{faster:.1f} times as fast" if faster >= 1 else f"{1 / faster:.1f} times slower"
+    yield f"deploy {result.deploy.file}: int8 is {words} in ONNX Runtime on this machine"
+    if result.recovered:
+        yield (
+            f"calibration alone lost {100 * result.calibration_loss:.1f} points of validation accuracy; a short "
+            "training under rounding brought it back: its float weights are in model.int8.safetensors"
+        )
+    worst = ", ".join(f"{layer.module} ({layer.added:.2g})" for layer in result.worst[:3])
+    yield f"layers that int8 hurts most (what each adds to its output's relative squared error): {worst}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
