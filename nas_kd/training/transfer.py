@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -30,6 +31,7 @@ from nas_kd.training.probe import (
 _LOOK = 2048  # training images that a head which came with the weights is judged by
 _ERRORS = 2  # standard errors of an accuracy that are no accident
 _NEAR_PROBE = 0.1  # an order of classes explains a checkpoint when it comes as near to its linear probe
+HeadOrigin = Literal["new", "own", "better"]
 _logger = logging.getLogger(__name__)
 
 
@@ -42,31 +44,31 @@ class Settled:
     probe: float | None
 
 
-def settle(network: nn.Module, splits: Splits, seen: Images, *, new_head: bool) -> Settled:
+def settle(network: nn.Module, splits: Splits, seen: Images, *, head: HeadOrigin) -> Settled:
     """Makes a network with weights from elsewhere ready for these images, in place.
 
-    Its batch norms are anchored to `seen`, training images that went through the augmentation. A new head becomes a
-    logistic regression on the features. One that came with the weights stays and is compared with that: its outputs are
-    put in the order of the classes where they clearly stand in another one, with a warning.
+    Its batch norms are anchored to `seen`, training images that went through the augmentation. A `new` head becomes a
+    logistic regression on the features. One that is the weights' `own` is compared with that: its outputs are put in
+    the order of the classes where they clearly stand in another one, with a warning. The `better` one may be its own
+    or the new one.
     """
     anchor(network, seen)
-    head = find_head(network, splits.val)
-    if head is None:
-        _logger.warning(
-            "%s has no linear layer on features that makes its logits: %s",
-            type(network).__name__,
-            "its new head begins at random" if new_head else "no linear probe to compare it with",
-        )
+    layer = find_head(network, splits.val)
+    if layer is None:
+        if head == "new":
+            _logger.warning(
+                "%s has no linear layer on features that makes its logits: its head begins at random",
+                type(network).__name__,
+            )
         return Settled(accuracy=evaluate(network, splits.val), probe=None)
-    images = worthwhile(splits.train, head) if new_head else splits.train[:_LOOK]
-    train, val = (features_of(network, head, part) for part in (images, splits.val))
-    probe = fit_probe(train, val, head)
-    if new_head:
-        install(head, probe)
-    else:
-        _order(head, train, val, probe, splits.class_names)
-    accuracy = evaluate(network, splits.val)
-    return Settled(accuracy=accuracy, probe=probe.accuracy)
+    images = splits.train[:_LOOK] if head == "own" else worthwhile(splits.train, layer)
+    train, val = (features_of(network, layer, part) for part in (images, splits.val))
+    probe = fit_probe(train, val, layer)
+    if head != "new":
+        _order(layer, train, val, probe, splits.class_names)
+    if head == "new" or (head == "better" and evaluate(network, splits.val) < probe.accuracy):
+        install(layer, probe)
+    return Settled(accuracy=evaluate(network, splits.val), probe=probe.accuracy)
 
 
 def is_below(accuracy: float, other: float, images: int) -> bool:
@@ -85,8 +87,8 @@ def _order(head: Head, train: Features, val: Features, probe: Probe, names: tupl
         reorder(head, order)
         moved = next(label for label in range(len(names)) if order[label] != label)
         _logger.warning(
-            "THE CLASSES OF THE WEIGHTS STAND IN ANOTHER ORDER: as they stand they know %.1f%% of the validation images, "
-            "in the order that the training images show %.1f%%, so they were put in that one (%r is their class %d); "
+            "THE CLASSES OF THE WEIGHTS STAND IN ANOTHER ORDER: so they know %.1f%% of the validation images, in the "
+            "order that the training images show %.1f%%, so they were put in that one (%r is their class %d); "
             "--class-map says which order is theirs",
             100 * own,
             100 * ordered,
