@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -295,11 +297,15 @@ def _train(job: DistillJob, splits: Splits, teacher: TeacherResult | None, stage
     def prepare(network: nn.Module, head: HeadOrigin) -> None:
         settle(network.to(job.device), splits, data.sample(CALIBRATION), head=head)
 
-    def student(number: int) -> nn.Module:
+    @functools.cache  # to make what starts from weights ready takes many forward passes
+    def made(number: int) -> nn.Module:
         network = build(settings, job.classes, job.input_size, number, prepare).to(job.device)
         if settings.conv is not None and settings.has_weights:
             recalibrate(network, data.sample(CALIBRATION))
         return network
+
+    def student(number: int) -> nn.Module:
+        return copy.deepcopy(made(number))
 
     refinement = Refinement(
         data=data,
