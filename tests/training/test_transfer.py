@@ -1,18 +1,24 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
+from nas_kd.distill import main
+from nas_kd.study import main as study
 from nas_kd.training.augment import Augmentation
 from nas_kd.training.data import Splits
 from nas_kd.training.images import AugmentedImages, Images
@@ -213,3 +219,38 @@ def test_an_accident_is_not_below() -> None:
     assert is_below(0.5, 1.0, 26)
     assert is_below(0.88, 0.92, 1000)
     assert not is_below(0.92, 0.88, 1000)
+
+
+@pytest.fixture
+def hub(lite0_weights: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights where the hub's client keeps what it has fetched, and no network."""
+    folder = tmp_path / "hub" / "models--timm--tf_efficientnet_lite0.in1k"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("abc")
+    (folder / "snapshots" / "abc").mkdir(parents=True)
+    save_file(lite0_weights, folder / "snapshots" / "abc" / "model.safetensors")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.usefixtures("hub")
+def test_pretrained_weights_from_the_cache_of_the_hub(textures: Splits, tmp_path: Path) -> None:
+    for index, (pixels, label) in enumerate(zip(textures.train.pixels, textures.train.labels, strict=True)):
+        folder = tmp_path / "photos" / textures.class_names[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / f"{index}.png")
+    data = f"--dataset folder --data-dir {tmp_path}/photos --img-size 48 --out {tmp_path}/out -q"
+    how = "--pretrained --no-teacher --epochs 1 --lr 1e-6 --batch-size 8"
+    assert main(["tf_efficientnet_lite0", *data.split(), *how.split()]) == 0
+    (record,) = (tmp_path / "out").glob("*/config.json")
+    assert json.loads((tmp_path / "out" / "distill.json").read_text())["test accuracy"] > 0.5
+    assert json.loads(record.read_text())["num_classes"] == 4
+
+
+def test_a_study_of_weights_for_other_classes(make_network: MakeNetwork, tmp_path: Path) -> None:
+    """The base begins with a new head, is tuned for as many epochs as asked for, and teaches."""
+    torch.save(make_network(1, classes=7).state_dict(), tmp_path / "w.pth")
+    small = "--model test_resnet --img-size 32 --train-images 100 --teacher-epochs 1 --library-budget 0.05 --trials 1"
+    more = f"--proxy-epochs 1 --refine-epochs 1 --front 1 --no-onnx -q --out {tmp_path}/out --initial-checkpoint {tmp_path}/w.pth"
+    assert study([*small.split(), *more.split(), "--budget", "params=60%"]) == 0
+    assert len(list((tmp_path / "out" / "cache").glob("teacher-*.safetensors"))) == 1
