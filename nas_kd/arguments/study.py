@@ -21,6 +21,7 @@ from nas_kd.arguments.shared import (
     add_recipe,
     add_report,
     add_workers,
+    check_teacher,
 )
 from nas_kd.budget import parse_budget, parse_levels
 from nas_kd.errors import NasKdError, nearest, without_password
@@ -89,6 +90,9 @@ class Settings:
     maximize: str | None = None
     proxy_lr: float | None = None
     pruner: str = "front"
+    teacher: str | None = None
+    teacher_pretrained: bool = False
+    teacher_checkpoint: str | None = None
 
     @property
     def name(self) -> str:
@@ -219,6 +223,7 @@ def settings_from(arguments: dict[str, Any]) -> Settings:
     parse_levels(arguments["levels"])
     if arguments["study_name"] is not None and not re.search(r"\w", arguments["study_name"]):
         raise NasKdError(f"--study-name {arguments['study_name']!r} needs a letter or digit")
+    check_teacher(arguments)
     arguments = {**arguments, **{name: tuple(arguments[name]) for name in ("pin", "start_from")}}
     arguments["pruner"] = _pruner(arguments["pruner"], bool(arguments["maximize"]))
     return Settings(**{field.name: arguments[field.name] for field in fields(Settings)})

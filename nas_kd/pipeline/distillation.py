@@ -16,14 +16,12 @@ from torch import nn
 
 from nas_kd.arguments.distill import DistillSettings
 from nas_kd.budget import COUNTED, Cost
-from nas_kd.errors import ModelError
 from nas_kd.models.blocks import analyse
 from nas_kd.models.cheap import cheap_genotype
 from nas_kd.models.hub import create_base
 from nas_kd.models.inherit import inherit_student
 from nas_kd.models.reduction import reduce_stride
 from nas_kd.models.student import build_student
-from nas_kd.models.trace import meta_image, without_storage
 from nas_kd.models.verify import measure
 from nas_kd.pipeline.job import (
     DIGITS_SIZE,
@@ -34,8 +32,11 @@ from nas_kd.pipeline.job import (
     choose_device,
     data_spec,
     epochs_of,
+    has_teacher_weights,
+    make_teacher,
     open_folder,
     transfer_epochs,
+    try_out,
 )
 from nas_kd.progress import Stages
 from nas_kd.results.export import Card, export
@@ -115,10 +116,10 @@ def prepare_distillation(settings: DistillSettings) -> DistillJob:
     classes = settings.num_classes or len(open_source(settings.dataset, settings.data_dir).class_names)
     size = _input_size(settings)
     student = build(settings, classes, size, 0)
-    teacher, head = _make_teacher(settings, classes, size[0])
+    teacher, head = make_teacher(settings, classes, size[0])
     for network in filter(None, (student, teacher)):
-        _try_out(network, size)
-    brings = teacher if _teacher_is_trained(settings) else student if settings.has_weights else None
+        try_out(network, size)
+    brings = teacher if has_teacher_weights(settings) else student if settings.has_weights else None
     data = data_spec(settings, size, brings)
     return DistillJob(
         settings=settings,
@@ -130,18 +131,6 @@ def prepare_distillation(settings: DistillSettings) -> DistillJob:
         teacher=teacher,
         teacher_head=head,
     )
-
-
-def _try_out(network: nn.Module, input_size: tuple[int, int, int]) -> None:
-    """Raises ModelError when the network does not run on such images."""
-    meta = without_storage(network).eval()
-    try:
-        meta(meta_image(meta, input_size))
-    except Exception as error:  # whatever a model's own code raises
-        size, text = "×".join(map(str, input_size)), (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            f"{type(network).__name__} cannot run on {size} images: {text[:200]}; choose another --img-size"
-        ) from error
 
 
 def _name(settings: DistillSettings) -> str:
@@ -194,28 +183,6 @@ def build(
         analysis = analyse(network, input_size, name=settings.model, open={"conv"})
         make = inherit_student if settings.has_weights else build_student
         return make(network, analysis, cheap_genotype(analysis, settings.conv))
-
-
-def _teacher_is_trained(settings: DistillSettings) -> bool:
-    name = settings.teacher or ""
-    return settings.teacher_pretrained or settings.teacher_checkpoint is not None or name.startswith("local-dir:")
-
-
-def _make_teacher(settings: DistillSettings, classes: int, channels: int) -> tuple[nn.Module | None, HeadOrigin | None]:
-    """The teacher, and the origin of its head where its weights come from elsewhere; without one nothing."""
-    if settings.teacher is None:
-        return None, None
-    trained = _teacher_is_trained(settings)
-    pretrained = trained and settings.teacher_checkpoint is None
-    with torch.random.fork_rng():
-        torch.manual_seed(derive_seed(settings.seed, "teacher"))
-        teacher = create_base(settings.teacher, pretrained=pretrained, num_classes=classes, in_chans=channels)
-    whole = brings_head(teacher)
-    if settings.teacher_checkpoint is not None:
-        whole = load_checkpoint(teacher, Path(settings.teacher_checkpoint))
-    if settings.reduction is not None and not settings.teacher.startswith("local-dir:"):
-        reduce_stride(teacher, settings.reduction, channels)
-    return teacher, ("own" if whole else "new") if trained else None
 
 
 def _recipe(settings: DistillSettings, epochs: int) -> Recipe:

@@ -19,10 +19,11 @@ from nas_kd import __version__
 from nas_kd.arguments.distill import DistillSettings
 from nas_kd.arguments.study import SAMPLERS, Settings
 from nas_kd.budget import LATENCY, Budget, parse_budget, parse_levels
-from nas_kd.errors import DeviceError, GenotypeError, NasKdError, OutputError
+from nas_kd.errors import DeviceError, GenotypeError, ModelError, NasKdError, OutputError
 from nas_kd.genotype import Genotype
 from nas_kd.models.hub import create_base
 from nas_kd.models.reduction import reduce_stride
+from nas_kd.models.trace import meta_image, without_storage
 from nas_kd.pipeline.latency import latency_facts, make_meter
 from nas_kd.search.options import parse_options
 from nas_kd.search.own_sampler import check_own_sampler
@@ -54,7 +55,8 @@ class Job:
     """A study that is ready to run: checked settings, the base and its space. Nothing is trained yet.
 
     The base's weights come from elsewhere when it is `transferred`, its classifier too when `trained_elsewhere`: then
-    it can teach as it is."""
+    it can teach as it is. `other_teacher` teaches instead of the base; `other_head` is the origin of its classifier
+    where its weights come from elsewhere."""
 
     settings: Settings
     device: torch.device
@@ -65,6 +67,13 @@ class Job:
     transferred: bool
     trained_elsewhere: bool
     storage: BaseStorage
+    other_teacher: nn.Module | None = None
+    other_head: HeadOrigin | None = None
+
+    @property
+    def val_is_seen(self) -> bool:
+        """Whether what teaches or is begun with may have been trained on the validation images."""
+        return self.trained_elsewhere or self.other_head == "own"
 
     @property
     def head_origin(self) -> HeadOrigin | None:
@@ -88,12 +97,16 @@ def prepare(settings: Settings, storage: BaseStorage | None = None) -> Job:
     device = choose_device(settings.device)
     out = open_folder(Path(settings.out or Path("results") / settings.name))
     source = open_source(settings.dataset, settings.data_dir)
-    base = make_base(settings, settings.num_classes or len(source.class_names), in_chans_of(settings))
+    classes = settings.num_classes or len(source.class_names)
+    base = make_base(settings, classes, in_chans_of(settings))
+    other, other_head = make_teacher(settings, classes, in_chans_of(settings))
     whole = brings_head(base) if settings.pretrained else False
     if settings.initial_checkpoint:
         whole = load_checkpoint(base, Path(settings.initial_checkpoint))
     space = make_space(settings, base)
     assert space.budget is not None
+    if other is not None:
+        try_out(other, space.input_size)
     space.given = tuple(read_start(Path(file), space) for file in settings.start_from)
     if settings.sampler not in SAMPLERS:
         directions = list(objectives(space.budget, settings.maximize).values())
@@ -107,16 +120,19 @@ def prepare(settings: Settings, storage: BaseStorage | None = None) -> Job:
         close_storage(storage)
         raise
     weighted = settings.pretrained or settings.initial_checkpoint is not None
+    brings = base if weighted else other if other_head is not None else None
     return Job(
         settings=settings,
         device=device,
         out=out,
         space=space,
         budget=space.budget,
-        data=data_spec(settings, space.input_size, base if weighted else None),
+        data=data_spec(settings, space.input_size, brings),
         transferred=weighted,
         trained_elsewhere=whole,
         storage=storage,
+        other_teacher=other,
+        other_head=other_head,
     )
 
 
@@ -203,6 +219,43 @@ def make_base(settings: Settings, classes: int, in_chans: int) -> nn.Module:
         torch.manual_seed(derive_seed(settings.seed, "weights"))
         base = create_base(settings.model, pretrained=settings.pretrained, num_classes=classes, in_chans=in_chans)
     return base if settings.reduction is None else reduce_stride(base, settings.reduction, in_chans)
+
+
+def has_teacher_weights(settings: Settings | DistillSettings) -> bool:
+    """Whether the teacher that is named gets weights from elsewhere."""
+    name = settings.teacher or ""
+    return settings.teacher_pretrained or settings.teacher_checkpoint is not None or name.startswith("local-dir:")
+
+
+def make_teacher(
+    settings: Settings | DistillSettings, classes: int, channels: int
+) -> tuple[nn.Module | None, HeadOrigin | None]:
+    """The teacher, and the origin of its head where its weights come from elsewhere; without one nothing."""
+    if settings.teacher is None:
+        return None, None
+    trained = has_teacher_weights(settings)
+    pretrained = trained and settings.teacher_checkpoint is None
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(settings.seed, "teacher"))
+        teacher = create_base(settings.teacher, pretrained=pretrained, num_classes=classes, in_chans=channels)
+    whole = brings_head(teacher)
+    if settings.teacher_checkpoint is not None:
+        whole = load_checkpoint(teacher, Path(settings.teacher_checkpoint))
+    if settings.reduction is not None and not settings.teacher.startswith("local-dir:"):
+        reduce_stride(teacher, settings.reduction, channels)
+    return teacher, ("own" if whole else "new") if trained else None
+
+
+def try_out(network: nn.Module, input_size: tuple[int, int, int]) -> None:
+    """Raises ModelError when the network does not run on such images."""
+    meta = without_storage(network).eval()
+    try:
+        meta(meta_image(meta, input_size))
+    except Exception as error:  # whatever a model's own code raises
+        size, text = "×".join(map(str, input_size)), (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"{type(network).__name__} cannot run on {size} images: {text[:200]}; choose another --img-size"
+        ) from error
 
 
 def data_spec(settings: Settings | DistillSettings, input_size: Sequence[int], weighted: nn.Module | None) -> DataSpec:

@@ -37,6 +37,7 @@ __all__ = [
 
 _NEAR_CHANCE = 0.1  # a teacher less than this share of the way from chance to certainty, and than twice chance, warns
 _STATES = 10  # times the state of a running training is written; each costs about as much as 10 steps
+Moments = tuple[tuple[float, ...], tuple[float, ...]]
 _logger = logging.getLogger(__name__)
 
 
@@ -59,6 +60,26 @@ class Teacher(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits N×K for normalised images N×C×H×W, without gradients."""
         logits: Tensor = self.network(images)
+        return logits
+
+
+class Renormalised(nn.Module):
+    """A network that wants other means and stds than the images come with, as (mean, std) per channel on the scale 0–1:
+    it gets what it wants."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, network: nn.Module, given: Moments, wanted: Moments) -> None:
+        super().__init__()
+        self.network = network
+        mean, std, own_mean, own_std = (torch.tensor(values).view(-1, 1, 1) for values in (*given, *wanted))
+        self.register_buffer("scale", std / own_std)
+        self.register_buffer("shift", (mean - own_mean) / own_std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """What the network says of N×C×H×W images that are normalised as they come."""
+        logits: Tensor = self.network(images * self.scale + self.shift)
         return logits
 
 

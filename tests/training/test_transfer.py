@@ -25,7 +25,7 @@ from nas_kd.training.images import AugmentedImages, Images
 from nas_kd.training.loop import evaluate, predict_logits, train
 from nas_kd.training.probe import Features, features_of, find_head, fit_probe, install
 from nas_kd.training.recipe import Recipe
-from nas_kd.training.teacher import TeacherCache, TeacherResult, Teaching, adopt_teacher, prepare_teacher
+from nas_kd.training.teacher import Renormalised, TeacherCache, TeacherResult, Teaching, adopt_teacher, prepare_teacher
 from nas_kd.training.transfer import HeadOrigin, is_below, settle
 
 MakeNetwork = Callable[..., nn.Module]
@@ -247,10 +247,30 @@ def test_pretrained_weights_from_the_cache_of_the_hub(textures: Splits, tmp_path
     assert json.loads(record.read_text())["num_classes"] == 4
 
 
-def test_a_study_of_weights_for_other_classes(make_network: MakeNetwork, tmp_path: Path) -> None:
-    """The base begins with a new head, is tuned for as many epochs as asked for, and teaches."""
-    torch.save(make_network(1, classes=7).state_dict(), tmp_path / "w.pth")
-    small = "--model test_resnet --img-size 32 --train-images 100 --teacher-epochs 1 --library-budget 0.05 --trials 1"
-    more = f"--proxy-epochs 1 --refine-epochs 1 --front 1 --no-onnx -q --out {tmp_path}/out --initial-checkpoint {tmp_path}/w.pth"
-    assert study([*small.split(), *more.split(), "--budget", "params=60%"]) == 0
-    assert len(list((tmp_path / "out" / "cache").glob("teacher-*.safetensors"))) == 1
+def test_a_study_of_weights_for_other_classes_beside_another_teacher(make_network: MakeNetwork, tmp_path: Path) -> None:
+    """Both begin with a new head, and are tuned for as many epochs as asked for."""
+    torch.save(make_network(1, classes=7).state_dict(), tmp_path / "base.pth")
+    other = timm.create_model("test_efficientnet", in_chans=1, num_classes=7)
+    torch.save(other.state_dict(), tmp_path / "teacher.pth")
+    how = (
+        "--model test_resnet --img-size 32 --train-images 60 --teacher-epochs 1 --library-budget 0 --trials 1 "
+        f"--proxy-epochs 1 --refine-epochs 1 --front 1 --no-onnx -q --budget params=60% --out {tmp_path}/out "
+        f"--initial-checkpoint {tmp_path}/base.pth --teacher test_efficientnet "
+        f"--teacher-checkpoint {tmp_path}/teacher.pth"
+    )
+    assert study(how.split()) == 0
+    assert len(list((tmp_path / "out" / "cache").glob("teacher-*.safetensors"))) == 2
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "learn from test_efficientnet, which knows" in report
+
+
+def test_a_network_gets_the_normalisation_that_it_wants(digits: Splits) -> None:
+    images = digits.val.pixels.float() / 255
+    mean, std, own_mean, own_std = (torch.tensor(value).view(-1, 1, 1) for value in (0.2, 0.3, 0.5, 0.25))
+    seen = Renormalised(nn.Identity(), ((0.2,), (0.3,)), ((0.5,), (0.25,)))((images - mean) / std)
+    torch.testing.assert_close(seen, (images - own_mean) / own_std, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_of_a_teacher_that_is_not_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert study(["--budget", "params=60%", "--teacher-pretrained"]) == 2
+    assert "--teacher-pretrained speaks of a teacher: name one by --teacher" in capsys.readouterr().err
