@@ -79,7 +79,7 @@ class Bench:
         self.stages = Stages(Console(stderr=True), quiet=True)
         self.job = prepare(parse_study([*study, *own]), InMemoryStorage())
         self.materials = gather(self.job, self.stages)
-        self.base = self.materials.teacher.network
+        self.base = self.materials.base.network
         self.records = Records(out / "rows.jsonl")
 
     @property

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from nas_kd.arguments.parsing import number
+from nas_kd.errors import NasKdError
 from nas_kd.training.preprocessing import INTERPOLATIONS
 
 RATE = number(1e-9, float, math.inf)  # a learning rate
@@ -20,6 +22,23 @@ def add_base(parser: argparse.ArgumentParser) -> None:
     add("--pretrained", action="store_true", help="take timm's weights as the teacher's")
     add("--initial-checkpoint", metavar="FILE", help="take these weights as the teacher's (.safetensors, .pth)")
     add_shape(add)
+    add = parser.add_argument_group("another teacher than the base (for the same images)").add_argument
+    add(
+        "--teacher",
+        metavar="NAME",
+        help="what teaches the students: a timm model, or local-dir:FOLDER (the base)",
+    )
+    add("--teacher-pretrained", action="store_true", help="take timm's weights for it")
+    add("--teacher-checkpoint", metavar="FILE", help="take these weights for it; without any, it is trained here")
+
+
+def check_teacher(arguments: Mapping[str, Any]) -> None:
+    """Raises NasKdError for weights of a teacher that is not named, or for two sets of weights."""
+    given = [name for name in ("teacher_pretrained", "teacher_checkpoint") if arguments[name]]
+    if given and arguments["teacher"] is None:
+        raise NasKdError(f"--{given[0].replace('_', '-')} speaks of a teacher: name one by --teacher")
+    if len(given) > 1:
+        raise NasKdError("--teacher-pretrained does not go with --teacher-checkpoint: leave one of them out")
 
 
 def add_shape(add: Callable[..., object]) -> None:

@@ -22,6 +22,7 @@ from nas_kd.arguments.shared import (
     add_recipe,
     add_report,
     add_workers,
+    check_teacher,
 )
 from nas_kd.budget import parse_budget, parse_levels
 from nas_kd.errors import NasKdError, nearest, without_password
@@ -96,6 +97,9 @@ class Settings:
     interpolation: str | None = None
     pruner: str = "front"
     augment: AugmentOptions = field(default_factory=AugmentOptions)
+    teacher: str | None = None
+    teacher_pretrained: bool = False
+    teacher_checkpoint: str | None = None
 
     @property
     def name(self) -> str:
@@ -227,6 +231,7 @@ def settings_from(arguments: dict[str, Any]) -> Settings:
     parse_levels(arguments["levels"])
     if arguments["study_name"] is not None and not re.search(r"\w", arguments["study_name"]):
         raise NasKdError(f"--study-name {arguments['study_name']!r} needs a letter or digit")
+    check_teacher(arguments)
     arguments = {**arguments, **{name: tuple(arguments[name]) for name in ("pin", "start_from")}}
     arguments["dataset"] = choose_dataset(arguments["dataset"], arguments["data_dir"])
     arguments["pruner"] = _pruner(arguments["pruner"], bool(arguments["maximize"]))

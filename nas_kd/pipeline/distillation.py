@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +16,29 @@ from torch import nn
 
 from nas_kd.arguments.distill import DistillSettings
 from nas_kd.budget import COUNTED, Cost
-from nas_kd.errors import ModelError
 from nas_kd.models.blocks import analyse
 from nas_kd.models.cheap import cheap_genotype
 from nas_kd.models.hub import create_base
 from nas_kd.models.inherit import inherit_student
 from nas_kd.models.reduction import reduce_stride
 from nas_kd.models.student import build_student
-from nas_kd.models.trace import meta_image, without_storage
 from nas_kd.models.verify import measure
 from nas_kd.pipeline.augmenting import augmentation_of, fresh_images, images_key
 from nas_kd.pipeline.image_form import data_spec, warn_of_other_order
-from nas_kd.pipeline.job import DIGITS_SIZE, TEACHER, TEACHER_LR, choose_device, epochs_of, open_folder
+from nas_kd.pipeline.job import (
+    DIGITS_SIZE,
+    TEACHER,
+    TEACHER_LR,
+    TRANSFER_LR,
+    brings_head,
+    choose_device,
+    epochs_of,
+    has_teacher_weights,
+    make_teacher,
+    open_folder,
+    transfer_epochs,
+    try_out,
+)
 from nas_kd.progress import Stages
 from nas_kd.results.export import Card, export
 from nas_kd.results.refine import Candidate, Refined, Refinement, refine
@@ -37,7 +51,8 @@ from nas_kd.training.loop import CALIBRATION, recalibrate
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.resume import replace_file
 from nas_kd.training.sources import open_source
-from nas_kd.training.teacher import Teacher, TeacherCache, TeacherResult, adopt_teacher, prepare_teacher
+from nas_kd.training.teacher import Teacher, TeacherCache, TeacherResult, Teaching, adopt_teacher, prepare_teacher
+from nas_kd.training.transfer import HeadOrigin, settle
 from nas_kd.training.views import OnlineViews, Views, ViewSpec, build_views, views_bytes, weights_digest
 
 FILE = "distill.json"
@@ -48,7 +63,7 @@ _REPORTS = 20  # times that a training is evaluated and its state kept
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DistillJob:
     """A training that is ready to run: checked settings, where, on which images of which size, and the teacher as it
-    was created (None without one)."""
+    was created (None without one), with the origin of its head where its weights come from elsewhere."""
 
     settings: DistillSettings
     device: torch.device
@@ -57,6 +72,7 @@ class DistillJob:
     classes: int
     data: DataSpec
     teacher: nn.Module | None
+    teacher_head: HeadOrigin | None
 
     @property
     def cache(self) -> Path:
@@ -102,16 +118,23 @@ def prepare_distillation(settings: DistillSettings) -> DistillJob:
     classes = settings.num_classes or len(source.class_names)
     size = _input_size(settings)
     student = build(settings, classes, size, 0)
-    teacher = _make_teacher(settings, classes, size[0])
+    teacher, head = make_teacher(settings, classes, size[0])
     for network in filter(None, (student, teacher)):
-        _try_out(network, size)
-    trained = teacher is not None and _teacher_is_trained(settings)
+        try_out(network, size)
+    trained = teacher is not None and has_teacher_weights(settings)
     model = teacher if trained and teacher is not None else student
     data = data_spec(settings, size, source, model, weighted=trained or settings.has_weights)
     if trained or settings.has_weights:
         warn_of_other_order(source, settings, model, _origin(settings, of_teacher=trained))
     return DistillJob(
-        settings=settings, device=device, out=out, input_size=size, classes=classes, data=data, teacher=teacher
+        settings=settings,
+        device=device,
+        out=out,
+        input_size=size,
+        classes=classes,
+        data=data,
+        teacher=teacher,
+        teacher_head=head,
     )
 
 
@@ -119,18 +142,6 @@ def _origin(settings: DistillSettings, *, of_teacher: bool) -> str:
     """Where weights come from, in words."""
     file = settings.teacher_checkpoint if of_teacher else settings.initial_checkpoint
     return file or f"timm's {settings.teacher if of_teacher else settings.model}"
-
-
-def _try_out(network: nn.Module, input_size: tuple[int, int, int]) -> None:
-    """Raises ModelError when the network does not run on such images."""
-    meta = without_storage(network).eval()
-    try:
-        meta(meta_image(meta, input_size))
-    except Exception as error:  # whatever a model's own code raises
-        size, text = "×".join(map(str, input_size)), (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            f"{type(network).__name__} cannot run on {size} images: {text[:200]}; choose another --img-size"
-        ) from error
 
 
 def _name(settings: DistillSettings) -> str:
@@ -151,8 +162,16 @@ def _input_size(settings: DistillSettings) -> tuple[int, int, int]:
     return settings.in_chans or (1 if digits else 3), side, side
 
 
-def build(settings: DistillSettings, classes: int, input_size: tuple[int, int, int], number: int) -> nn.Module:
-    """The student, or peer `number` of online distillation, whose weights its number decides; on the CPU."""
+def build(
+    settings: DistillSettings,
+    classes: int,
+    input_size: tuple[int, int, int],
+    number: int,
+    prepare: Callable[[nn.Module, HeadOrigin], None] | None = None,
+) -> nn.Module:
+    """The student, or peer `number` of online distillation, whose weights its number decides; on the CPU.
+
+    `prepare` is given what starts from weights, with the origin of its head, before its convolutions are replaced."""
     seed = derive_seed(settings.seed, "peer", number)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -163,40 +182,18 @@ def build(settings: DistillSettings, classes: int, input_size: tuple[int, int, i
             in_chans=input_size[0],
             **dict(settings.model_kwargs),
         )
+        whole = brings_head(network)
         if settings.initial_checkpoint is not None:
-            load_checkpoint(network, Path(settings.initial_checkpoint))
+            whole = load_checkpoint(network, Path(settings.initial_checkpoint))
         if settings.reduction is not None:
             reduce_stride(network, settings.reduction, input_size[0])
+        if settings.has_weights and prepare is not None:
+            prepare(network, "own" if whole else "new")
         if settings.conv is None:
             return network
         analysis = analyse(network, input_size, name=settings.model, open={"conv"})
         make = inherit_student if settings.has_weights else build_student
         return make(network, analysis, cheap_genotype(analysis, settings.conv))
-
-
-def _teacher_is_trained(settings: DistillSettings) -> bool:
-    name = settings.teacher or ""
-    return settings.teacher_pretrained or settings.teacher_checkpoint is not None or name.startswith("local-dir:")
-
-
-def _make_teacher(settings: DistillSettings, classes: int, channels: int) -> nn.Module | None:
-    if settings.teacher is None:
-        return None
-    pretrained = _teacher_is_trained(settings) and settings.teacher_checkpoint is None
-    with torch.random.fork_rng():
-        torch.manual_seed(derive_seed(settings.seed, "teacher"))
-        teacher = create_base(settings.teacher, pretrained=pretrained, num_classes=classes, in_chans=channels)
-    config: Any = getattr(teacher, "pretrained_cfg", None) or {}
-    if pretrained and config.get("num_classes") not in (None, classes):
-        raise ModelError(
-            f"the teacher {settings.teacher} was trained for {config['num_classes']} classes, the data has {classes}: "
-            "take one for these classes, or let it be trained here"
-        )
-    if settings.teacher_checkpoint is not None:
-        load_checkpoint(teacher, Path(settings.teacher_checkpoint))
-    if settings.reduction is not None and not settings.teacher.startswith("local-dir:"):
-        reduce_stride(teacher, settings.reduction, channels)
-    return teacher
 
 
 def _recipe(settings: DistillSettings, epochs: int) -> Recipe:
@@ -220,24 +217,34 @@ def _recipe(settings: DistillSettings, epochs: int) -> Recipe:
 
 
 def _teacher(job: DistillJob, splits: Splits, stages: Stages) -> TeacherResult | None:
-    settings = job.settings
+    settings, head = job.settings, job.teacher_head
     if job.teacher is None:
         return None
-    network = job.teacher.to(job.device)
-    epochs = epochs_of(settings.teacher_epochs or settings.epochs, TEACHER, splits, job.device)
-    trained = _teacher_is_trained(settings)
-    with stages.stage("teacher", 1 if trained else epochs) as advance:
-        if trained:
-            return adopt_teacher(network, splits)
-        recipe = dataclasses.replace(_recipe(settings, epochs), distill_weight=0.0, lr=settings.lr or TEACHER_LR)
+    network, augmentation = job.teacher.to(job.device), augmentation_of(settings, job.input_size[1])
+    epochs = _teacher_epochs(job, splits)
+    with stages.stage("teacher", epochs + (head is not None)) as advance:
+        if not epochs:
+            return adopt_teacher(network, splits, augmentation=augmentation, seed=settings.seed)
+        lr = settings.lr or TEACHER_LR if head is None else TRANSFER_LR
+        recipe = dataclasses.replace(_recipe(settings, epochs), distill_weight=0.0, lr=lr)
+        recipe = dataclasses.replace(recipe, distill="kd", temperature=4.0, eval_epochs=())
         return prepare_teacher(
             network,
             splits,
-            recipe=dataclasses.replace(recipe, distill="kd", temperature=4.0, eval_epochs=()),
-            augmentation=augmentation_of(settings, job.input_size[1]),
+            Teaching(recipe=recipe, augmentation=augmentation, head="better" if head == "own" else head),
             cache=TeacherCache(folder=job.cache, key=f"{settings.teacher} {settings.seed}"),
             report=lambda _, accuracy: advance(f"val accuracy {100 * accuracy:.1f} %"),
         )
+
+
+def _teacher_epochs(job: DistillJob, splits: Splits) -> int:
+    """0 for a teacher that was trained for these classes, unless it is to be tuned."""
+    given = job.settings.teacher_epochs
+    if job.teacher_head == "own":
+        return given or 0
+    if job.teacher_head == "new":
+        return transfer_epochs(given, splits, job.device)
+    return epochs_of(given or job.settings.epochs, TEACHER, splits, job.device)
 
 
 _Data = AugmentedImages | Views | OnlineViews
@@ -268,11 +275,18 @@ def _train(job: DistillJob, splits: Splits, teacher: TeacherResult | None, stage
     data = _training_data(job, splits, teacher, epochs)
     recipe = _recipe(settings, epochs)
 
-    def student(number: int) -> nn.Module:
-        network = build(settings, job.classes, job.input_size, number).to(job.device)
+    def prepare(network: nn.Module, head: HeadOrigin) -> None:
+        settle(network.to(job.device), splits, data.sample(CALIBRATION), head=head)
+
+    @functools.cache  # to make what starts from weights ready takes many forward passes
+    def made(number: int) -> nn.Module:
+        network = build(settings, job.classes, job.input_size, number, prepare).to(job.device)
         if settings.conv is not None and settings.has_weights:
             recalibrate(network, data.sample(CALIBRATION))
         return network
+
+    def student(number: int) -> nn.Module:
+        return copy.deepcopy(made(number))
 
     refinement = Refinement(
         data=data,

@@ -15,12 +15,14 @@ from optuna.storages import BaseStorage
 from torch import nn
 
 from nas_kd import __version__
+from nas_kd.arguments.distill import DistillSettings
 from nas_kd.arguments.study import SAMPLERS, Settings
 from nas_kd.budget import LATENCY, Budget, parse_budget, parse_levels
-from nas_kd.errors import DeviceError, GenotypeError, NasKdError, OutputError
+from nas_kd.errors import DeviceError, GenotypeError, ModelError, NasKdError, OutputError
 from nas_kd.genotype import Genotype
 from nas_kd.models.hub import create_base
 from nas_kd.models.reduction import reduce_stride
+from nas_kd.models.trace import meta_image, without_storage
 from nas_kd.pipeline.image_form import data_spec, warn_of_other_order
 from nas_kd.pipeline.latency import latency_facts, make_meter
 from nas_kd.search.options import parse_options
@@ -34,19 +36,27 @@ from nas_kd.training.data import DIGITS, DataSpec, Splits
 from nas_kd.training.loop import LOOK_CALIBRATION
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.sources import open_source
+from nas_kd.training.transfer import HeadOrigin
 
 DIGITS_SIZE = 16  # at the base's own stride: measured, docs/decisions.md
 # by default: images that a training sees on a CPU, and the most epochs; a GPU affords ten times as many
 TEACHER, REFINE = (60_000, 20), (60_000, 15)
 _GPU = 10
 TEACHER_LR = 0.03
+# of a teacher whose weights come from elsewhere: 4 epochs were as good as more, docs/results/transfer.md
+TRANSFER, TRANSFER_LR = (60_000, 4), 0.005
+_FEW, _MORE = 4000, 20  # images that a small data set is seen for, in at most so many epochs
 _PROXY_RATE = 0.4  # of the refinement's: gentler short trainings rank better, docs/results/rank_check.md
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Job:
-    """A study that is ready to run: checked settings, the base and its space. Nothing is trained yet."""
+    """A study that is ready to run: checked settings, the base and its space. Nothing is trained yet.
+
+    The base's weights come from elsewhere when it is `transferred`, its classifier too when `trained_elsewhere`: then
+    it can teach as it is. `other_teacher` teaches instead of the base; `other_head` is the origin of its classifier
+    where its weights come from elsewhere."""
 
     settings: Settings
     device: torch.device
@@ -54,8 +64,23 @@ class Job:
     space: Space[nn.Module]
     budget: Budget
     data: DataSpec
+    transferred: bool
     trained_elsewhere: bool
     storage: BaseStorage
+    other_teacher: nn.Module | None = None
+    other_head: HeadOrigin | None = None
+
+    @property
+    def val_is_seen(self) -> bool:
+        """Whether what teaches or is begun with may have been trained on the validation images."""
+        return self.trained_elsewhere or self.other_head == "own"
+
+    @property
+    def head_origin(self) -> HeadOrigin | None:
+        """Of a base whose weights come from elsewhere."""
+        if not self.transferred:
+            return None
+        return "better" if self.trained_elsewhere else "new"
 
     @property
     def cache(self) -> Path:
@@ -72,11 +97,16 @@ def prepare(settings: Settings, storage: BaseStorage | None = None) -> Job:
     device = choose_device(settings.device)
     out = open_folder(Path(settings.out or Path("results") / settings.name))
     source = open_source(settings.dataset, settings.data_dir, settings.class_map)
-    base = make_base(settings, settings.num_classes or len(source.class_names), in_chans_of(settings))
+    classes = settings.num_classes or len(source.class_names)
+    base = make_base(settings, classes, in_chans_of(settings))
+    other, other_head = make_teacher(settings, classes, in_chans_of(settings))
+    whole = brings_head(base) if settings.pretrained else False
     if settings.initial_checkpoint:
-        load_checkpoint(base, Path(settings.initial_checkpoint))
+        whole = load_checkpoint(base, Path(settings.initial_checkpoint))
     space = make_space(settings, base)
     assert space.budget is not None
+    if other is not None:
+        try_out(other, space.input_size)
     space.given = tuple(read_start(Path(file), space) for file in settings.start_from)
     if settings.sampler not in SAMPLERS:
         directions = list(objectives(space.budget, settings.maximize).values())
@@ -89,18 +119,22 @@ def prepare(settings: Settings, storage: BaseStorage | None = None) -> Job:
     except NasKdError:
         close_storage(storage)
         raise
-    weighted = settings.pretrained or settings.initial_checkpoint
+    weighted = settings.pretrained or settings.initial_checkpoint is not None
     if weighted:
         warn_of_other_order(source, settings, base, settings.initial_checkpoint or f"timm's {settings.model}")
+    brings = base if weighted else other if other_head is not None else None
     return Job(
         settings=settings,
         device=device,
         out=out,
         space=space,
         budget=space.budget,
-        data=data_spec(settings, space.input_size, source, base, weighted=bool(weighted)),
-        trained_elsewhere=_is_trained(settings, base),
+        data=data_spec(settings, space.input_size, source, brings or base, weighted=brings is not None),
+        transferred=weighted,
+        trained_elsewhere=whole,
         storage=storage,
+        other_teacher=other,
+        other_head=other_head,
     )
 
 
@@ -149,11 +183,10 @@ def read_start(path: Path, space: Space[nn.Module]) -> Genotype:
     return genotype
 
 
-def _is_trained(settings: Settings, base: nn.Module) -> bool:
-    """Whether the base can teach as it is: timm drops a pretrained classifier that has other classes."""
-    config: Any = getattr(base, "pretrained_cfg", None) or {}
-    whole = config.get("num_classes") == getattr(base, "num_classes", None)
-    return bool(settings.initial_checkpoint) or (settings.pretrained and whole)
+def brings_head(pretrained: nn.Module) -> bool:
+    """Whether a network with timm's weights has their classifier: timm drops one that has other classes."""
+    config: Any = getattr(pretrained, "pretrained_cfg", None) or {}
+    return bool(config.get("num_classes") == getattr(pretrained, "num_classes", None))
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -190,6 +223,43 @@ def make_base(settings: Settings, classes: int, in_chans: int) -> nn.Module:
     return base if settings.reduction is None else reduce_stride(base, settings.reduction, in_chans)
 
 
+def has_teacher_weights(settings: Settings | DistillSettings) -> bool:
+    """Whether the teacher that is named gets weights from elsewhere."""
+    name = settings.teacher or ""
+    return settings.teacher_pretrained or settings.teacher_checkpoint is not None or name.startswith("local-dir:")
+
+
+def make_teacher(
+    settings: Settings | DistillSettings, classes: int, channels: int
+) -> tuple[nn.Module | None, HeadOrigin | None]:
+    """The teacher, and the origin of its head where its weights come from elsewhere; without one nothing."""
+    if settings.teacher is None:
+        return None, None
+    trained = has_teacher_weights(settings)
+    pretrained = trained and settings.teacher_checkpoint is None
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(settings.seed, "teacher"))
+        teacher = create_base(settings.teacher, pretrained=pretrained, num_classes=classes, in_chans=channels)
+    whole = brings_head(teacher)
+    if settings.teacher_checkpoint is not None:
+        whole = load_checkpoint(teacher, Path(settings.teacher_checkpoint))
+    if settings.reduction is not None and not settings.teacher.startswith("local-dir:"):
+        reduce_stride(teacher, settings.reduction, channels)
+    return teacher, ("own" if whole else "new") if trained else None
+
+
+def try_out(network: nn.Module, input_size: tuple[int, int, int]) -> None:
+    """Raises ModelError when the network does not run on such images."""
+    meta = without_storage(network).eval()
+    try:
+        meta(meta_image(meta, input_size))
+    except Exception as error:  # whatever a model's own code raises
+        size, text = "×".join(map(str, input_size)), (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"{type(network).__name__} cannot run on {size} images: {text[:200]}; choose another --img-size"
+        ) from error
+
+
 def choices_made(settings: Settings, budget: Budget) -> dict[str, Any]:
     """The part of the configuration that is known before anything is trained."""
     return {
@@ -221,6 +291,13 @@ def proxy_recipe_of(settings: Settings) -> Recipe:
     return dataclasses.replace(
         recipe_of(settings, settings.proxy_epochs), lr=settings.proxy_lr or _PROXY_RATE * settings.lr
     )
+
+
+def transfer_epochs(given: int | None, splits: Splits, device: torch.device) -> int:
+    """The epochs of a teacher whose weights come from elsewhere: as given, or few, and more of small data."""
+    images, most = len(splits.train), TRANSFER[1]
+    most = max(most, min(_MORE, round(_FEW / images)))
+    return given or max(1, min(most, round(TRANSFER[0] * (1 if device.type == "cpu" else _GPU) / images)))
 
 
 def epochs_of(given: int | None, default: tuple[int, int], splits: Splits, device: torch.device) -> int:

@@ -99,7 +99,7 @@ def publish(job: Job, materials: Materials, study: optuna.Study) -> Kit:
 def _describe(job: Job, materials: Materials) -> Kit:
     splits, views, library = materials.splits, materials.proxy_views, job.space.library
     assert splits.folder is not None
-    weights = f"weights-{materials.teacher.digest}.safetensors"
+    weights = f"weights-{materials.base.digest}.safetensors"
     if not (job.cache / weights).exists():
         write_tensors(job.cache / weights, job.space.base.state_dict())
     return Kit(
@@ -109,7 +109,7 @@ def _describe(job: Job, materials: Materials) -> Kit:
         mean=splits.mean,
         std=splits.std,
         proxy_images=len(views),
-        teacher=materials.teacher.digest,
+        teacher=materials.base.digest,
         weights=weights,
         images=splits.folder.name,
         views=views.folder.name if isinstance(views, Views) and views.folder else None,
@@ -242,6 +242,11 @@ def images_of(kit: Kit, cache: Path) -> dict[str, Images]:
 def _proxy_views(
     kit: Kit, settings: Settings, cache: Path, images: Mapping[str, Images], base: nn.Module
 ) -> Views | OnlineViews:
+    if kit.views is None and settings.teacher is not None:
+        raise ArtifactError(
+            f"the views of this study were too large to keep, and its teacher {settings.teacher} is no file of it: "
+            "give its command fewer --proxy-images"
+        )
     if kit.views is None:
         return OnlineViews(fresh_images(settings, images["train"], kit.num_classes), Teacher(base))
     views = open_views(cache / kit.views, images["train"].labels, kit.mean, kit.std)

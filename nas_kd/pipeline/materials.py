@@ -5,15 +5,36 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
 
 from nas_kd.pipeline.augmenting import augmentation_of, fresh_images
-from nas_kd.pipeline.job import REFINE, TEACHER, TEACHER_LR, Job, epochs_of, recipe_of
-from nas_kd.progress import Advance, Stages
+from nas_kd.pipeline.job import (
+    REFINE,
+    TEACHER,
+    TEACHER_LR,
+    TRANSFER_LR,
+    Job,
+    epochs_of,
+    recipe_of,
+    transfer_epochs,
+)
+from nas_kd.progress import Stages
 from nas_kd.training.data import Splits, load_splits
 from nas_kd.training.images import AugmentedImages, Images
 from nas_kd.training.library import Library
 from nas_kd.training.library_building import LibrarySpec, build_library, plan_library
-from nas_kd.training.teacher import Teacher, TeacherCache, TeacherResult, adopt_teacher, prepare_teacher
+from nas_kd.training.teacher import (
+    Renormalised,
+    Teacher,
+    TeacherCache,
+    TeacherResult,
+    Teaching,
+    adopt_teacher,
+    prepare_teacher,
+)
+from nas_kd.training.transfer import HeadOrigin
 from nas_kd.training.views import OnlineViews, Views, ViewSpec, build_views, views_bytes
 
 _STEP = 3  # a training step costs about three forward passes
@@ -23,12 +44,21 @@ _BASELINES = 3  # that are refined beside the front
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Materials:
-    """What trials and refinement train on: the splits, the teacher, and views with its logits."""
+    """What trials and refinement train on: the splits, the trained base, the teacher, which is the base unless another
+    one was named, and views with its logits."""
 
     splits: Splits
+    base: TeacherResult
     teacher: TeacherResult
     proxy_views: Views | OnlineViews
     refine_views: Views | OnlineViews
+
+    @property
+    def digest(self) -> str:
+        """Names what students begin with and what teaches them."""
+        if self.teacher is self.base:
+            return self.base.digest
+        return f"{self.base.digest}-{self.teacher.digest}"
 
 
 def gather(job: Job, stages: Stages) -> Materials:
@@ -36,9 +66,8 @@ def gather(job: Job, stages: Stages) -> Materials:
     settings = job.settings
     with stages.stage("data"):
         splits = load_splits(job.data, job.cache)
-    epochs = epochs_of(settings.teacher_epochs, TEACHER, splits, job.device)
-    with stages.stage("teacher", 1 if job.trained_elsewhere else epochs) as advance:
-        teacher = _teacher(job, splits, epochs, advance)
+    base = _base(job, splits, stages)
+    teacher = base if job.other_teacher is None else _other_teacher(job, splits, stages)
     refine_epochs = epochs_of(settings.refine_epochs, REFINE, splits, job.device)
     with stages.stage("views", 2) as advance:
         subset = splits.train[: settings.proxy_images]
@@ -47,8 +76,8 @@ def gather(job: Job, stages: Stages) -> Materials:
         whole = _views(job, splits, teacher, min(settings.views, refine_epochs), splits.train)
         advance("for refinement")
     if settings.library_budget:
-        job.space.library = _library(job, splits, teacher, stages)
-    return Materials(splits=splits, teacher=teacher, proxy_views=proxy_views, refine_views=whole)
+        job.space.library = _library(job, splits, base, stages)
+    return Materials(splits=splits, base=base, teacher=teacher, proxy_views=proxy_views, refine_views=whole)
 
 
 def gather_whole(job: Job, epochs: Callable[[Splits], int], stages: Stages) -> Materials:
@@ -56,50 +85,109 @@ def gather_whole(job: Job, epochs: Callable[[Splits], int], stages: Stages) -> M
     settings = job.settings
     with stages.stage("data"):
         splits = load_splits(job.data, job.cache)
-    teaching = epochs_of(settings.teacher_epochs, TEACHER, splits, job.device)
-    with stages.stage("teacher", 1 if job.trained_elsewhere else teaching) as advance:
-        teacher = _teacher(job, splits, teaching, advance)
+    base = _base(job, splits, stages)
+    teacher = base if job.other_teacher is None else _other_teacher(job, splits, stages)
     with stages.stage("views"):
         views = _views(job, splits, teacher, min(settings.views, epochs(splits)), splits.train)
-    return Materials(splits=splits, teacher=teacher, proxy_views=views, refine_views=views)
+    return Materials(splits=splits, base=base, teacher=teacher, proxy_views=views, refine_views=views)
 
 
-def _library(job: Job, splits: Splits, teacher: TeacherResult, stages: Stages) -> Library:
-    """The library of the teacher's blocks, with as many training steps as its share of the study's work allows."""
+def _library(job: Job, splits: Splits, base: TeacherResult, stages: Stages) -> Library:
+    """The library of the base's blocks, with as many training steps as its share of the study's work allows."""
     size = job.space.input_size[1]
     augmented = AugmentedImages(splits.train, augmentation_of(job.settings, size), job.settings.seed)
-    spec = plan_library(LibrarySpec(seed=job.settings.seed), job.space.analysis, _library_images(job, splits))
+    spec = plan_library(
+        LibrarySpec(seed=job.settings.seed, anchor=False), job.space.analysis, _library_images(job, splits)
+    )
     images = augmented.sample(spec.images + spec.holdout)
     with stages.stage("library", 3 * len(job.space.blocks)) as advance:
-        return build_library(teacher.network, job.space.analysis, images, spec, job.cache, advance)
+        return build_library(base.network, job.space.analysis, images, spec, job.cache, advance)
 
 
 def _library_images(job: Job, splits: Splits) -> float:
     """How much the library may cost, in images that the base would see in the meantime (forward alone)."""
     settings = job.settings
     share = settings.library_budget / (1 - settings.library_budget)  # of everything else
-    teacher = 0 if job.trained_elsewhere else epochs_of(settings.teacher_epochs, TEACHER, splits, job.device)
+    teacher = _teacher_epochs(job, splits)
     refine = epochs_of(settings.refine_epochs, REFINE, splits, job.device) * (settings.front + _BASELINES)
     trials = settings.trials * settings.proxy_epochs * min(settings.proxy_images, len(splits.train))
     students = _STUDENT * (trials + refine * len(splits.train))
     return share * _STEP * (teacher * len(splits.train) + students)
 
 
-def _teacher(job: Job, splits: Splits, epochs: int, advance: Advance) -> TeacherResult:
-    base = job.space.base.to(job.device)
+def _teacher_epochs(job: Job, splits: Splits) -> int:
+    """0 for a base that teaches as it is."""
+    given = job.settings.teacher_epochs
     if job.trained_elsewhere:
-        return adopt_teacher(base, splits)
+        return given or 0
+    if job.transferred:
+        return transfer_epochs(given, splits, job.device)
+    return epochs_of(given, TEACHER, splits, job.device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Pupil:
+    """A network that is to know the classes: the origin of its `head` where its weights come from elsewhere, for how
+    many `epochs` it is trained (0: not at all), and the `key` of it in the cache."""
+
+    network: nn.Module
+    head: HeadOrigin | None
+    epochs: int
+    key: str
+
+
+def _base(job: Job, splits: Splits, stages: Stages) -> TeacherResult:
+    """The base, which teaches too unless another network is to."""
     settings = job.settings
-    recipe = dataclasses.replace(recipe_of(settings, epochs), distill_weight=0.0)
-    if not settings.pretrained:  # pretrained weights are tuned gently, like inherited ones
-        recipe = dataclasses.replace(recipe, lr=TEACHER_LR)
-    cache = TeacherCache(folder=job.cache, key=f"{settings.model} {settings.pretrained} {settings.seed}")
+    pupil = _Pupil(
+        network=job.space.base,
+        head=job.head_origin,
+        epochs=_teacher_epochs(job, splits),
+        key=f"{settings.model} {settings.pretrained} {settings.seed}",
+    )
+    return _taught(job, splits, pupil, stages, "teacher" if job.other_teacher is None else "base")
+
+
+def _other_teacher(job: Job, splits: Splits, stages: Stages) -> TeacherResult:
+    """Another network, for the same images and in the same way as the base."""
+    settings, head = job.settings, job.other_head
+    assert job.other_teacher is not None
+    epochs = epochs_of(settings.teacher_epochs, TEACHER, splits, job.device)
+    if head is not None:
+        epochs = 0 if head == "own" else transfer_epochs(settings.teacher_epochs, splits, job.device)
+    network = job.other_teacher if head is None else _as_it_wants(job.other_teacher, splits)
+    pupil = _Pupil(network=network, head=head, epochs=epochs, key=f"{settings.teacher} {settings.seed}")
+    return _taught(job, splits, pupil, stages, "teacher")
+
+
+def _as_it_wants(network: nn.Module, splits: Splits) -> nn.Module:
+    """The network with images that are normalised as its weights want them, where these are those of the base."""
+    config: Any = getattr(network, "pretrained_cfg", None) or {}
+    wanted = tuple(config.get("mean", ())), tuple(config.get("std", ()))
+    given = splits.mean, splits.std
+    return network if len(wanted[0]) != len(given[0]) or wanted == given else Renormalised(network, given, wanted)
+
+
+def _taught(job: Job, splits: Splits, pupil: _Pupil, stages: Stages, stage: str) -> TeacherResult:
+    """A network, trained for these classes; of weights from elsewhere it is first made what suits the images."""
+    network, settings = pupil.network.to(job.device), job.settings
     augmentation = augmentation_of(settings, job.space.input_size[1])
+    with stages.stage(stage, pupil.epochs + (pupil.head is not None)) as advance:
+        if not pupil.epochs:
+            return adopt_teacher(network, splits, augmentation=augmentation, seed=settings.seed)
 
-    def report(epoch: int, accuracy: float) -> None:
-        advance(f"val accuracy {100 * accuracy:.1f} %")
+        def report(epoch: int, accuracy: float) -> None:
+            advance(f"{'' if epoch else 'before training: '}val accuracy {100 * accuracy:.1f} %")
 
-    return prepare_teacher(base, splits, recipe=recipe, augmentation=augmentation, cache=cache, report=report)
+        lr = TEACHER_LR if pupil.head is None else TRANSFER_LR
+        recipe = dataclasses.replace(recipe_of(settings, pupil.epochs), distill_weight=0.0, lr=lr)
+        return prepare_teacher(
+            network,
+            splits,
+            Teaching(recipe=recipe, augmentation=augmentation, head=pupil.head),
+            cache=TeacherCache(folder=job.cache, key=pupil.key),
+            report=report,
+        )
 
 
 def _views(job: Job, splits: Splits, teacher: TeacherResult, count: int, images: Images) -> Views | OnlineViews:

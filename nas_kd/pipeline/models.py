@@ -225,7 +225,7 @@ def _refine(job: Job, wanted: Wanted, materials: Materials, advance: Advance) ->
         splits=materials.splits,
         recipe=_recipe(settings, role, wanted.epochs),
         folder=job.cache,
-        key=f"{images_key(settings, materials.splits)} {materials.teacher.digest} {settings.views} {settings.seed}",
+        key=f"{images_key(settings, materials.splits)} {materials.digest} {settings.views} {settings.seed}",
         peers=settings.peers if online else 0,
     )
 
@@ -255,10 +255,8 @@ def fresh_student(job: Job, space: Space[nn.Module], genotype: Genotype, classes
 
 
 def _teacher_model(job: Job, materials: Materials) -> Model:
-    test = evaluate(materials.teacher.network, materials.splits.test)
-    refined = Refined(
-        network=materials.teacher.network, val_accuracy=materials.teacher.val_accuracy, test_accuracy=test
-    )
+    test = evaluate(materials.base.network, materials.splits.test)
+    refined = Refined(network=materials.base.network, val_accuracy=materials.base.val_accuracy, test_accuracy=test)
     return Model(role="teacher", genotype=None, cost=job.space.table.base(), refined=refined)
 
 
@@ -270,7 +268,7 @@ def _export(job: Job, model: Model, materials: Materials) -> ModelRow:
         name += f"-{model.role.replace(' ', '-')}"
     name += f"-{genotype.digest[:4]}" if _taken(job.out / name, genotype) else ""
     # a teacher from elsewhere may have seen the validation images: its accuracy there, and its students', mean nothing
-    val = None if job.trained_elsewhere else refined.val_accuracy
+    val = None if job.val_is_seen else refined.val_accuracy
     facts = {
         "role": model.role,
         "digest": genotype.digest,

@@ -214,7 +214,7 @@ def _conclude(settings: RankSettings, ground: Ground, groups: Mapping[str, Seque
     library = ground.library
     return RankCheck(
         model=settings.study.model,
-        teacher=ground.materials.teacher.digest,
+        teacher=ground.materials.digest,
         data=ground.materials.splits.digest,
         space=space_of(settings.study),
         budget=str(job.budget),

@@ -109,7 +109,7 @@ class Part:
 def parts_of(ground: Ground) -> tuple[Part, ...]:
     """What is measured of each genotype; the truth comes last."""
     images = images_key(ground.job.settings, ground.materials.splits)
-    shared = f"{_VERSION} {ground.materials.teacher.digest} {images} "
+    shared = f"{_VERSION} {ground.materials.digest} {images} "
     shared += f"{ground.job.settings.seed} {getattr(ground.portions.views, 'count', 0)} "
     parts = [Part(name="zero-cost", key=_digest(shared), measure=functools.partial(_zero_cost, ground))]
     for start in ground.starts:

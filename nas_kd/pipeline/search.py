@@ -68,7 +68,7 @@ def _config(job: Job, materials: Materials) -> dict[str, Any]:
     """What must stay the same for the trials of a study to be comparable."""
     return {
         **choices_made(job.settings, job.budget),
-        "teacher": materials.teacher.digest,
+        "teacher": materials.digest,
         "data": materials.splits.digest,
         "proxy images": len(materials.proxy_views),
         "library": None if job.space.library is None else job.space.library.folder.name,

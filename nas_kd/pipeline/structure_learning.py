@@ -129,7 +129,7 @@ def _learn(job: Job, goal: Goal, materials: Materials, epochs: int, stages: Stag
     _say_sources(learner.scales, job.space.analysis)
     choices = [(block.name, block.choices) for block in job.space.blocks]
     images = images_key(settings, materials.splits)
-    facts = f"1 {materials.teacher.digest} {images} {settings.views} {recipe} {goal} {choices}"
+    facts = f"1 {materials.digest} {images} {settings.views} {recipe} {goal} {choices}"
     digest = hashlib.sha256(facts.encode()).hexdigest()[:16]
     path = job.cache / f"learnt-{digest}.safetensors"
     with stages.stage("learn widths", epochs) as advance:

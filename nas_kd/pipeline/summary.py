@@ -83,7 +83,13 @@ def _notes(job: Job, materials: Materials) -> Iterable[str]:
             f"The front's models learnt online, from scratch, each with {settings.peers - 1} peers and a teacher built "
             "from them (arXiv 1909.13063); of the peers the best on validation images was taken."
         )
-    if job.trained_elsewhere:
+    if settings.teacher is not None:
+        yield (
+            f"Students begin with the base's weights and learn from {settings.teacher}, which knows "
+            f"{100 * materials.teacher.val_accuracy:.1f} % of the validation images (the base "
+            f"{100 * materials.base.val_accuracy:.1f} %)."
+        )
+    if job.val_is_seen:
         yield (
             "The teacher was trained elsewhere and may have seen the validation images: they rank the students, but "
             "accuracies on them are not quoted."
@@ -97,7 +103,7 @@ def _trust(job: Job, materials: Materials) -> str:
     except OutputError as error:
         _logger.warning("the report goes without the rank check: %s", error)
         return ""
-    ours = (job.settings.model, materials.teacher.digest, space_of(job.settings))
+    ours = (job.settings.model, materials.digest, space_of(job.settings))
     if check is None or (check.model, check.teacher, check.space) != ours:
         return ""
     return check.sentence()
