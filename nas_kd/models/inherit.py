@@ -31,6 +31,7 @@ Network = TypeVar("Network", bound=nn.Module)
 Mask = NDArray[np.bool_]
 
 
+@torch.inference_mode(False)
 def inherit_student(
     base: Network,
     analysis: Analysis,

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from nas_kd.models.schedule import Activations
 
@@ -81,6 +81,12 @@ def tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from tensors(item)
+
+
+def named_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer of a network by name; one that is shared under each of its names."""
+    parameters: dict[str, Tensor] = dict(network.named_parameters(remove_duplicate=False))
+    return parameters | dict(network.named_buffers(remove_duplicate=False))
 
 
 class Labelling:
