@@ -75,11 +75,9 @@ class Pair(nn.Sequential):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         order, weight = state_dict.get(f"{prefix}spatial.order"), f"{prefix}pointwise.weight"
-        if (
-            order is not None and weight in state_dict
-        ):  # of an earlier version: the shift put its channels in this order
+        if order is not None and weight in state_dict:  # of an earlier version: that was the order of its inputs
             state_dict[weight] = state_dict[weight].index_select(1, order.argsort())
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _spatial(spec: ConvSpec, channels: int, groups: int, bias: bool) -> nn.Module:
@@ -129,7 +127,7 @@ class Shift2d(nn.Module):
         order = state_dict.pop(f"{prefix}order", None)
         if order is not None:  # of an earlier version: the channels of tap 0, then of tap 1, and so on
             state_dict[f"{prefix}taps"] = self._dealt().to(order.device)[order.argsort()]
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"{sum(self.shares)}, kernel_size={self.kernel_size}, stride={self.stride}"

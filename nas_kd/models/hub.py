@@ -26,6 +26,7 @@ from nas_kd.errors import ModelError, NasKdError, PlanError, nearest
 from nas_kd.models.plan import Plan, apply_plan, plan_of
 
 ENTRY_POINT = "nas_kd_student"
+REARRANGED = 16  # channels: a first convolution that reads as many does not read an image as it is
 # not arguments of the base: timm's, for the loading itself
 _LOADING = (
     "cache_dir",
@@ -52,8 +53,8 @@ _SHARED = ("num_classes", "in_chans", "global_pool")  # timm has defaults of its
 
 # timm's names of what `act_layer` and `norm_layer` may be given as classes
 _ACTIVATIONS = (
-    "relu relu6 silu leaky_relu elu celu selu gelu gelu_tanh quick_gelu mish prelu sigmoid tanh hard_sigmoid hard_swish "
-    "hard_mish"
+    "relu relu6 silu leaky_relu elu celu selu gelu gelu_tanh quick_gelu mish prelu sigmoid tanh hard_sigmoid"
+    " hard_swish hard_mish"
 ).split()
 _NORMS = ("batchnorm2d", "groupnorm", "groupnorm1", "layernorm", "layernorm2d")
 
@@ -147,7 +148,8 @@ def _replaced_ends(network: Any, args: Mapping[str, Any]) -> dict[str, int]:
         ends["num_classes"] = classes
     first = (network.pretrained_cfg or {}).get("first_conv")
     conv = dict(network.named_modules()).get(first) if isinstance(first, str) else None
-    if isinstance(conv, nn.Conv2d) and conv.in_channels != args.get("in_chans", conv.in_channels):
+    rearranged = isinstance(conv, nn.Conv2d) and conv.in_channels >= REARRANGED
+    if isinstance(conv, nn.Conv2d) and not rearranged and conv.in_channels != args.get("in_chans", conv.in_channels):
         ends["in_chans"] = conv.in_channels
     return ends
 

@@ -49,9 +49,10 @@ def write_onnx(
 
 
 def write_model(network: nn.Module, input_size: Sequence[int], path: Path) -> None:
-    """Writes a network in evaluation mode, for any number of images of `input_size` (C, H, W): `input` → `output`.
+    """Writes a network in evaluation mode, for any number of images of `input_size` (C, H, W): `input` → `output`, in
+    single precision, whatever the network's own.
 
-    In single precision, whatever the network's own. By torch's older exporter, for a tenth of the time, where ONNX Runtime is there and finds the same outputs in its
+    By torch's older exporter, for a tenth of the time, where ONNX Runtime is there and finds the same outputs in its
     file; else by the newer one. Raises NasKdError when ONNX is not installed, ModelError when the network cannot be
     exported or the file's outputs differ from its own.
     """

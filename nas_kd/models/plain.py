@@ -1,4 +1,4 @@
-"""Networks as people bring them: wrapped for speed, hooked, synchronised or re-parametrised; and the plain one inside."""
+"""Networks as people bring them (wrapped, hooked, synchronised, re-parametrised) and the plain one inside."""
 
 from __future__ import annotations
 

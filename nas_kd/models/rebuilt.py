@@ -126,8 +126,9 @@ def _check_values(network: nn.Module, again: nn.Module, base: str) -> None:
         if name:
             where = f"{path}.{name}" if path else name
             raise ModelError(
-                f"this {base} was changed after timm created it ({where} is {reprlib.repr(have)}, not {reprlib.repr(want)}), so no export of "
-                "it could be loaded: register the changed network with timm.models.register_model and create it there"
+                f"this {base} was changed after timm created it ({where} is {reprlib.repr(have)}, not "
+                f"{reprlib.repr(want)}), so no export of it could be loaded: register the changed network with "
+                "timm.models.register_model and create it there"
             )
 
 

@@ -18,7 +18,7 @@ from nas_kd.errors import BudgetError, GenotypeError
 from nas_kd.genotype import Choice, Genotype
 from nas_kd.models.blocks import Block, analyse
 from nas_kd.models.costs import cost_table
-from nas_kd.models.hub import input_channels
+from nas_kd.models.hub import REARRANGED, input_channels
 from nas_kd.models.inherit import inherit_student
 from nas_kd.models.latency_table import LatencyTable, Meter
 from nas_kd.models.plain import plain, tell_of_hooks, unwrapped
@@ -33,7 +33,6 @@ _MEASURING = threading.RLock()  # of one process: trials in threads take turns, 
 Network = TypeVar("Network", bound=nn.Module)
 AnyTrial = optuna.trial.BaseTrial | optuna.trial.FrozenTrial
 _MEASURED = "measured"  # the user attribute of a trial whose latency is that of its whole student
-_REARRANGED = 16  # channels: a first convolution that reads as many does not read an image as it is
 _ROUNDS = 3  # in which starts are measured and chosen anew
 _FIELDS = {"width": "width", "kernel": "kernel_size", "conv": "conv", "keep": "keep"}  # parameter → field of a choice
 
@@ -319,7 +318,7 @@ def input_size_of(network: nn.Module, img_size: int | None) -> tuple[int, int, i
     channels, height, width = config.get("input_size", (3, 224, 224))
     first = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
     asked = input_channels(network)
-    if first is not None and (asked is None or first.in_channels < _REARRANGED):
+    if first is not None and (asked is None or first.in_channels < REARRANGED):
         channels = first.in_channels
     elif asked is not None:
         channels = asked
