@@ -26,7 +26,6 @@ from nas_kd.errors import ModelError, NasKdError, PlanError, nearest
 from nas_kd.models.plan import Plan, apply_plan, plan_of
 
 ENTRY_POINT = "nas_kd_student"
-REARRANGED = 16  # channels: a first convolution that reads as many does not read an image as it is
 # not arguments of the base: timm's, for the loading itself
 _LOADING = (
     "cache_dir",
@@ -134,24 +133,15 @@ def base_of(network: nn.Module) -> tuple[str, dict[str, Any]]:
             f"{type(network).__name__} is no model of timm.create_model: register it with timm.models.register_model "
             "and create it there, so that its students can be loaded again"
         )
-    args = {**args, **_replaced_ends(network, args)}
+    args = {**args, **_replaced_head(network, args)}
     return name, {key: _named(value) for key, value in _without(args, _LOADING).items()}
 
 
-def _replaced_ends(network: Any, args: Mapping[str, Any]) -> dict[str, int]:
-    """The classes and the channels of the image where someone put in a first or last layer of his own, the usual way to
-    fine-tune: timm is asked for these."""
-    ends: dict[str, int] = {}
+def _replaced_head(network: Any, args: Mapping[str, Any]) -> dict[str, int]:
+    """The classes of a classifier that someone put in by hand, the usual way to fine-tune: timm is asked for these."""
     head = network.get_classifier() if hasattr(network, "get_classifier") else None
-    classes = getattr(head, "out_features", getattr(head, "out_channels", None))
-    if isinstance(classes, int) and classes != args.get("num_classes", classes):
-        ends["num_classes"] = classes
-    first = (network.pretrained_cfg or {}).get("first_conv")
-    conv = dict(network.named_modules()).get(first) if isinstance(first, str) else None
-    rearranged = isinstance(conv, nn.Conv2d) and conv.in_channels >= REARRANGED
-    if isinstance(conv, nn.Conv2d) and not rearranged and conv.in_channels != args.get("in_chans", conv.in_channels):
-        ends["in_chans"] = conv.in_channels
-    return ends
+    classes = 0 if isinstance(head, nn.Identity) else getattr(head, "out_features", args.get("num_classes"))
+    return {"num_classes": classes} if isinstance(classes, int) and classes != args.get("num_classes", classes) else {}
 
 
 def _named(value: Any) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, TypeVar, cast
 
 import torch
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, SyncBatchNormAct
 from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -45,8 +45,9 @@ def unwrapped(network: Network) -> Network:
 
 def plain(network: Network) -> Network:
     """The network itself, without what is wrapped around it. Where it has hooks or synchronised batch norms, a twin
-    without those that has its very parameters and buffers."""
+    without those that has its very parameters and buffers. Raises ModelError as `check_plain`."""
     inside = unwrapped(network)
+    check_plain(inside, type(inside).__name__)
     if not hooked(inside) and not any(isinstance(module, nn.SyncBatchNorm) for module in inside.modules()):
         return inside
     twin = copy.deepcopy(inside, {**{id(t): t for t in named_tensors(inside).values()}, **without_hooks(inside)})
@@ -74,12 +75,12 @@ def _unsynchronised(network: Network) -> Network:
 
 
 def _batch_norm(sync: nn.SyncBatchNorm) -> nn.Module:
-    kind = BatchNormAct2d if hasattr(sync, "act") else nn.BatchNorm2d  # timm's has its activation inside
+    kind = BatchNormAct2d if isinstance(sync, SyncBatchNormAct) else nn.BatchNorm2d
     with torch.device("meta"):
         norm: nn.Module = kind(
             sync.num_features, sync.eps, sync.momentum, sync.affine, track_running_stats=sync.track_running_stats
         )
-    for name in ("_parameters", "_buffers", "_modules"):
+    for name in ("_parameters", "_buffers", "_modules"):  # timm's has its activation inside
         getattr(norm, name).update(getattr(sync, name))
     return norm.train(sync.training)
 
@@ -113,13 +114,13 @@ def _recomputed(module: nn.Module) -> Iterator[tuple[str, str]]:
             yield type(hook).__name__, _UNDO[type(hook).__name__]
 
 
-def tell_of_hooks(network: nn.Module, name: str) -> None:
+def tell_of_hooks(network: nn.Module) -> None:
     """Logs in one line that students of a hooked network have no hooks."""
     if paths := [path or "the network itself" for path in hooked(network)]:
         more = f" and {len(paths) - 2} more modules" if len(paths) > 2 else ""
         _logger.warning(
             "%s has hooks (%s%s): its students are made without them, and what hooks change is not seen",
-            name,
+            type(network).__name__,
             ", ".join(paths[:2]),
             more,
         )

@@ -21,9 +21,9 @@ from nas_kd.models.hub import ENTRY_POINT, student_args
 _logger = logging.getLogger(__name__)
 _MOMENTUM = re.compile(r"momentum=[^,]*,? ?")
 _NOTHING = (nn.Identity, _DropoutNd, DropPath, DropBlock2d)  # in evaluation; timm's configs say nothing of them either
-# how a network is trained and run, not what it computes; and what its first and last layer tell better
+# how a network is trained and run, not what it computes; and what its classifier tells better
 _INCIDENTAL = frozenset(
-    "training momentum inplace p drop_prob drop_rate drop_path_rate grad_checkpointing num_classes in_chans".split()
+    "training momentum inplace p drop_prob drop_rate drop_path_rate grad_checkpointing num_classes".split()
 )
 _PLAIN = (bool, int, float, str, type(None), torch.dtype)
 

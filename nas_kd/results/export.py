@@ -19,6 +19,7 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from nas_kd.errors import NasKdError, OutputError, PlanError
+from nas_kd.models.convs import Shift2d
 from nas_kd.models.definition import definition
 from nas_kd.models.hub import ENTRY_POINT, student_args
 from nas_kd.models.onnx import write_model
@@ -108,9 +109,7 @@ def _write(network: nn.Module, folder: Path, args: dict[str, Any], card: Card) -
     saved: Any = copy.copy(network)  # shallow: shares the weights, so that nothing is set on the caller's network
     saved.__dict__ = dict(network.__dict__)
     saved._model_args = {}
-    for name in ("num_classes", "in_chans"):  # they may have been changed by hand, see `student_args`
-        if name in args["base_args"] and hasattr(saved, name):
-            setattr(saved, name, args["base_args"][name])
+    saved.num_classes = args["base_args"].get("num_classes", network.num_classes)  # of a classifier put in by hand
     channels, *sides = config["input_size"]
     size = card.input_size or (args["base_args"].get("in_chans", channels), *sides)
     saved.pretrained_cfg = {**config, "architecture": ENTRY_POINT, "input_size": size}
@@ -123,7 +122,7 @@ def _write(network: nn.Module, folder: Path, args: dict[str, Any], card: Card) -
     save_weights(folder / "model.safetensors", network.state_dict())
     save_config_for_hf(saved, folder / "config.json", model_config=extra, model_args=args, data_config=images)
     (folder / DEFINITION).write_text(definition(network, card.title or args["base"], images), encoding="utf-8")
-    (folder / "README.md").write_text(_model_card(args, card, size), encoding="utf-8")
+    (folder / "README.md").write_text(_model_card(args, card, size) + _of_shifts(network), encoding="utf-8")
     return tuple(size)
 
 
@@ -146,6 +145,20 @@ Without nas_kd: `model.py` in this folder builds the same network with torch and
 | input | {"×".join(map(str, size))} |
 {facts}
 """
+
+
+def _of_shifts(network: nn.Module) -> str:
+    """What the costs in a card leave out."""
+    shifts = [module for module in network.modules() if isinstance(module, Shift2d)]
+    weights = sum(module.kernel_size**2 * len(module.taps) for module in shifts)
+    return (
+        f"""
+Shifts count neither as parameters nor as MACs. They run as depthwise convolutions whose kernels are one at one place
+and zero elsewhere: {weights:,} fixed weights, which an ONNX file holds as constants.
+"""
+        if shifts
+        else ""
+    )
 
 
 def _shown(value: Any) -> str:

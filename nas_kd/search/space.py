@@ -18,7 +18,7 @@ from nas_kd.errors import BudgetError, GenotypeError
 from nas_kd.genotype import Choice, Genotype
 from nas_kd.models.blocks import Block, analyse
 from nas_kd.models.costs import cost_table
-from nas_kd.models.hub import REARRANGED, input_channels
+from nas_kd.models.hub import input_channels
 from nas_kd.models.inherit import inherit_student
 from nas_kd.models.latency_table import LatencyTable, Meter
 from nas_kd.models.plain import plain, tell_of_hooks, unwrapped
@@ -33,6 +33,7 @@ _MEASURING = threading.RLock()  # of one process: trials in threads take turns, 
 Network = TypeVar("Network", bound=nn.Module)
 AnyTrial = optuna.trial.BaseTrial | optuna.trial.FrozenTrial
 _MEASURED = "measured"  # the user attribute of a trial whose latency is that of its whole student
+_REARRANGED = 16  # channels: a first convolution that reads as many does not read an image as it is
 _ROUNDS = 3  # in which starts are measured and chosen anew
 _FIELDS = {"width": "width", "kernel": "kernel_size", "conv": "conv", "keep": "keep"}  # parameter → field of a choice
 
@@ -74,14 +75,13 @@ class Space(Generic[Network]):
         so are its hooks, with a warning, and synchronised batch norms become usual ones. A base of timm that was
         changed by hand, so that exports of its students could not be loaded, is refused (ModelError).
         """
-        name = name or type(unwrapped(base)).__name__
-        tell_of_hooks(unwrapped(base), name)
         self.base = plain(base)
+        tell_of_hooks(unwrapped(base))
+        check_exportable(self.base)
         self.input_size = input_size_of(self.base, img_size)
         options = options or parse_options()
         self.analysis = restrict(analyse(self.base, self.input_size, name=name, open=options.aspects), options)
         self.table = cost_table(self.analysis, self.base)
-        check_exportable(self.base)
         self.budget: Budget | None = None
         self.levels: tuple[float, ...] = (1.0,)
         self.library: Library | None = None
@@ -318,7 +318,7 @@ def input_size_of(network: nn.Module, img_size: int | None) -> tuple[int, int, i
     channels, height, width = config.get("input_size", (3, 224, 224))
     first = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
     asked = input_channels(network)
-    if first is not None and (asked is None or first.in_channels < REARRANGED):
+    if first is not None and (asked is None or first.in_channels < _REARRANGED):
         channels = first.in_channels
     elif asked is not None:
         channels = asked

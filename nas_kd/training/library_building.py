@@ -38,6 +38,7 @@ from nas_kd.models.frames import (
 )
 from nas_kd.models.importance import reconstruction_importance
 from nas_kd.models.inherit import inherit_student
+from nas_kd.models.plain import plain
 from nas_kd.models.refit import Reference, reference_of, refit
 from nas_kd.models.structure import Analysis
 from nas_kd.training.augment import derive_seed
@@ -112,6 +113,7 @@ def build_library(
     after each block of each stage. A damaged file is made again with a warning. Raises DataError for images that are
     too few or do not fit the base, TrainingError when the base's logits are not finite.
     """
+    base = plain(base)
     _check_base(base, images)
     builder = _Builder(base, analysis, images, spec, folder)
     builder.inherit(report)
