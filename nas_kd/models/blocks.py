@@ -22,6 +22,7 @@ from nas_kd.genotype import Choice, group_count
 from nas_kd.models.convs import ConvSpec, Pair, Shift2d
 from nas_kd.models.labels import FROZEN, Call, Labels, Split
 from nas_kd.models.memory import passage
+from nas_kd.models.plain import check_plain, unwrapped
 from nas_kd.models.plan import plan_of
 from nas_kd.models.structure import Analysis as Analysis
 from nas_kd.models.structure import Block as Block
@@ -47,6 +48,7 @@ def analyse(
     shortcut may be dropped. Whatever the shape of a built student shows to be wrong is left alone.
     Raises ModelError when the network cannot run at that size, has no convolution, or offers no choice.
     """
+    network = unwrapped(network)
     name = name or type(network).__name__
     _check_searchable(network, name, open)
     traced = trace(network, input_size)
@@ -72,6 +74,7 @@ def _check_searchable(network: nn.Module, name: str, open: Collection[str]) -> N
     """Raises ModelError for what can be refused before the network runs."""
     if unknown := set(open) - {*ASPECTS, "stages", "keep"}:
         raise ModelError(f"cannot open {', '.join(sorted(unknown))}: use {', '.join((*ASPECTS, 'stages', 'keep'))}")
+    check_plain(network, name)
     if not any(isinstance(module, nn.Conv2d) and _looks_around(module) for module in network.modules()):
         raise ModelError(f"{name} has no spatial convolutions: only convolutional networks can be searched")
     if plan_of(network).fused:

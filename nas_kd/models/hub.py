@@ -8,8 +8,9 @@ is needed.
 from __future__ import annotations
 
 import functools
+import itertools
+import json
 import os
-import re
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError
+from timm.layers import get_act_layer, get_norm_layer
 from timm.models import FeatureHookNet, build_model_with_cfg, get_model_args, register_model
 from timm.models._features import FeatureGetterNet
 from torch import nn
@@ -48,8 +50,14 @@ _FAILURES = (
     SafetensorError,
 )
 
-_MOMENTUM = re.compile(r"momentum=[^,]*,? ?")  # of batch norms: training alone sees it
 _SHARED = ("num_classes", "in_chans", "global_pool")  # timm has defaults of its own for these
+
+# timm's names of what `act_layer` and `norm_layer` may be given as classes
+_ACTIVATIONS = (
+    "relu relu6 silu leaky_relu elu celu selu gelu gelu_tanh quick_gelu mish prelu sigmoid tanh hard_sigmoid"
+    " hard_swish hard_mish"
+).split()
+_NORMS = ("batchnorm2d", "groupnorm", "groupnorm1", "layernorm", "layernorm2d")
 
 default_cfgs: dict[str, Any] = {ENTRY_POINT: {}}  # every export brings its own
 
@@ -127,7 +135,25 @@ def base_of(network: nn.Module) -> tuple[str, dict[str, Any]]:
             f"{type(network).__name__} is no model of timm.create_model: register it with timm.models.register_model "
             "and create it there, so that its students can be loaded again"
         )
-    return name, _without(args, _LOADING)
+    args = {**args, **_replaced_head(network, args)}
+    return name, {key: _named(value) for key, value in _without(args, _LOADING).items()}
+
+
+def _replaced_head(network: Any, args: Mapping[str, Any]) -> dict[str, int]:
+    """The classes of a classifier that someone put in by hand, the usual way to fine-tune: timm is asked for these."""
+    head = network.get_classifier() if hasattr(network, "get_classifier") else None
+    classes = 0 if isinstance(head, nn.Identity) else getattr(head, "out_features", args.get("num_classes"))
+    return {"num_classes": classes} if isinstance(classes, int) and classes != args.get("num_classes", classes) else {}
+
+
+def _named(value: Any) -> Any:
+    """An argument as it can be written: activations and norms, which may be given as classes, by timm's names."""
+    if isinstance(value, Mapping):
+        return {key: _named(item) for key, item in value.items()}
+    if isinstance(value, type):
+        known = itertools.chain(((n, get_act_layer(n)) for n in _ACTIVATIONS), ((n, get_norm_layer(n)) for n in _NORMS))
+        return next((name for name, kind in known if kind is value), value)
+    return value
 
 
 def input_channels(network: nn.Module) -> int | None:
@@ -143,43 +169,19 @@ def _without(args: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 def student_args(network: nn.Module) -> dict[str, Any]:
     """The arguments by which `timm.create_model("nas_kd_student", …)` builds a network of this shape."""
     base, base_args = base_of(network)
+    for name, value in base_args.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise ModelError(
+                f"{base} was created with {name}={value!r}, which no export can hold: give timm.create_model its name, "
+                "as a text, or register a model that has it with timm.models.register_model"
+            ) from error
     try:
-        return {"base": base, "base_args": base_args, "plan": plan_of(network).to_json()}
-    except TypeError as error:
+        plan = json.loads(json.dumps(plan_of(network).to_json()))
+    except (TypeError, ValueError) as error:
         raise PlanError(f"the plan of {base} cannot be written: {error}") from error
-
-
-def check_rebuilds(network: nn.Module, args: Mapping[str, Any]) -> None:
-    """Raises ModelError, naming a module, when a network is not what `args` of `student_args` build.
-
-    It was changed by hand since timm created it: an export of it would not load, or would compute something else.
-    """
-    try:
-        with torch.device("meta"):
-            again = timm.create_model(ENTRY_POINT, **args)
-    except PlanError:  # some networks compute with numbers while they are made
-        again = timm.create_model(ENTRY_POINT, **args)
-    have, want = _layers(network), _layers(again)
-    path = next((path for path in {**have, **want} if have.get(path) != want.get(path)), None)
-    if path is not None:
-        raise ModelError(
-            f"this {args['base']} was changed after timm created it ({path} is {have.get(path, 'gone')}, not "
-            f"{want.get(path, 'there')}), so no export of it could be loaded: register the changed network with "
-            "timm.models.register_model and create it there; for the strides of small images there is "
-            "nas_kd.reduce_stride, for the inference form nas_kd.models.fuse.fused"
-        )
-
-
-def _layers(network: nn.Module) -> dict[str, str]:
-    """What the layers with tensors, and poolings, are, by path; what only training needs is left out."""
-    layers = {}
-    for path, module in network.named_modules():
-        tensors = {**module._parameters, **module._buffers}
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor is not None}
-        if shapes or "pool" in type(module).__name__.lower():
-            said = "" if next(module.children(), None) is not None else _MOMENTUM.sub("", module.extra_repr())
-            layers[path] = f"{type(module).__name__}({said}) {shapes or ''}".rstrip()
-    return layers
+    return {"base": base, "base_args": base_args, "plan": plan}
 
 
 def create_base(name: str, **kwargs: Any) -> nn.Module:

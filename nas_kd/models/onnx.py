@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nas_kd.errors import ModelError, NasKdError
+from nas_kd.models.plain import plain
 
 _OPSET = 18
 _CLOSE = 1e-3  # of the largest output: sums in another order differ by less
@@ -49,14 +50,15 @@ def write_onnx(
 
 
 def write_model(network: nn.Module, input_size: Sequence[int], path: Path) -> None:
-    """Writes a network in evaluation mode, for any number of images of `input_size` (C, H, W): `input` → `output`.
+    """Writes a network in evaluation mode, for any number of images of `input_size` (C, H, W): `input` → `output`, in
+    single precision, whatever the network's own.
 
     By torch's older exporter, for a tenth of the time, where ONNX Runtime is there and finds the same outputs in its
     file; else by the newer one. Raises NasKdError when ONNX is not installed, ModelError when the network cannot be
     exported or the file's outputs differ from its own.
     """
     need("onnx")
-    network = copy.deepcopy(network).cpu().eval()
+    network = _single(network)
     images = torch.zeros(2, *input_size)
     names: dict[str, Any] = {"input_names": ["input"], "output_names": ["output"]}
     if _write_by_tracing(network, images, path, **names):
@@ -65,6 +67,11 @@ def write_model(network: nn.Module, input_size: Sequence[int], path: Path) -> No
     apart = difference(network, input_size, path)
     if apart is not None and not apart <= _CLOSE:
         raise ModelError(f"{type(network).__name__} differs by {apart:.1g} as ONNX: use its timm form")
+
+
+def _single(network: nn.Module) -> nn.Module:
+    """A copy on the CPU in single precision, in evaluation mode."""
+    return copy.deepcopy(plain(network)).cpu().float().eval()
 
 
 def _write_by_tracing(network: nn.Module, images: Tensor, path: Path, **names: Any) -> bool:
@@ -160,7 +167,7 @@ def difference(network: nn.Module, input_size: Sequence[int], path: Path) -> flo
         return None
     images = torch.randn(3, *input_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected: Tensor = copy.deepcopy(network).cpu().eval()(images)
+        expected: Tensor = _single(network)(images)
     return float((run_onnx(path, images) - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
 
 

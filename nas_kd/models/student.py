@@ -8,11 +8,13 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from nas_kd.genotype import Choice
 from nas_kd.models.labels import Axes, Labels, Split, tensors
+from nas_kd.models.plain import without_hooks
 from nas_kd.models.plan import SETTABLE, Edit, Number, Plan, apply_plan, plan_of
 from nas_kd.models.structure import Analysis, Site, is_replaced, padding_for, replaced
 
@@ -21,6 +23,7 @@ Mask = NDArray[np.bool_]
 Shapes = Mapping[str, tuple[tuple[int, int], ...]]  # per tensor the dimensions that change, and their new lengths
 
 
+@torch.inference_mode(False)
 def build_student(
     base: Network, analysis: Analysis, genotype: Mapping[str, Choice], *, shared: Collection[nn.Module] = ()
 ) -> Network:
@@ -38,23 +41,30 @@ def build_student(
 
 
 def _patched_copy(base: nn.Module, plan: Plan, alike: Collection[nn.Module]) -> nn.Module:
-    """A copy of `base` changed by `plan`; a tensor that the plan cuts is never copied whole."""
+    """A copy of `base` changed by `plan`, all of whose parameters learn and which has no hooks; a tensor that the plan
+    cuts is never copied whole."""
     hidden = {id(part) for module in alike for part in module.modules()}
     modules = [module for module in base.modules() if id(module) not in hidden]
-    views: dict[int, Any] = {}  # what `deepcopy` takes for a copy of the object with this id
-    for tensor in (t for m in modules for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))):
-        view = tensor.detach()
-        is_parameter = isinstance(tensor, nn.Parameter)
-        views[id(tensor)] = nn.Parameter(view, requires_grad=tensor.requires_grad) if is_parameter else view
+    copies: dict[int, Any] = without_hooks(base)  # what `deepcopy` takes for a copy of the object with this id
+    views = {id(t): _view(t) for m in modules for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))}
     shared = {id(view) for view in views.values()}
     for module in modules:  # what a module has computed and kept, as efficientformer its attention bias
-        views |= {id(t): t.detach().clone() for t in tensors(vars(module)) if not t.is_leaf}
+        copies |= {id(t): t.detach().clone() for t in tensors(vars(module)) if not t.is_leaf}
     own = {id(module): module for module in alike}
-    student = apply_plan(copy.deepcopy(base, {**views, **own}), plan)
+    student = apply_plan(copy.deepcopy(base, {**copies, **views, **own}), plan)
     for tensor in (*student.parameters(), *student.buffers()):
         if id(tensor) in shared:
             tensor.data = tensor.detach().clone()
     return student
+
+
+def _view(tensor: Tensor) -> Tensor:
+    """The memory of a parameter or buffer under a version counter of its own (`detach` would share the tensor's, and
+    autograd take every change of one student for one of the others); a parameter learns, whatever the base's does."""
+    view = tensor.clone() if tensor.is_inference() else tensor.data
+    if not isinstance(tensor, nn.Parameter):
+        return view
+    return nn.Parameter(view, requires_grad=view.is_floating_point() or view.is_complex())
 
 
 def student_plan(base: nn.Module, analysis: Analysis, genotype: Mapping[str, Choice]) -> Plan:

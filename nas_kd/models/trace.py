@@ -16,12 +16,16 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as global_modules
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nas_kd.errors import ModelError
+from nas_kd.models.convs import Shift2d
 from nas_kd.models.labels import FROZEN, Axes, Call, Labelling, Labels, Split, Stored, tensors
 from nas_kd.models.labels import Flow as Flow
+from nas_kd.models.labels import named_tensors as named_tensors
 from nas_kd.models.operators import RULES, pointwise
+from nas_kd.models.plain import without_hooks
 from nas_kd.models.schedule import Moment, bytes_of
 
 SECONDS_LIMIT = 20.0  # no covered model takes 3 s; a network that loops over pixels in Python would never end
@@ -46,15 +50,10 @@ class Trace:
     labels: int  # one more than the largest label
 
 
-def named_tensors(network: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer of a network by name; one that is shared under each of its names."""
-    parameters: dict[str, Tensor] = dict(network.named_parameters(remove_duplicate=False))
-    return parameters | dict(network.named_buffers(remove_duplicate=False))
-
-
 def without_storage(network: Network) -> Network:
-    """A copy on the meta device: shapes alone, so that even a large network costs no memory."""
-    memo: dict[int, Any] = {}
+    """A copy on the meta device: shapes alone, so that even a large network costs no memory; and no hooks, which may
+    want to see numbers."""
+    memo: dict[int, Any] = without_hooks(network)
     for module in network.modules():
         for tensor in tensors(vars(module)):
             if id(tensor) not in memo:
@@ -80,7 +79,8 @@ def trace(network: nn.Module, input_size: Sequence[int], *, clock: Callable[[], 
     on a busy machine a model is the same.
     """
     meta = without_storage(network).eval()
-    labelling = Labelling(named_tensors(meta))
+    shifts = {name for name, module in meta.named_modules() if isinstance(module, Shift2d)}
+    labelling = Labelling(named_tensors(meta), uncounted=shifts)
     hooks = list(_follow_modules(meta, labelling))
     image = meta_image(meta, input_size)
     labelling.set(image, (None, np.full(input_size[0], FROZEN), None, None))
@@ -92,10 +92,9 @@ def trace(network: nn.Module, input_size: Sequence[int], *, clock: Callable[[], 
     except ModelError:
         raise
     except Exception as error:
-        size = "×".join(map(str, input_size))
         raise ModelError(
-            f"{type(network).__name__} cannot run on {size} images: {_first_line(error)}; "
-            "try a larger --img-size, or a smaller --reduction"
+            f"{type(network).__name__} cannot run on {'×'.join(map(str, input_size))} images: {_first_line(error)}; "
+            f"{_way_out()}"
         ) from error
     finally:
         for hook in hooks:
@@ -105,6 +104,14 @@ def trace(network: nn.Module, input_size: Sequence[int], *, clock: Callable[[], 
     moments, outputs = tuple(labelling.activations.moments), labelling.activations.numbers(tensors(output))
     _trace_heads(meta, image, mode)
     return replace(_result(labelling), moments=moments, outputs=outputs)
+
+
+def _way_out() -> str:
+    if global_modules._global_forward_hooks or global_modules._global_forward_pre_hooks:
+        return (
+            "a hook of all modules (torch.nn.modules.module.register_module_forward_hook) may be the cause: remove it"
+        )
+    return "try a larger --img-size, or a smaller --reduction"
 
 
 def _trace_heads(network: Any, image: Tensor, mode: _Mode) -> None:

@@ -15,13 +15,17 @@ from typing import Any
 
 import timm
 from safetensors import SafetensorError
-from timm.models import save_for_hf
+from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from nas_kd.errors import NasKdError, OutputError, PlanError
+from nas_kd.models.convs import Shift2d
 from nas_kd.models.definition import definition
-from nas_kd.models.hub import ENTRY_POINT, check_rebuilds, student_args
+from nas_kd.models.hub import ENTRY_POINT, student_args
 from nas_kd.models.onnx import write_model
+from nas_kd.models.plain import plain
+from nas_kd.models.rebuilt import check_rebuilds
+from nas_kd.training.tensor_files import save_weights
 
 ONNX = "model.onnx"
 DEFINITION = "model.py"
@@ -54,7 +58,7 @@ def export(network: nn.Module, folder: str | os.PathLike[str], card: Card = Card
     replaced. Raises ModelError for a network that timm did not create, that was changed by hand since or that cannot
     be written as ONNX, OutputError when the folder cannot be written or holds something else.
     """
-    target = Path(folder)
+    target, network = Path(folder), plain(network)
     args = student_args(network)
     check_rebuilds(network, args)
     _check_target(target)
@@ -109,6 +113,7 @@ def _write(network: nn.Module, folder: Path, args: dict[str, Any], card: Card) -
     saved: Any = copy.copy(network)  # shallow: shares the weights, so that nothing is set on the caller's network
     saved.__dict__ = dict(network.__dict__)
     saved._model_args = {}
+    saved.num_classes = args["base_args"].get("num_classes", network.num_classes)  # of a classifier put in by hand
     channels, *sides = config["input_size"]
     size = card.input_size or (args["base_args"].get("in_chans", channels), *sides)
     saved.pretrained_cfg = {**config, "architecture": ENTRY_POINT, "input_size": size}
@@ -117,16 +122,11 @@ def _write(network: nn.Module, folder: Path, args: dict[str, Any], card: Card) -
     extra: dict[str, Any] = {"pretrained_cfg": {"architecture": ENTRY_POINT}, "nas_kd": dict(card.facts)}
     if card.label_names:
         extra["label_names"] = list(card.label_names)
-    save_for_hf(
-        saved,
-        str(folder),
-        model_config=extra,
-        model_args=args,
-        safe_serialization=True,
-        data_config=images,
-    )
+    folder.mkdir(parents=True)
+    save_weights(folder / "model.safetensors", network.state_dict())
+    save_config_for_hf(saved, folder / "config.json", model_config=extra, model_args=args, data_config=images)
     (folder / DEFINITION).write_text(definition(network, card.title or args["base"], images), encoding="utf-8")
-    (folder / "README.md").write_text(_model_card(args, card, size), encoding="utf-8")
+    (folder / "README.md").write_text(_model_card(args, card, size) + _of_shifts(network), encoding="utf-8")
     return tuple(size)
 
 
@@ -154,6 +154,20 @@ Pillow's `Image.open` gives.
 | input | {"×".join(map(str, size))} |
 {facts}
 """
+
+
+def _of_shifts(network: nn.Module) -> str:
+    """What the costs in a card leave out."""
+    shifts = [module for module in network.modules() if isinstance(module, Shift2d)]
+    weights = sum(module.kernel_size**2 * len(module.taps) for module in shifts)
+    return (
+        f"""
+Shifts count neither as parameters nor as MACs. They run as depthwise convolutions whose kernels are one at one place
+and zero elsewhere: {weights:,} fixed weights, which an ONNX file holds as constants.
+"""
+        if shifts
+        else ""
+    )
 
 
 def _shown(value: Any) -> str:

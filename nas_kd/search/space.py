@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar, cast
 
@@ -14,20 +14,22 @@ from numpy.typing import NDArray
 from torch import nn
 
 from nas_kd.budget import LATENCY, Budget, Cost, amount, kinds_of, parse_budget
-from nas_kd.errors import BudgetError, GenotypeError, ModelError, PlanError
+from nas_kd.errors import BudgetError, GenotypeError
 from nas_kd.genotype import Choice, Genotype
 from nas_kd.models.blocks import Block, analyse
 from nas_kd.models.costs import cost_table
-from nas_kd.models.hub import check_rebuilds, input_channels, student_args
+from nas_kd.models.hub import input_channels
 from nas_kd.models.inherit import inherit_student
 from nas_kd.models.latency_table import LatencyTable, Meter
+from nas_kd.models.plain import plain, tell_of_hooks, unwrapped
+from nas_kd.models.rebuilt import check_exportable
 from nas_kd.models.runtimes import LatencySpec
 from nas_kd.search.options import Options, parse_options, restrict
 from nas_kd.search.solver import solve
 from nas_kd.search.starts import calibration, feasible_starts, mixed_starts, prior_damages
 from nas_kd.training.library import Library
 
-_logger = logging.getLogger(__name__)
+_MEASURING = threading.RLock()  # of one process: trials in threads take turns, or each would slow the other's timing
 Network = TypeVar("Network", bound=nn.Module)
 AnyTrial = optuna.trial.BaseTrial | optuna.trial.FrozenTrial
 _MEASURED = "measured"  # the user attribute of a trial whose latency is that of its whole student
@@ -69,14 +71,17 @@ class Space(Generic[Network]):
         default the model's own; `options` limits the choices (`parse_options`). With `meter`, or a budget that bounds
         the latency, that is measured now, for some minutes: without a `meter` by torch on one thread of this machine.
         Raises ModelError when the base cannot be analysed, BudgetError when no student fits the budget, GenotypeError
-        for options that leave nothing. Warns of a base whose students `export` would refuse.
+        for options that leave nothing. What is wrapped around the base (`torch.compile`, `DataParallel`) is left out;
+        so are its hooks, with a warning, and synchronised batch norms become usual ones. A base of timm that was
+        changed by hand, so that exports of its students could not be loaded, is refused (ModelError).
         """
-        self.base = base
-        self.input_size = input_size_of(base, img_size)
+        self.base = plain(base)
+        tell_of_hooks(unwrapped(base))
+        check_exportable(self.base)
+        self.input_size = input_size_of(self.base, img_size)
         options = options or parse_options()
-        self.analysis = restrict(analyse(base, self.input_size, name=name, open=options.aspects), options)
-        self.table = cost_table(self.analysis, base)
-        _warn_of_changes(base)
+        self.analysis = restrict(analyse(self.base, self.input_size, name=name, open=options.aspects), options)
+        self.table = cost_table(self.analysis, self.base)
         self.budget: Budget | None = None
         self.levels: tuple[float, ...] = (1.0,)
         self.library: Library | None = None
@@ -118,10 +123,11 @@ class Space(Generic[Network]):
     def _measure(self, genotype: Genotype) -> int:
         """The latency of a whole student, which corrects the table when it is new."""
         assert self.latency is not None
-        if (known := self.latency.known(genotype)) is not None:
-            return known
-        measured = self.latency.whole(genotype)
-        self.table = self.latency.onto(self.table)
+        with _MEASURING:
+            if (known := self.latency.known(genotype)) is not None:
+                return known
+            measured = self.latency.whole(genotype)
+            self.table = self.latency.onto(self.table)
         return measured
 
     def recall_latencies(self, study: optuna.Study) -> None:
@@ -129,12 +135,13 @@ class Space(Generic[Network]):
         another worker, so that the table is corrected by them too."""
         if self.latency is None:
             return
-        for trial in study.get_trials(deepcopy=False):
-            if trial.user_attrs.get(_MEASURED):
-                genotype = self.genotype(trial.params)
-                if self.latency.known(genotype) is None:
-                    self.latency.observe(genotype, int(trial.user_attrs[LATENCY]))
-        self.table = self.latency.onto(self.table)
+        with _MEASURING:
+            for trial in study.get_trials(deepcopy=False):
+                if trial.user_attrs.get(_MEASURED):
+                    genotype = self.genotype(trial.params)
+                    if self.latency.known(genotype) is None:
+                        self.latency.observe(genotype, int(trial.user_attrs[LATENCY]))
+            self.table = self.latency.onto(self.table)
 
     def base_cost(self) -> Cost:
         """The cost of the base itself, its latency as it was measured."""
@@ -316,15 +323,6 @@ def input_size_of(network: nn.Module, img_size: int | None) -> tuple[int, int, i
     elif asked is not None:
         channels = asked
     return (channels, img_size or height, img_size or width)
-
-
-def _warn_of_changes(base: nn.Module) -> None:
-    """Of a timm model that was changed by hand: better now than when its students are trained and to be exported."""
-    if hasattr(base, "pretrained_cfg"):
-        try:
-            check_rebuilds(base, student_args(base))
-        except (ModelError, PlanError) as error:
-            _logger.warning("%s", error)
 
 
 def _open_values(block: Block) -> dict[str, Sequence[Any]]:

@@ -38,6 +38,7 @@ from nas_kd.models.frames import (
 )
 from nas_kd.models.importance import reconstruction_importance
 from nas_kd.models.inherit import inherit_student
+from nas_kd.models.plain import plain
 from nas_kd.models.refit import Reference, reference_of, refit
 from nas_kd.models.structure import Analysis
 from nas_kd.training.anchoring import anchor_where_foreign
@@ -61,7 +62,7 @@ from nas_kd.training.losses import distillation_loss
 from nas_kd.training.resume import replace_file
 from nas_kd.training.views import weights_digest
 
-_VERSION = 2  # of what the entries hold
+_VERSION = 3  # of what the entries hold
 _INHERIT_IMAGES = 600  # that a frame sees while an entry of it is fitted and measured, counted as forward passes
 _UNBEATEN = 0.3  # of a block's choices
 _LEAST_STEPS = 8  # that are worth while
@@ -116,6 +117,7 @@ def build_library(
     after each block of each stage. A damaged file is made again with a warning. Raises DataError for images that are
     too few or do not fit the base, TrainingError when the base's logits are not finite.
     """
+    base = plain(base)
     _check_base(base, images)
     if spec.anchor:
         anchor_where_foreign(base, images[:CALIBRATION])

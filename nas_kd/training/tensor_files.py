@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,10 +22,28 @@ _CHECKSUM = "sha256"
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str] | None = None) -> None:
     """Keeps tensors as safetensors, with `facts` and a SHA-256 of the tensors in the header. Raises OutputError when
     that cannot be."""
-    # clone: safetensors refuses tensors that share memory
-    own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    own = _written(tensors)
     metadata = {**(facts or {}), _CHECKSUM: _digest(own)}
-    replace_file(path, lambda draft: save_file(own, draft, metadata=metadata))
+    replace_file(path, lambda draft: _save(own, draft, metadata))
+
+
+def save_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes tensors as safetensors, in the order and precision that they have."""
+    _save(_written(tensors), path, None)
+
+
+def _written(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as safetensors takes them: on the CPU, in rows, and no two of them in one memory."""
+    return {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None) -> None:
+    with path.open("wb") as file:  # as anyone's file is made, for the umask: safetensors' are private since 0.8
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    save_file(tensors, path, metadata=metadata)
+    path.chmod(mode)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

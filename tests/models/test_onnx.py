@@ -76,8 +76,9 @@ def test_the_quicker_exporter_writes_what_it_can(tmp_path: Path, monkeypatch: py
     onnx.checker.check_model(model, full_check=True)
     assert [opset.domain for opset in model.opset_import] == [""]  # nothing of one runtime's own
     kinds = {node.op_type for node in model.graph.node}
-    assert {"Conv", "Slice", "Pad"} <= kinds
+    assert "Conv" in kinds
     assert not kinds & {"Identity", "Constant", "BatchNormalization", "Shape"}  # the graph is folded
+    assert not kinds & {"Slice", "Split", "Gather", "Equal", "OneHot"}  # a shift is one convolution
     used.clear()
     write_model(Counting(), SIZE, tmp_path / "counting.onnx")
     assert used == [False, True]

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from torch import nn
 
 from nas_kd.errors import ModelError, OutputError, PlanError
 from nas_kd.models.blocks import analyse
+from nas_kd.models.convs import Shift2d
 from nas_kd.models.costs import cost_table
 from nas_kd.models.fuse import fused
 from nas_kd.models.hub import create_base
@@ -26,10 +29,13 @@ from nas_kd.models.inherit import inherit_student
 from nas_kd.models.onnx import run_onnx
 from nas_kd.models.reduction import reduce_stride
 from nas_kd.results.export import Card, export, load
+from nas_kd.training.tensor_files import write_tensors
 
 FAMILIES = ("test_resnet", "mobilenetv2_050", "test_efficientnet", "test_byobnet", "vgg11_bn", "regnetx_002")
 BASE_ARGS: dict[str, dict[str, Any]] = {"vgg11_bn": {"mlp_ratio": 1 / 128}}
 Make = Callable[..., nn.Module]
+GOLDEN = Path(__file__).parents[1] / "golden"
+HAS_ONNX = all(importlib.util.find_spec(name) is not None for name in ("onnx", "onnxruntime", "onnxscript"))
 
 
 def student(name: str, *, in_chans: int = 3, reduction: int | None = None) -> nn.Module:
@@ -223,6 +229,55 @@ def test_a_base_itself_is_exported(tmp_path: Path) -> None:
     image = torch.randn(1, 1, 32, 32)
     with torch.no_grad():
         assert torch.equal(load(export(base, tmp_path / "base")).eval()(image), base(image))
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_have_the_mode_that_the_umask_gives(umask: int, networks: dict[str, nn.Module], tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        folder = export(networks["test_resnet"], tmp_path / "model", Card(input_size=(3, 32, 32)), onnx=HAS_ONNX)
+        write_tensors(tmp_path / "cached", {"one": torch.zeros(1)})
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (*folder.iterdir(), tmp_path / "cached")}
+    assert modes == dict.fromkeys(modes, 0o666 & ~umask)
+    assert folder.stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda network: network.half(),
+        lambda network: network.to(memory_format=torch.channels_last),
+        nn.DataParallel,
+        torch.compile,
+        nn.SyncBatchNorm.convert_sync_batchnorm,
+    ],
+    ids=["half", "channels last", "DataParallel", "compiled", "SyncBN"],
+)
+def test_a_student_is_exported_however_it_was_trained(change: Callable[[nn.Module], Any], tmp_path: Path) -> None:
+    network = student("test_resnet")
+    trained = change(network).eval()
+    folder = export(trained, tmp_path / "model", Card(input_size=(3, 32, 32)), onnx=HAS_ONNX)
+    image = torch.linspace(-2, 2, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = network.float()(image)
+        assert torch.equal(load(folder).eval()(image), expected)
+    assert not HAS_ONNX or torch.allclose(run_onnx(folder / "model.onnx", image), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["shifts_resnet", "shifts_efficientnet"])
+def test_shifts_that_were_exported_as_slices_give_the_same_outputs(name: str, tmp_path: Path) -> None:
+    """Of version 0.1, where a shift put its channels in the order of their taps; once between two 1×1, once alone."""
+    folder = GOLDEN / name
+    assert any(key.endswith(".order") for key in load_file(folder / "model.safetensors"))
+    known, network = load_file(folder / "expected.safetensors"), load(folder).eval()
+    again = load(export(network, tmp_path / "again")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(network(known["images"].float()), known["outputs"], atol=1e-5, rtol=1e-5)
+        assert torch.equal(again(known["images"].float()), network(known["images"].float()))
+    count = sum(9 * sum(module.shares) for module in network.modules() if isinstance(module, Shift2d))
+    assert f"{count:,} fixed weights" in (tmp_path / "again" / "README.md").read_text()
 
 
 def test_the_network_is_not_changed_and_may_still_train(tmp_path: Path) -> None:
