@@ -19,7 +19,7 @@ from nas_kd.search.own_sampler import make_own_sampler
 from nas_kd.search.proposals import Proposer, Seen, Wanted
 from nas_kd.search.rungs import expected_scores
 from nas_kd.search.space import Space
-from nas_kd.search.workers import undisturbed
+from nas_kd.search.workers import GENOTYPE, WORKER, undisturbed
 
 _Trained = tuple[FrozenTrial, NDArray[np.int64]]  # a trial, and the positions of its choices
 
@@ -107,8 +107,11 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
         return cost is not None and self._budget.admits(cost)
 
     def _row(self, trial: FrozenTrial) -> NDArray[np.int64] | None:
-        """The positions of a trial's choices; None for one that is not, or not yet, of this space."""
+        """The positions of a trial's choices; None for one that is not, or not yet, of this space, or whose worker died
+        as it was told them: they may be proposed again."""
         params = trial.params
+        if trial.state == TrialState.FAIL and WORKER in trial.user_attrs and GENOTYPE not in trial.user_attrs:
+            return None
         try:
             point = tuple([params[name] for name in self.space.distributions])
         except KeyError:
