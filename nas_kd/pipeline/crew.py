@@ -23,16 +23,17 @@ from optuna.trial import FrozenTrial
 from nas_kd.arguments.study import STORAGE, Settings
 from nas_kd.arguments.worker import WorkerSettings
 from nas_kd.budget import short
-from nas_kd.errors import NasKdError, StudyError
+from nas_kd.errors import NasKdError, OutputError, StudyError
 from nas_kd.pipeline.job import storage_url
 from nas_kd.pipeline.kit import Kit
 from nas_kd.progress import Board, WorkerLine
-from nas_kd.search.budgets import cost_of, count_trained, has_cost
+from nas_kd.search.budgets import count_trained, noted_cost
 from nas_kd.search.claims import is_trained
 from nas_kd.search.rungs import rung_scores
+from nas_kd.search.storage import storage_errors
 from nas_kd.search.trials import best_score
 from nas_kd.search.work import retry_abandoned
-from nas_kd.search.workers import WORKER, Watch, running
+from nas_kd.search.workers import WORKER, Watch, retry_dead_trials, retry_lost_trials, running
 
 _POLL = 0.5  # seconds between two looks
 _STOP_SECONDS = 30.0  # for a worker to put its trial back, before it is killed
@@ -117,6 +118,7 @@ def run_crew(crew: Crew, study: optuna.Study, board: Board, sleep: Callable[[flo
     watch = Watch(grace=crew.grace)
     seen = {trial.number for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()}
     deaths = 0
+    retry_lost_trials(study)
     try:
         for worker in workers:
             worker.start()
@@ -134,6 +136,8 @@ def run_crew(crew: Crew, study: optuna.Study, board: Board, sleep: Callable[[flo
         _show_progress(study, seen, crew, board)
     finally:
         stop_all(workers)
+        with suppress(OutputError), storage_errors("put back the trials of workers that were stopped"):
+            retry_dead_trials(study, died=False)  # of those that were too slow to do so themselves
     if (done := count_trained(study)) < crew.trials:
         _logger.warning("only %d of %d trials trained: the sampler found too few students", done, crew.trials)
 
@@ -175,7 +179,8 @@ def line_of(trial: FrozenTrial, epochs: int) -> WorkerLine:
     """What is known of a running trial."""
     rungs = [epoch for epoch, _ in rung_scores(trial.user_attrs)]
     score = best_score(trial)
-    size = f", {short(cost_of(trial).params)}" if has_cost(trial) else ""
+    cost = noted_cost(trial)
+    size = f", {short(cost.params)}" if cost else ""
     words = "" if math.isnan(score) else f": {100 * score:.1f} %"
     return WorkerLine(done=max(rungs, default=0), total=epochs, words=f"trial {trial.number}{size}{words}")
 
@@ -183,9 +188,10 @@ def line_of(trial: FrozenTrial, epochs: int) -> WorkerLine:
 def advance_by(board: Board, trial: FrozenTrial) -> None:
     """Tells of a finished trial, if it trained."""
     if is_trained(trial):
-        score = best_score(trial)
+        score, cost = best_score(trial), noted_cost(trial)
         words = "stopped, its loss is not finite" if math.isnan(score) else f"{100 * score:.1f} %"
-        board.advance(f"trial {trial.number}: {words} at {short(cost_of(trial).params)}")
+        size = f" at {short(cost.params)}" if cost else ""
+        board.advance(f"trial {trial.number}: {words}{size}")
 
 
 class LocalWorker:

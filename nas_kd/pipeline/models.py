@@ -29,10 +29,12 @@ from nas_kd.results.export import Card, export
 from nas_kd.results.front import front
 from nas_kd.results.refine import Candidate, Refined, Refinement, refine
 from nas_kd.results.rows import ModelRow, Role
+from nas_kd.search.budgets import noted_cost
 from nas_kd.search.options import parse_options
 from nas_kd.search.space import Space
 from nas_kd.search.starts import random_genotype, uniform_width_student, uniform_width_students
 from nas_kd.search.trials import cost_of, values_of
+from nas_kd.search.workers import GENOTYPE
 from nas_kd.training.augment import derive_seed
 from nas_kd.training.loop import CALIBRATION, evaluate, recalibrate
 from nas_kd.training.recipe import Recipe
@@ -130,7 +132,7 @@ def choose_front(
     Where the front has fewer than five, it is filled up from the fronts of what is left. Raises TrainingError when no
     trial came to its end.
     """
-    left = [trial for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
+    left = [trial for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if _is_noted(trial)]
     left = [trial for trial in left if budget is None or budget.admits(cost_of(trial))]
     left = list({trial.user_attrs["digest"]: trial for trial in reversed(left)}.values())[::-1]
     if not left:
@@ -149,7 +151,12 @@ def choose_front(
     room = max(0, count - len(first))
     step = max(1.0, len(others) / max(1, room))
     spread = [others[int(index * step)] for index in range(min(len(others), room))]
-    return [Genotype.from_json(trial.user_attrs["genotype"]) for trial in (*first.values(), *spread)]
+    return [Genotype.from_json(trial.user_attrs[GENOTYPE]) for trial in (*first.values(), *spread)]
+
+
+def _is_noted(trial: FrozenTrial) -> bool:
+    """Whether a trial says what it trained and what that costs."""
+    return {"digest", GENOTYPE} <= trial.user_attrs.keys() and noted_cost(trial) is not None
 
 
 def _rank(trial: FrozenTrial) -> tuple[float, float]:

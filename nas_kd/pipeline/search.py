@@ -18,7 +18,7 @@ from nas_kd.search.sampler import make_sampler
 from nas_kd.search.storage import open_study, storage_errors
 from nas_kd.search.trials import Objective, Proxy, count_trained, objectives
 from nas_kd.search.work import Limits, settle, work
-from nas_kd.search.workers import retry_dead_trials
+from nas_kd.search.workers import retry_dead_trials, retry_lost_trials
 
 
 def search(job: Job, materials: Materials, stages: Stages) -> optuna.Study:
@@ -31,6 +31,7 @@ def search(job: Job, materials: Materials, stages: Stages) -> optuna.Study:
         note_budget(study, job.budget)
         announce(job, study)
         retry_dead_trials(study)
+        retry_lost_trials(study)
         job.space.enqueue(study)
         with stages.board("search", max(1, settings.trials - count_trained(study))) as board:
             if settings.jobs > 1:

@@ -67,7 +67,7 @@ def _plots(summary: StudySummary) -> dict[str, Any]:
 def _trials(study: optuna.Study) -> dict[str, FrozenTrial]:
     """The trial that trained each genotype to its end, by digest."""
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return {trial.user_attrs["digest"]: trial for trial in done if REUSED not in trial.user_attrs}
+    return {str(trial.user_attrs.get("digest")): trial for trial in done if REUSED not in trial.user_attrs}
 
 
 def _attach_files(job: Job, study: optuna.Study, model: ModelRow, trial: FrozenTrial, store: Store) -> None:

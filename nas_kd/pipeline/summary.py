@@ -21,7 +21,7 @@ from nas_kd.pipeline.materials import Materials
 from nas_kd.progress import Stages
 from nas_kd.results.rank_rows import FILE, read_check
 from nas_kd.results.rows import ModelRow, StudySummary, TrialRow, mark_levels
-from nas_kd.search.budgets import cost_of, has_cost
+from nas_kd.search.budgets import noted_cost
 from nas_kd.search.rungs import rung_scores
 from nas_kd.search.trials import best_score, importances, is_trained
 
@@ -62,7 +62,7 @@ def _trial_row(trial: FrozenTrial) -> TrialRow:
         number=trial.number,
         state=state,
         digest=attributes.get("digest", ""),
-        cost=cost_of(trial) if has_cost(trial) else None,
+        cost=noted_cost(trial),
         score=None if math.isnan(score) else score,
         rungs=rung_scores(attributes),
         seconds=float(attributes.get("seconds", 0.0)),

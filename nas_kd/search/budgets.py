@@ -9,6 +9,7 @@ larger one, whose students nobody has looked for, at none.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import optuna
@@ -20,14 +21,20 @@ from nas_kd.search.claims import is_trained
 _BUDGETS = "budgets"  # the study's user attribute: the first trial of each budget, and its bounds
 
 
-def has_cost(trial: FrozenTrial) -> bool:
-    """Whether the cost was noted: a trial that has just begun has none of it, or a part."""
-    return all(kind in trial.user_attrs for kind in KINDS)
+def noted_cost(trial: FrozenTrial, kinds: Sequence[str] = KINDS) -> Cost | None:
+    """The cost that a trial has noted, None while any of `kinds` is missing: each is a step of its own, after any of
+    which a worker may have died."""
+    if any(kind not in trial.user_attrs for kind in kinds):
+        return None
+    return Cost(**{kind: int(trial.user_attrs[kind]) for kind in BOUNDABLE if kind in trial.user_attrs})
 
 
 def cost_of(trial: FrozenTrial) -> Cost:
-    """The cost that was noted on a trial."""
-    return Cost(**{kind: int(trial.user_attrs[kind]) for kind in BOUNDABLE if kind in trial.user_attrs})
+    """The cost of a trial that came to its end. Raises ValueError for one that has not noted it."""
+    cost = noted_cost(trial)
+    if cost is None:
+        raise ValueError(f"trial {trial.number} has not noted what its student costs")
+    return cost
 
 
 def note_budget(study: optuna.Study, budget: Budget) -> None:
@@ -55,8 +62,8 @@ def _noted(study: optuna.Study) -> list[Any]:
 
 def _counts(trial: FrozenTrial, noted: list[Any], present: dict[str, float]) -> bool:
     """Whether a trial was for the present budget, or would have been proposed for it as well."""
-    budget = Budget(tuple(present.items()))
-    if not budget.admits(cost_of(trial)):
+    budget, cost = Budget(tuple(present.items())), noted_cost(trial)
+    if cost is None or not budget.admits(cost):
         return False
     own = [bounds for first, bounds in noted if first <= trial.number][-1]
     return all(kind in present and bound >= present[kind] for kind, bound in own.items())

@@ -14,11 +14,12 @@ from optuna.trial import FrozenTrial, TrialState
 from nas_kd.budget import KINDS, Budget, kinds_of
 from nas_kd.errors import GenotypeError
 from nas_kd.search.additive import features_of
-from nas_kd.search.budgets import cost_of
+from nas_kd.search.budgets import noted_cost
 from nas_kd.search.own_sampler import make_own_sampler
 from nas_kd.search.proposals import Proposer, Seen, Wanted
 from nas_kd.search.rungs import expected_scores
 from nas_kd.search.space import Space
+from nas_kd.search.workers import GENOTYPE, WORKER, undisturbed
 
 _Trained = tuple[FrozenTrial, NDArray[np.int64]]  # a trial, and the positions of its choices
 
@@ -79,15 +80,17 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
     ) -> dict[str, Any]:
         """The parameters of the next genotype: within the budget, and new to the study where one can be found."""
         self.space.recall_latencies(study)
-        had = [(other, row) for other in study.get_trials(deepcopy=False) if (row := self._row(other)) is not None]
+        trials = undisturbed(study.get_trials(deepcopy=False))
+        had = [(other, row) for other in trials if (row := self._row(other)) is not None]
         wanted = Wanted(
             table=self.space.table,
             budget=self._budget,
             levels=self.space.levels,
             kinds=self._objectives(had, len(study.directions) - 1),
         )
-        # a trial's own stream: a resumed study goes on as an uninterrupted one would have
-        generator = np.random.default_rng([self._seed, trial.number])
+        # a trial's own stream: a resumed study goes on as an uninterrupted one would have, which has none that failed
+        failed = sum(other.state == TrialState.FAIL for other in trials if other.number < trial.number)
+        generator = np.random.default_rng([self._seed, trial.number - failed])
         proposal = Proposer(wanted, self._features, self._seen(had), generator).propose()
         return self.space.point(self.space.table.genotype(proposal))
 
@@ -100,11 +103,15 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
     def _was_refused(self, trial: FrozenTrial) -> bool:
         """Whether a trial was over a budget that the study had before, and is within the present one."""
         refused = any(trial.constraints.get(kind, 0.0) > 0 for kind in self._budget)
-        return refused and trial.state == TrialState.PRUNED and self._budget.admits(cost_of(trial))
+        cost = noted_cost(trial, tuple(self._budget)) if refused and trial.state == TrialState.PRUNED else None
+        return cost is not None and self._budget.admits(cost)
 
     def _row(self, trial: FrozenTrial) -> NDArray[np.int64] | None:
-        """The positions of a trial's choices; None for one that is not, or not yet, of this space."""
+        """The positions of a trial's choices; None for one that is not, or not yet, of this space, or whose worker died
+        as it was told them: they may be proposed again."""
         params = trial.params
+        if trial.state == TrialState.FAIL and WORKER in trial.user_attrs and GENOTYPE not in trial.user_attrs:
+            return None
         try:
             point = tuple([params[name] for name in self.space.distributions])
         except KeyError:

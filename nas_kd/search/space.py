@@ -27,6 +27,7 @@ from nas_kd.models.runtimes import LatencySpec
 from nas_kd.search.options import Options, parse_options, restrict
 from nas_kd.search.solver import solve
 from nas_kd.search.starts import calibration, feasible_starts, mixed_starts, prior_damages
+from nas_kd.search.workers import GENOTYPE
 from nas_kd.training.library import Library
 
 _MEASURING = threading.RLock()  # of one process: trials in threads take turns, or each would slow the other's timing
@@ -137,7 +138,7 @@ class Space(Generic[Network]):
             return
         with _MEASURING:
             for trial in study.get_trials(deepcopy=False):
-                if trial.user_attrs.get(_MEASURED):
+                if trial.user_attrs.get(_MEASURED) and LATENCY in trial.user_attrs:
                     genotype = self.genotype(trial.params)
                     if self.latency.known(genotype) is None:
                         self.latency.observe(genotype, int(trial.user_attrs[LATENCY]))
@@ -217,19 +218,22 @@ class Space(Generic[Network]):
         return self.student(genotype)
 
     def admit(self, trial: AnyTrial, genotype: Genotype) -> Cost:
-        """Notes what a genotype costs on its trial and returns it. Raises optuna.TrialPruned when over budget."""
+        """Notes a genotype and its cost on its trial and returns the cost. Raises optuna.TrialPruned when over budget.
+
+        The digest, by which other workers know a trial, comes last: whoever finds it finds all of this.
+        """
         cost = self.confirmed_cost(genotype)
-        trial.set_user_attr("digest", genotype.digest)
+        trial.set_user_attr(GENOTYPE, genotype.to_json())
         for kind in kinds_of(self.budget):
             trial.set_user_attr(kind, cost[kind])
         if self.latency is not None and self.latency.known(genotype) is not None:
             trial.set_user_attr(_MEASURED, True)
-        if self.budget is not None:
-            for kind, excess in self.budget.excess(cost).items():
-                trial.set_constraint(kind, excess)
-            if not self.budget.admits(cost):
-                trial.set_user_attr("reason", self.budget.explain(cost))
-                raise optuna.TrialPruned(self.budget.explain(cost))
+        for kind, excess in (self.budget.excess(cost) if self.budget is not None else {}).items():
+            trial.set_constraint(kind, excess)
+        trial.set_user_attr("digest", genotype.digest)
+        if self.budget is not None and not self.budget.admits(cost):
+            trial.set_user_attr("reason", self.budget.explain(cost))
+            raise optuna.TrialPruned(self.budget.explain(cost))
         return cost
 
     def genotype(self, point: Mapping[str, Any]) -> Genotype:

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +22,11 @@ from nas_kd.errors import TrainingError
 from nas_kd.genotype import Genotype
 from nas_kd.search.budgets import cost_of as cost_of
 from nas_kd.search.budgets import count_trained as count_trained
+from nas_kd.search.budgets import noted_cost
 from nas_kd.search.claims import REUSED, RUNG, claim
 from nas_kd.search.claims import is_trained as is_trained
 from nas_kd.search.rungs import RungScore, deficit, rung_epochs, rung_scores
+from nas_kd.search.signals import held
 from nas_kd.search.space import Space
 from nas_kd.search.storage import Direction
 from nas_kd.search.workers import WORKER, worker_name
@@ -86,7 +88,7 @@ class Objective:
     stop at rungs at which they are behind, if there is a `front_pruning`. In a study with one objective it gives the
     score alone, and the study's own pruner decides.
 
-    `running` is the id of the trial that it is at, None between two.
+    What it writes and reads of the study is never interrupted by a signal, its training is.
     """
 
     def __init__(
@@ -100,22 +102,24 @@ class Objective:
         self.space, self.proxy, self.front_pruning, self.clock = space, proxy, front_pruning, clock
         rungs = rung_epochs(proxy.recipe.epochs)
         self.recipe = dataclasses.replace(proxy.recipe, eval_epochs=rungs)
-        self.running: int | None = None
 
     def __call__(self, trial: optuna.Trial) -> tuple[float, ...]:
-        self.running = trial._trial_id
-        trial.set_user_attr(WORKER, worker_name())
-        genotype = self.space.suggest_genotype(trial)
-        trial.set_user_attr("genotype", genotype.to_json())
-        cost = self.space.admit(trial, genotype)
-        known = claim(trial, genotype.digest)
-        if known is not None:
-            return _reuse(trial, known)
+        with held():
+            if trial.user_attrs.get(WORKER) != worker_name():
+                trial.set_user_attr(WORKER, worker_name())
+            genotype = self.space.suggest_genotype(trial)
+            cost = self.space.admit(trial, genotype)
+            known = claim(trial, genotype.digest)
+            if known is not None:
+                return _reuse(trial, known)
         started = self.clock()
         with self._checkpoint(genotype) as checkpoint:
-            score = self._train(trial, genotype, cost, Run(checkpoint=checkpoint))
-        trial.set_user_attr("seconds", round(self.clock() - started, 3))
-        return (score,) if _is_single(trial) else (score, *(float(cost[kind]) for kind in kinds_of(self.space.budget)))
+            score = self._train(trial, genotype, cost, Run(checkpoint=checkpoint, again=True))
+        with held():
+            trial.set_user_attr("seconds", round(self.clock() - started, 3))
+            trial.set_constraint(RUNG, 0.0)
+        kinds = kinds_of(self.space.budget)
+        return (score,) if _is_single(trial) else (score, *(float(cost[kind]) for kind in kinds))
 
     @contextmanager
     def _checkpoint(self, genotype: Genotype) -> Iterator[Path | None]:
@@ -130,36 +134,41 @@ class Objective:
         _remove(path)
 
     def _train(self, trial: optuna.Trial, genotype: Genotype, cost: Cost, run: Run) -> float:
-        look = self._look_as_optuna if _is_single(trial) else self._look_at_front
-        if _is_single(trial):  # a trial that goes on from its last rung reports what it had: pruners go rung by rung
-            for epoch, accuracy in rung_scores(trial.user_attrs):
-                look(trial, epoch, RungScore(cost=cost, score=accuracy))
-        student = self.proxy.prepare(self.space.student(genotype))
+        """The score; of a trial that goes on, what it has at its rungs is looked at first, and may be all there is."""
 
         def report(epoch: int, accuracy: float) -> None:
-            trial.set_user_attr(f"rung/{epoch}", accuracy)
-            look(trial, epoch, RungScore(cost=cost, score=accuracy))
+            with held():
+                trial.set_user_attr(f"rung/{epoch}", accuracy)
+                self._look(trial, epoch, RungScore(cost=cost, score=accuracy))
 
+        noted = rung_scores(trial.user_attrs)
+        for epoch, accuracy in noted:
+            with held():
+                self._look(trial, epoch, RungScore(cost=cost, score=accuracy))
+        if noted and noted[-1][0] == self.recipe.epochs:
+            return noted[-1][1]
+        student = self.proxy.prepare(self.space.student(genotype))
         try:
             task = student_task(student, self.recipe, self.proxy.score)
-            result = fit(task, self.proxy.views, self.recipe, report=report, run=run)
+            return fit(task, self.proxy.views, self.recipe, report=report, run=run).accuracy
         except TrainingError as error:
-            trial.set_user_attr("reason", str(error))
-            trial.set_constraint(RUNG, 1.0)
+            _note_end(trial, str(error), 1.0)
             raise optuna.TrialPruned(str(error)) from error
-        trial.set_constraint(RUNG, 0.0)
-        return result.accuracy
+
+    def _look(self, trial: optuna.Trial, epoch: int, own: RungScore) -> None:
+        """Raises optuna.TrialPruned for a trial that is to stop at this rung."""
+        (self._look_as_optuna if _is_single(trial) else self._look_at_front)(trial, epoch, own)
 
     def _look_at_front(self, trial: optuna.Trial, epoch: int, own: RungScore) -> None:
         """Stops a trial that is behind; with a constraint, which is what samplers learn from where nothing can be
         reported."""
         if epoch >= self.recipe.epochs or not self.front_pruning:
             return
-        behind = deficit(own, _rung_scores(trial, epoch), kinds=kinds_of(self.space.budget))
+        kinds = kinds_of(self.space.budget)
+        behind = deficit(own, _rung_scores(trial, epoch, kinds), kinds=kinds)
         if behind > 0:
             reason = f"stopped after epoch {epoch}: cheaper students were {100 * behind:.1f} points better there"
-            trial.set_user_attr("reason", reason)
-            trial.set_constraint(RUNG, behind)
+            _note_end(trial, reason, behind)
             raise optuna.TrialPruned(reason)
 
     def _look_as_optuna(self, trial: optuna.Trial, epoch: int, own: RungScore) -> None:
@@ -170,9 +179,15 @@ class Objective:
         trial.report(own.score, epoch)
         if epoch < self.recipe.epochs and trial.should_prune():
             reason = f"stopped after epoch {epoch} by Optuna's {type(trial.study.pruner).__name__}"
-            trial.set_user_attr("reason", reason)
-            trial.set_constraint(RUNG, 0.0)
+            _note_end(trial, reason, 0.0)
             raise optuna.TrialPruned(reason)
+
+
+def _note_end(trial: optuna.Trial, reason: str, behind: float) -> None:
+    """Why a trial that trained was stopped, and how far behind it was."""
+    with held():
+        trial.set_user_attr("reason", reason)
+        trial.set_constraint(RUNG, behind)
 
 
 def _is_single(trial: optuna.Trial) -> bool:
@@ -196,17 +211,18 @@ def _reuse(trial: optuna.Trial, known: FrozenTrial) -> tuple[float, ...]:
     raise optuna.TrialPruned(reason)
 
 
-def _rung_scores(trial: optuna.Trial, epoch: int) -> list[RungScore]:
+def _rung_scores(trial: optuna.Trial, epoch: int, kinds: Sequence[str]) -> list[RungScore]:
     """What the study's other students scored at this rung, each once, however often its trial was interrupted."""
-    rung, own = f"rung/{epoch}", trial.user_attrs.get("digest")
+    rung, own = f"rung/{epoch}", str(trial.user_attrs.get("digest"))
     scores = {
-        other.user_attrs["digest"]: RungScore(
-            cost=cost_of(other),
+        str(other.user_attrs["digest"]): RungScore(
+            cost=cost,
             score=other.user_attrs[rung],
             end=other.values[0] if other.state == TrialState.COMPLETE else None,
         )
         for other in trial.study.get_trials(deepcopy=False)
         if other.number != trial.number and {rung, "digest"} <= other.user_attrs.keys()
+        if (cost := noted_cost(other, kinds)) is not None
     }
     scores.pop(own, None)
     return list(scores.values())

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import logging
-import signal
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from types import FrameType
 
 import optuna
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from nas_kd.errors import OutputError
+from nas_kd.search import signals
 from nas_kd.search.storage import is_storage_error
 from nas_kd.search.trials import Objective, count_trained
 from nas_kd.search.workers import (
+    ERROR,
     GRACE,
     WORKER,
     Watch,
@@ -27,12 +26,12 @@ from nas_kd.search.workers import (
     release_own_trials,
     requeue,
     retry_dead_trials,
+    retry_lost_trials,
     running,
     worker_name,
 )
 
 _POLL = 0.5  # seconds between two looks at what others do
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C; clusters ask with the other one before they kill
 _logger = logging.getLogger(__name__)
 
 
@@ -74,14 +73,16 @@ def work(
     """
     worker = _Worker(study, objective, limits, tick)
     asks = max(0, limits.target() - count_trained(study)) * limits.cap
-    try:
-        with worker.interruptible():
+    with signals.handled():
+        try:
+            retry_lost_trials(study)
             while worker.asked < asks and worker.may_start():
                 worker.optimize(asks - worker.asked)
-    except BaseException as error:
-        if _is_from_outside(error):
-            worker.release()
-        raise
+            _stop_if_asked()
+        except BaseException as error:
+            if _is_from_outside(error):
+                worker.release()
+            raise
     if (done := count_trained(study)) < (wanted := limits.target()):
         _logger.warning("only %d of %d trials trained: the sampler found too few students within budget", done, wanted)
 
@@ -109,8 +110,20 @@ def _is_from_outside(error: BaseException) -> bool:
     return isinstance(error, KeyboardInterrupt | OutputError) or is_storage_error(error)
 
 
+def _note_bug(trial: optuna.Trial, error: BaseException) -> None:
+    """Marks a trial that fails by itself: it is not done again."""
+    if isinstance(error, Exception) and not (isinstance(error, optuna.TrialPruned) or _is_from_outside(error)):
+        with suppress(Exception):  # the error itself is the one to tell
+            trial.set_user_attr(ERROR, f"{type(error).__name__}: {error}"[:200])
+
+
+def _stop_if_asked() -> None:
+    if signals.is_asked():
+        raise KeyboardInterrupt
+
+
 class _Worker:
-    """The state of a worker: how many trials it `asked` for, the one that it is `at`, and whether it is to stop."""
+    """The state of a worker: how many trials it `asked` for, the one that it is `at`, and how that ended."""
 
     def __init__(
         self, study: optuna.Study, objective: Objective, limits: Limits, tick: Callable[[FrozenTrial], None]
@@ -118,7 +131,6 @@ class _Worker:
         self.study, self.objective, self.limits, self.tick = study, objective, limits, tick
         self.watch = Watch(grace=limits.grace)
         self.asked, self.at = 0, -1
-        self.training = self.stopping = False
         self.error: BaseException | None = None
 
     def optimize(self, asks: int) -> None:
@@ -135,22 +147,17 @@ class _Worker:
 
     def _run(self, trial: optuna.Trial) -> tuple[float, ...]:
         self.asked, self.at, self.error = self.asked + 1, trial._trial_id, None
-        self.training = True  # from here on a signal interrupts at once
         try:
-            if self.stopping:
-                raise KeyboardInterrupt
-            with beating(trial, self.limits.grace / 4):
+            with beating(trial, self.limits.grace / 4), signals.at_once():
                 return self.objective(trial)
         except BaseException as error:
             self.error = error
+            _note_bug(trial, error)
             raise
-        finally:
-            self.training = False
 
     def _after(self, study: optuna.Study, trial: FrozenTrial) -> None:
         self.tick(trial)
-        if self.stopping:
-            raise KeyboardInterrupt
+        _stop_if_asked()
         if not self.may_start():
             study.stop()
 
@@ -165,8 +172,7 @@ class _Worker:
             if trained + len(others) < target:
                 return True
             self.limits.sleep(_POLL)
-            if self.stopping:
-                raise KeyboardInterrupt
+            _stop_if_asked()
 
     def _is_anothers(self, trial: FrozenTrial) -> bool:
         return str(trial.user_attrs.get(WORKER, worker_name())) != worker_name()
@@ -196,22 +202,3 @@ class _Worker:
         except Exception as error:
             if not is_storage_error(error):
                 raise
-
-    @contextmanager
-    def interruptible(self) -> Iterator[None]:
-        """Signals end a training at once and anything else, such as a write to the storage between two, when it is
-        done. Does nothing outside of the main thread."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self._stop) for number in _SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        again, self.stopping = self.stopping, True
-        if self.training or again:
-            raise KeyboardInterrupt

@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -16,12 +16,14 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 WORKER = "worker"  # the user attribute of a trial that names the process which runs it
 BEAT = "beat"  # the user attribute that a living worker counts up
 RETRY = "retry of"  # the user attribute of a trial that does again what another was killed in
 RETRIES = "retries"  # how many trials of this genotype have died before
+GENOTYPE = "genotype"  # the user attribute of a trial that has all its parameters
+ERROR = "error"  # the user attribute of a trial that failed by itself
 GRACE = 120  # seconds; a worker that was silent for so long is dead
 MAX_RETRIES = 2  # what killed three workers would kill a fourth
 
@@ -42,16 +44,44 @@ def _machine() -> str:
 
 
 def requeue(study: optuna.Study, trial: FrozenTrial, *, died: bool = True) -> None:
-    """Queues what a trial was to do once more, with what it had at its rungs; unless it `died` too often.
+    """Queues what a trial was to do once more, with what it had at its rungs; unless it `died` too often, or had yet to
+    be told what to do.
 
     A fresh trial and no copy: constraints that it inherited could not be set again.
     """
-    retries = trial.user_attrs.get(RETRIES, 0) + died
-    point = trial.system_attrs.get("fixed_params") or trial.params
-    if not point or retries > MAX_RETRIES:
+    if not may_be_retried(trial, died=died) or trial.number in _retried(study.get_trials(deepcopy=False)):
         return
     kept = {key: value for key, value in trial.user_attrs.items() if key == "source" or key.startswith("rung/")}
-    study.enqueue_trial(point, user_attrs={"source": "sampler", **kept, RETRY: trial.number, RETRIES: retries})
+    noted = {"source": "sampler", **kept, RETRY: trial.number, RETRIES: _retries(trial, died)}
+    study.enqueue_trial(_point(trial), user_attrs=noted)
+
+
+def may_be_retried(trial: FrozenTrial, *, died: bool = True) -> bool:
+    """Whether there is something to do once more, and it has not killed too many workers."""
+    return bool(_point(trial)) and _retries(trial, died) <= MAX_RETRIES
+
+
+def _point(trial: FrozenTrial) -> dict[str, Any]:
+    """What a trial was to do: as queued, or as proposed once all of it is noted; half of a proposal is none."""
+    queued: dict[str, Any] | None = trial.system_attrs.get("fixed_params")
+    return queued or (trial.params if GENOTYPE in trial.user_attrs else {})
+
+
+def _retries(trial: FrozenTrial, died: bool) -> int:
+    return int(trial.user_attrs.get(RETRIES, 0)) + died
+
+
+def _retried(trials: Sequence[FrozenTrial]) -> set[int]:
+    """The numbers of the trials that were queued again."""
+    return {trial.user_attrs[RETRY] for trial in trials if RETRY in trial.user_attrs}
+
+
+def undisturbed(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """A study's trials, each in the place of the one that it does again."""
+    places: dict[int, int] = {}
+    for trial in trials:
+        places[trial.number] = places.get(trial.user_attrs.get(RETRY, -1), trial.number)
+    return sorted(trials, key=lambda trial: (places[trial.number], trial.number))
 
 
 def give_up(study: optuna.Study, trial: FrozenTrial, *, died: bool = True) -> bool:
@@ -66,21 +96,36 @@ def give_up(study: optuna.Study, trial: FrozenTrial, *, died: bool = True) -> bo
 
 class RetryingStudy(optuna.Study):
     """A study that gives what is to be retried before anything else that waits: a trial that has begun is nearer to its
-    end than one that has not."""
+    end than one that has not. No trial runs without the name of its worker, so that it is found however that ends."""
 
     def ask(self, fixed_distributions: dict[str, BaseDistribution] | None = None) -> optuna.Trial:
         """The next trial, as every `study.optimize` asks for it."""
-        retried = None if fixed_distributions else self._take_retried()
-        return super().ask(fixed_distributions) if retried is None else retried
+        if fixed_distributions:
+            return super().ask(fixed_distributions)
+        self._thread_local.cached_all_trials = None  # as Optuna does: a sampler shall see what others have done
+        taken = self._take()
+        return optuna.Trial(self, self._begin() if taken is None else taken)
 
-    def _take_retried(self) -> optuna.Trial | None:
-        for trial in self.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+    def _take(self) -> int | None:
+        """The storage's number of a trial that waited, None where none does."""
+        waiting = self.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        for trial in sorted(waiting, key=lambda trial: (RETRY not in trial.user_attrs, trial.number)):
             with suppress(UpdateFinishedTrialError):  # another worker was faster, and so it says False below
-                if RETRY in trial.user_attrs and self._storage.set_trial_state_values(
-                    trial._trial_id, state=TrialState.RUNNING
-                ):
-                    return optuna.Trial(self, trial._trial_id)
+                self._sign(trial._trial_id)
+                if self._storage.set_trial_state_values(trial._trial_id, state=TrialState.RUNNING):
+                    self._sign(trial._trial_id)
+                    return trial._trial_id
         return None
+
+    def _sign(self, trial_id: int) -> None:
+        """Notes who takes a trial: before it is taken, and once more where another one wanted it at the same time."""
+        if self._storage.get_trial(trial_id).user_attrs.get(WORKER) != worker_name():
+            self._storage.set_trial_user_attr(trial_id, WORKER, worker_name())
+
+    def _begin(self) -> int:
+        """A new trial, its worker noted in the same step."""
+        signed = create_trial(state=TrialState.RUNNING, user_attrs={WORKER: worker_name()})
+        return self._storage.create_new_trial(self._study_id, template_trial=signed)
 
 
 def running(study: optuna.Study) -> list[FrozenTrial]:
@@ -88,23 +133,40 @@ def running(study: optuna.Study) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
 
-def retry_dead_trials(study: optuna.Study) -> int:
-    """Queues the trials again that killed processes of this machine left behind, and returns how many.
+def retry_dead_trials(study: optuna.Study, *, died: bool = True) -> int:
+    """Queues the trials again that killed processes of this machine left behind, and returns how many; they did not
+    `die` of their trials where they were killed because they took too long to stop.
 
     Those of other machines are found by their silence, after minutes.
     """
-    return sum(give_up(study, trial) for trial in running(study) if _is_dead(trial))
+    return sum(give_up(study, trial, died=died) for trial in running(study) if _is_dead(trial))
+
+
+def lost(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Those of a study's trials that failed by no fault of their own and were not queued again: who ended them was
+    killed before it could."""
+    failed = [trial for trial in trials if trial.state == TrialState.FAIL and ERROR not in trial.user_attrs]
+    retried = _retried(trials) if failed else ()
+    return [trial for trial in failed if trial.number not in retried and may_be_retried(trial)]
+
+
+def retry_lost_trials(study: optuna.Study) -> None:
+    """Queues the lost trials again."""
+    for trial in lost(study.get_trials(deepcopy=False)):
+        requeue(study, trial)
 
 
 def release_own_trials(study: optuna.Study) -> int:
     """Queues again what this process was doing when it was asked to stop, and returns how many trials that were."""
-    return sum(
-        give_up(study, trial, died=False) for trial in running(study) if trial.user_attrs.get(WORKER) == worker_name()
-    )
+    return sum(give_up(study, trial, died=False) for trial in running(study) if _worker(trial) == worker_name())
+
+
+def _worker(trial: FrozenTrial) -> str:
+    return str(trial.user_attrs.get(WORKER, ""))
 
 
 def _is_dead(trial: FrozenTrial) -> bool:
-    machine, _, process = trial.user_attrs.get(WORKER, "").rpartition(":")
+    machine, _, process = _worker(trial).rpartition(":")
     if os.name != "posix" or machine != _machine():
         return False
     try:
@@ -117,7 +179,8 @@ def _is_dead(trial: FrozenTrial) -> bool:
 
 
 class Watch:
-    """Finds trials whose worker fell silent, by this process's own clock: clocks of workers are never compared.
+    """Finds trials whose worker fell silent, by this process's own clock: clocks of workers are never compared; and
+    those that were lost for as long.
 
     Each worker counts a `beat` up, and a trial whose count stands still for `grace` seconds is given up. Databases have
     heartbeats of their own, which `study.optimize` uses, but not Optuna's proxy, nor for a worker that died before its
@@ -130,9 +193,11 @@ class Watch:
 
     def retry_silent_trials(self, study: optuna.Study) -> int:
         """Queues the trials again that were silent for too long, and returns how many."""
-        trials = {trial.number: trial for trial in running(study)}
-        self._seen = {number: seen for number, seen in self._seen.items() if number in trials}
-        return sum(give_up(study, trial) for trial in trials.values() if self._is_silent(trial))
+        found = study.get_trials(deepcopy=False)
+        trials = [*(trial for trial in found if trial.state == TrialState.RUNNING), *lost(found)]
+        numbers = {trial.number for trial in trials}
+        self._seen = {number: seen for number, seen in self._seen.items() if number in numbers}
+        return sum(_give_up_or_retry(study, trial) for trial in trials if self._is_silent(trial))
 
     def _is_silent(self, trial: FrozenTrial) -> bool:
         sign, now = _sign_of_life(trial.user_attrs), self.clock()
@@ -141,6 +206,13 @@ class Watch:
             self._seen[trial.number] = (sign, now)
             return False
         return now - since > self.grace
+
+
+def _give_up_or_retry(study: optuna.Study, trial: FrozenTrial) -> bool:
+    if trial.state == TrialState.RUNNING:
+        return give_up(study, trial)
+    requeue(study, trial)
+    return True
 
 
 def _sign_of_life(attributes: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -48,10 +48,15 @@ class TrainResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """Where and how a training runs, as opposed to its recipe: the file it resumes from, and the clock in seconds."""
+    """Where and how a training runs, as opposed to its recipe: the file it resumes from, and the clock in seconds.
+
+    With `again` a resumed training first reports the last accuracy of its state: it may have been killed before that
+    was heard.
+    """
 
     checkpoint: Path | None = None
     clock: Callable[[], float] = time.monotonic
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -115,6 +120,8 @@ def fit(
     with _own_randomness(device), _layout(network, recipe), _left_in_eval(network):
         stepper = _Stepper(task, data, recipe, steps=steps_per_epoch * recipe.epochs)
         progress = restore(run.checkpoint, stepper.parts(), recipe, len(data))
+        if run.again and progress.accuracies:
+            report(*progress.accuracies[-1])
         for epoch in range(progress.epoch, recipe.epochs):
             torch.manual_seed(derive_seed(recipe.seed, "dropout", epoch))
             network.train()

@@ -16,6 +16,7 @@ from nas_kd.search.sampler import make_optuna_sampler
 from nas_kd.search.storage import CONFIG, close_storage, open_storage, open_study, set_aside, sqlite_url
 from nas_kd.search.workers import (
     BEAT,
+    GENOTYPE,
     MAX_RETRIES,
     RETRIES,
     RETRY,
@@ -54,6 +55,7 @@ def begin(study: optuna.Study, worker: str = "elsewhere-0000:1") -> optuna.Trial
     trial = study.ask()
     trial.set_user_attr(WORKER, worker)
     trial.suggest_int("x", 0, 9)
+    trial.set_user_attr(GENOTYPE, "all that it was to do is known")
     return trial
 
 

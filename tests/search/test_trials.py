@@ -315,6 +315,6 @@ def test_what_a_dead_process_left_running_is_queued_again(small: Space[nn.Module
     assert states == [TrialState.FAIL, TrialState.RUNNING, TrialState.WAITING]
     again = study.ask()
     assert small.suggest_genotype(again) == small.starts(2)[0]
-    assert again.user_attrs == {"source": "warm start", "retry of": dead.number, "retries": 1}
+    assert again.user_attrs == {"source": "warm start", "retry of": dead.number, "retries": 1, WORKER: worker_name()}
     assert retry_dead_trials(study) == 0
     close_storage(storage)
