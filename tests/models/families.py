@@ -8,6 +8,7 @@ from functools import cache
 import numpy as np
 import timm
 import torch
+from hypothesis import settings
 from torch import nn
 
 import nas_kd.models  # noqa: F401  registers the CIFAR models
@@ -15,6 +16,8 @@ from nas_kd.budget import COUNTED, Cost
 from nas_kd.genotype import Choice, Genotype
 from nas_kd.models.blocks import ASPECTS, Analysis, analyse
 from nas_kd.models.costs import CostTable, cost_table
+
+FEW = settings(max_examples=3)  # where each example builds a network
 
 COVERED = (
     "resnet18 resnet50 resnet26d seresnet50 resnext50_32x4d wide_resnet50_2 res2net50_26w_4s resnest26d skresnet18 "
