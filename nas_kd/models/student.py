@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
@@ -49,8 +49,6 @@ def _patched_copy(base: nn.Module, plan: Plan, alike: Collection[nn.Module]) -> 
     shared = {id(view) for view in views.values()}
     for module in modules:  # what a module has computed and kept, as efficientformer its attention bias
         views |= {id(t): t.detach().clone() for t in tensors(vars(module)) if not t.is_leaf}
-        # a module has a dozen dictionaries of hooks, and to rebuild an empty one is the slowest part of a copy
-        views |= {id(d): type(d)() for d in vars(module).values() if type(d) in (dict, OrderedDict) and not d}
     own = {id(module): module for module in alike}
     student = apply_plan(copy.deepcopy(base, {**views, **own}), plan)
     for tensor in (*student.parameters(), *student.buffers()):
