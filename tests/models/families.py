@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import timm
@@ -95,12 +98,23 @@ class Base:
         return Genotype.of({b.name: next(c for c in b.choices if c.width == chosen[b.name]) for b in self.table.blocks})
 
 
+shared: list[Path] = []  # the folder in which the processes of one run keep their analyses, where there is one
+
+
 @cache
 def base(name: str, side: int, classes: int = 10, opened: tuple[str, ...] = ASPECTS) -> Base:
-    """A timm model on the meta device, analysed at side×side pixels; made once."""
+    """A timm model on the meta device, analysed at side×side pixels; made once in all processes of a run."""
     with torch.device("meta"):
         network = timm.create_model(name, num_classes=classes).eval()
-    analysis = analyse(network, (3, side, side), name=name, open=opened)
+    files = [folder / "-".join([name, str(side), str(classes), *opened]) for folder in shared]
+    if known := [file for file in files if file.exists()]:
+        analysis: Analysis = pickle.loads(known[0].read_bytes())
+    else:
+        analysis = analyse(network, (3, side, side), name=name, open=opened)
+    for file in files:
+        draft = file.with_name(f"{file.name}.{os.getpid()}")
+        draft.write_bytes(pickle.dumps(analysis))
+        draft.replace(file)
     return Base(network=network, analysis=analysis, table=cost_table(analysis, network))
 
 
