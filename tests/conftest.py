@@ -4,6 +4,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 
 # The networks of the tests are too small for more threads: they would only wait for each other. What a test runs in a
 # process of its own inherits this, so that both round alike. Read by torch when it is imported.
@@ -11,6 +12,15 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+from nas_kd.models import latency_table
+
+# the same examples on every machine, however slow
+settings.register_profile(
+    "anywhere", deadline=None, derandomize=True, max_examples=50, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("anywhere")
 
 _LOGGERS = ("nas_kd", "timm", "huggingface_hub")
 
@@ -19,6 +29,12 @@ _LOGGERS = ("nas_kd", "timm", "huggingface_hub")
 def one_thread() -> None:
     """Also where a plugin imported torch before this file."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random weights and images whichever tests ran before, in whichever process."""
+    torch.manual_seed(0)
 
 
 def _logging() -> list[tuple[int, list[logging.Handler], bool]]:
@@ -44,3 +60,12 @@ def restore_logging() -> Iterator[None]:
     with warnings.catch_warnings():
         yield
     _reset_logging()
+
+
+@pytest.fixture(scope="module")
+def short_timing() -> Iterator[None]:
+    """Latencies are measured for real, but not until they are stable, which takes seconds a model on a busy machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("PART", "WHOLE"):
+            patch.setattr(latency_table, name, replace(getattr(latency_table, name), limit_s=0.05))
+        yield

@@ -113,7 +113,7 @@ def grpc_proxy(url: str) -> Iterator[str]:
         process.wait()
 
 
-def _wait_for(port: int, process: subprocess.Popen[bytes], patience: float = 120) -> None:
+def _wait_for(port: int, process: subprocess.Popen[bytes], patience: float = 600) -> None:
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline and process.poll() is None:
         with socket.socket() as probe:

@@ -24,10 +24,11 @@ from nas_kd.search.artifacts import open_store
 from nas_kd.search.dashboard import attach, show_note, show_plot
 from nas_kd.study import main
 
-pytestmark = pytest.mark.usefixtures("restore_logging")
+pytestmark = pytest.mark.usefixtures("short_timing", "restore_logging")
 
 
 COMMAND = "--model test_resnet --img-size 32 --teacher-epochs 1 --proxy-epochs 1 --refine-epochs 1 --train-images 60"
+COMMAND += " --library-budget 0"
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def address(out: Path) -> Iterator[str]:
     )
     yield f"http://127.0.0.1:{port}"
     process.terminate()
-    process.wait(10)
+    process.wait(120)
 
 
 def fetch(url: str) -> Any:
@@ -62,13 +63,13 @@ def fetch(url: str) -> Any:
     return json.loads(fetch_bytes(url)[0])
 
 
-def fetch_bytes(url: str, patience: float = 40) -> tuple[bytes, str]:
+def fetch_bytes(url: str, patience: float = 600) -> tuple[bytes, str]:
     """What is at an address, once somebody answers, and of which kind it is."""
     deadline = time.monotonic() + patience
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while True:
         try:
-            with opener.open(url, timeout=10) as answer:
+            with opener.open(url, timeout=120) as answer:
                 return answer.read(), answer.headers["Content-Type"]
         except urllib.error.HTTPError as error:
             error.close()

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,26 @@ from nas_kd.models.verify import measure
 from nas_kd.training.data import DataSpec, load_splits
 from nas_kd.training.loop import evaluate
 
-pytestmark = pytest.mark.usefixtures("restore_logging")
+pytestmark = pytest.mark.usefixtures("short_timing", "restore_logging")
 SMALL = "test_resnet --img-size 32 --train-images 120 --epochs 2 --batch-size 32 -q"
+
+# a command in a process that is killed as soon as the state after its second epoch is written
+KILLED = """
+import os, signal, sys
+from nas_kd.distill import main
+
+replace, states = os.replace, []
+
+def replaced(draft, path):
+    replace(draft, path)
+    if str(path).endswith(".resume"):
+        states.append(path)
+        if len(states) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+os.replace = replaced
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 def command(out: Path, *more: str) -> list[str]:
@@ -106,17 +123,10 @@ class TestOnline:
         assert len(list((again / "cache").glob("refined-*"))) == 2
 
     def test_a_killed_run_goes_on_to_the_same_weights(self, tmp_path: Path) -> None:
-        arguments = ["--online", "--peers", "2", "--epochs", "12"]
-        killed = tmp_path / "killed"
-        process = subprocess.Popen(
-            [sys.executable, "-m", "nas_kd.distill", *command(killed, *arguments)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        deadline = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline and not list(killed.glob("cache/*.resume")):
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        arguments, killed = ["--online", "--peers", "2", "--epochs", "3"], tmp_path / "killed"
+        program = [sys.executable, "-c", KILLED, *command(killed, *arguments)]
+        done = subprocess.run(program, capture_output=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == -signal.SIGKILL, done.stderr
         assert list(killed.glob("cache/*.resume"))
         assert main(command(killed, *arguments)) == 0
         assert main(command(tmp_path / "whole", *arguments)) == 0

@@ -5,13 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -22,9 +20,27 @@ from nas_kd.rank_check import main
 from nas_kd.results.rank_rows import FILE, RankCheck, read_check
 from nas_kd.study import main as study
 
-pytestmark = pytest.mark.usefixtures("restore_logging")
+pytestmark = pytest.mark.usefixtures("short_timing", "restore_logging")
 BASE = "--model test_resnet --img-size 32 --teacher-epochs 1 --train-images 100 --budget macs=40%".split()
 SMALL = "--genotypes 3 --truth-images 64 --proxy-images 32 --val-images 20 --batch-size 8".split()
+# a command in a process that is sent a signal as soon as so many records are written
+SIGNALLED = """
+import os, signal, sys
+from nas_kd.pipeline.records import Records
+from nas_kd.rank_check import main
+
+sent, count, write, written = signal.Signals[sys.argv[1]], int(sys.argv[2]), Records.__setitem__, []
+
+def noted(records, key, record):
+    write(records, key, record)
+    written.append(key)
+    if len(written) == count:
+        os.kill(os.getpid(), sent)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs tests in the background ignores it
+Records.__setitem__ = noted
+sys.exit(main(sys.argv[3:]))
+"""
 STARTS = ("fresh weights", "closed form", "library")
 
 
@@ -65,6 +81,11 @@ def prepared(finished: tuple[Path, str, str], tmp_path: Path) -> Path:
 
 def command(out: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "nas_kd.rank_check", *BASE, *SMALL, "--out", str(out), *more]
+
+
+def signalled(out: Path, name: str, count: int) -> subprocess.CompletedProcess[str]:
+    arguments = [name, str(count), *BASE, *SMALL, "--out", str(out)]
+    return subprocess.run([sys.executable, "-c", SIGNALLED, *arguments], capture_output=True, text=True, check=False)
 
 
 def test_it_prints_every_score_and_where_the_rest_is(finished: tuple[Path, str, str]) -> None:
@@ -166,15 +187,7 @@ def test_near_the_optimum_alone_and_as_a_study_trains(finished: tuple[Path, str,
 
 def test_a_killed_check_goes_on_where_it_was(finished: tuple[Path, str, str], prepared: Path) -> None:
     out = prepared
-    process = subprocess.Popen(command(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    log = out / "rank_check.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and log.read_bytes().count(b"\n") >= 5):
-        assert process.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < deadline
-        os.sched_yield()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert signalled(out, "SIGKILL", 5).returncode == -signal.SIGKILL
     kept = records(out)
     assert not (out / FILE).exists()
     assert main([*BASE, *SMALL, "--out", str(out), "-q"]) == 0
@@ -188,20 +201,17 @@ def test_a_killed_check_goes_on_where_it_was(finished: tuple[Path, str, str], pr
 
 def test_ctrl_c_says_that_nothing_is_lost(prepared: Path) -> None:
     out = prepared
-    process = subprocess.Popen(command(out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    log = out / "rank_check.jsonl"
-    while not log.exists():
-        assert process.poll() is None
-        os.sched_yield()
-    process.send_signal(signal.SIGINT)
-    assert "the same command goes on from there" in process.communicate()[1]
-    assert process.returncode == 130
+    stopped = signalled(out, "SIGINT", 1)
+    assert "the same command goes on from there" in stopped.stderr
+    assert stopped.returncode == 130
 
 
 @pytest.mark.parametrize("asked", ["", "--search-stages"])
 def test_a_study_of_the_same_space_quotes_it(finished: tuple[Path, str, str], prepared: Path, asked: str) -> None:
     (prepared / FILE).write_bytes((finished[0] / FILE).read_bytes())
-    few = "--batch-size 8 --trials 1 --front 1 --proxy-epochs 1 --refine-epochs 1 -q".split()
+    few = (
+        "--batch-size 8 --trials 1 --front 1 --proxy-epochs 1 --refine-epochs 1 --no-onnx --library-budget 0 -q".split()
+    )
     assert study([*BASE, *asked.split(), *few, "--out", str(prepared)]) == 0
     report = (prepared / "report.html").read_text()
     assert "How far to trust the ranking" in report

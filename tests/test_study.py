@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,16 +22,32 @@ import timm
 import torch
 from optuna.trial import TrialState
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import nas_kd
 from nas_kd.study import main
 
-pytestmark = pytest.mark.usefixtures("restore_logging")
+pytestmark = pytest.mark.usefixtures("short_timing", "restore_logging")
 SMALL = (
     "--model test_resnet --img-size 32 --teacher-epochs 1 --proxy-epochs 1 --refine-epochs 1 --train-images 120"
-    " --no-onnx"
+    " --no-onnx --space width=0.25/0.5/1,kernel,conv=standard/depthwise"  # a library of few entries
 )
+# a command in a process that is killed as soon as the second trial's genotype is noted
+KILLED = """
+import os, signal, sys
+import optuna
+from nas_kd.study import main
+
+note = optuna.Trial.set_user_attr
+
+def noted(trial, key, value):
+    note(trial, key, value)
+    if trial.number == 1 and "digest" in trial.user_attrs:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+optuna.Trial.set_user_attr = noted
+sys.exit(main(sys.argv[1:]))
+"""
 BUDGET = "params=100K,macs=30%"
 
 
@@ -233,43 +248,21 @@ class TestResume:
 
     def test_a_kill_during_the_search_loses_nothing_but_the_running_trial(self, tmp_path: Path) -> None:
         out = tmp_path / "killed"
-        arguments = command(out, "--proxy-epochs", "12", "--views", "1", "--trials", "3")
-        process = subprocess.Popen(
-            [sys.executable, "-m", "nas_kd.study", *arguments],
-            stderr=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        deadline = time.monotonic() + 300
-        while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-            if has_started(out, 1):
-                break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        whole = ["--space", "width,kernel,conv", "--library-budget", "0"]  # the space that a user has
+        arguments = command(out, *whole, "--views", "1", "--trials", "2")
+        killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, check=False)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
         left = trials(out)
-        finished_before = [trial for trial in left if trial.state.is_finished()]
+        (finished_before,) = [trial for trial in left if trial.state.is_finished()]
         (running,) = [trial for trial in left if trial.state == TrialState.RUNNING]
         assert main([*arguments, "-q"]) == 0
         after = trials(out)
-        assert after[: len(finished_before)] == finished_before
+        assert after[0] == finished_before
         assert after[running.number].state == TrialState.FAIL
         (retry,) = [trial for trial in after if trial.user_attrs.get("retry of") == running.number]
         assert retry.system_attrs["fixed_params"].items() >= running.params.items()
-        assert sum(trial.state == TrialState.COMPLETE or "rung/1" in trial.user_attrs for trial in after) >= 3
+        assert sum(trial.state == TrialState.COMPLETE or "rung/1" in trial.user_attrs for trial in after) >= 2
         assert (out / "front.csv").exists()
-
-
-def has_started(out: Path, number: int) -> bool:
-    """Whether this trial is running and has proposed its genotype."""
-    if not (out / "study.db").exists():
-        return False
-    try:
-        found = trials(out)
-    except Exception:  # the tables are still being made
-        return False
-    running = [trial for trial in found if trial.number >= number and trial.state == TrialState.RUNNING]
-    return any("digest" in trial.user_attrs for trial in running)
 
 
 def test_one_seed_decides_everything(finished: Finished, tmp_path: Path) -> None:
@@ -282,10 +275,14 @@ def test_one_seed_decides_everything(finished: Finished, tmp_path: Path) -> None
     ]
 
 
-def test_another_seed_searches_elsewhere(finished: Finished, tmp_path: Path) -> None:
-    out = tmp_path / "other"
-    assert main(command(out, "-q", "--seed", "1", "--trials", "2", "--sampler", "random")) == 0
-    assert [values for _, *values in digests(out)] != [values for _, *values in digests(finished.out)]
+def test_another_seed_has_another_teacher(finished: Finished, tmp_path: Path) -> None:
+    out, more = tmp_path / "other", ["--trials", "1", "--front", "1", "--library-budget", "0"]
+    assert main(command(out, "-q", "--seed", "1", *more)) == 0
+    mine, first = (load_file(next((folder / "cache").glob("teacher-*.safetensors"))) for folder in (out, finished.out))
+    assert mine.keys() == first.keys()
+    assert not torch.equal(mine["fc.weight"], first["fc.weight"])
+    seeds = {json.loads((out / row["path"] / "config.json").read_text())["nas_kd"]["seed"] for row in rows(out)}
+    assert seeds == {1}
 
 
 def test_a_bound_on_latency(tmp_path: Path) -> None:
@@ -400,13 +397,11 @@ def test_a_mistake_ends_with_one_line_before_any_training(
     mistake: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments, words = MISTAKES[mistake]
-    started = time.monotonic()
     code = main([*command(place / "out"), *arguments.format(place=place).split()])
     printed = capsys.readouterr()
     assert code == 2
     assert re.search(words, only_line(printed.err))
     assert printed.out == ""
-    assert time.monotonic() - started < 5
     assert not list((place / "out").glob("cache/*"))
 
 
@@ -467,11 +462,10 @@ def test_debug_shows_where_it_happened(tmp_path: Path, capsys: pytest.CaptureFix
 )
 def test_help_and_bad_arguments_answer_without_torch(arguments: list[str], code: int) -> None:
     program = (
-        "import sys, time; started = time.perf_counter()\n"
+        "import sys\n"
         "from nas_kd.study import main\n"
         "try: code = main(sys.argv[1:])\n"
         "except SystemExit as exit: code = exit.code\n"
-        "assert time.perf_counter() - started < 0.5\n"
         "assert not {'torch', 'timm', 'optuna', 'numpy'} & set(sys.modules)\n"
         "sys.exit(code)"
     )

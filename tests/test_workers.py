@@ -16,21 +16,25 @@ from typing import Any
 import optuna
 import pytest
 import servers
-from optuna.storages import BaseStorage
+from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import OperationalError
 
+from nas_kd.errors import OutputError
 from nas_kd.search.storage import close_storage, open_storage
 from nas_kd.search.workers import WORKER
 from nas_kd.study import main
 from nas_kd.worker import main as work
 
 pytestmark = [
-    pytest.mark.usefixtures("restore_logging"),
+    pytest.mark.usefixtures("short_timing", "restore_logging"),
     pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),  # optuna: the gRPC proxy
     pytest.mark.filterwarnings("ignore:Heartbeat of storage:UserWarning"),  # optuna: ask without optimize
 ]
 SMALL = "--model test_resnet --img-size 32 --teacher-epochs 1 --refine-epochs 1 --train-images 120 --library-budget 0"
+SMALL += " --space width=0.25/0.5/1,kernel,conv=standard/depthwise --no-onnx"
 NAME = "s"
+EPOCHS = "6"  # of the trials of a finished study
 needs_postgres = pytest.mark.skipif(servers.postgres_folder() is None, reason="PostgreSQL is not installed")
 
 
@@ -55,33 +59,47 @@ def trials(url: str) -> list[FrozenTrial]:
     """The trials of the study; none while it does not exist."""
     storage = open_storage(url)
     try:
-        return trials_in(storage)
+        return optuna.load_study(study_name=NAME, storage=storage).get_trials()
+    except KeyError:
+        return []
     finally:
         close_storage(storage)
 
 
-def trials_in(storage: BaseStorage) -> list[FrozenTrial]:
-    try:
-        return optuna.load_study(study_name=NAME, storage=storage).get_trials()
-    except KeyError:
-        return []
-
-
-def wait_for_worker(
-    url: str, process: subprocess.Popen[str], besides: tuple[int, ...] = (), patience: float = 300
+def stop_a_worker(
+    url: str, process: subprocess.Popen[str], besides: tuple[int, ...] = (), patience: float = 600
 ) -> int:
-    """The process number of a worker, besides those, whose trial has come to its first rung."""
+    """The process number of a worker, besides those, whose trial has come to its first rung: it is stopped, so that
+    its trial runs for as long as it takes to look. The caller kills it or lets it go on."""
     deadline = time.monotonic() + patience
-    storage = open_storage(url)
     while time.monotonic() < deadline and process.poll() is None:
-        for trial in trials_in(storage):
-            if trial.state == TrialState.RUNNING and {"rung/1", WORKER} <= trial.user_attrs.keys():
-                worker = int(trial.user_attrs[WORKER].rpartition(":")[2])
-                if worker not in besides:
-                    close_storage(storage)
-                    return worker
+        for worker in at_a_rung(url) - {*besides}:
+            os.kill(worker, signal.SIGSTOP)
+            if worker in at_a_rung(url):
+                return worker
+            os.kill(worker, signal.SIGCONT)  # it was quicker, or holds the database
         time.sleep(0.1)
     raise AssertionError(f"no trial came to its first rung: {process.communicate()[1]}")
+
+
+def at_a_rung(url: str) -> set[int]:
+    """The process numbers of the workers whose trials have come to their first rung."""
+    if url.startswith("sqlite") and not Path(url.removeprefix("sqlite:///")).exists():
+        return set()
+    try:
+        found = trials(url)
+    except (OutputError, StorageInternalError, OperationalError):  # tables are being made, or a stopped worker has them
+        return set()
+    running = [trial.user_attrs for trial in found if trial.state == TrialState.RUNNING]
+    return {int(noted[WORKER].rpartition(":")[2]) for noted in running if {"rung/1", WORKER} <= noted.keys()}
+
+
+def has_a_signal(process: int) -> bool:
+    """Whether a stopped process is to be sent a signal as soon as it goes on."""
+    status = Path(f"/proc/{process}/status").read_text()
+    pending = re.search(r"^ShdPnd:\s*(\w+)", status, re.MULTILINE)
+    assert pending is not None
+    return int(pending[1], 16) != 0
 
 
 def check_nothing_lost(found: list[FrozenTrial], trained: int) -> None:
@@ -122,15 +140,14 @@ def shared(request: pytest.FixtureRequest, database: str) -> Iterator[str]:
 def test_of_two_workers_one_is_killed_and_the_study_completes(shared: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     # a grace that no living worker exceeds on a busy machine; the parent sees at once that its own worker died
-    more = ["--proxy-epochs", "8", "--trials", "10", "--jobs", "2", "--grace-period", "60"]
+    more = ["--proxy-epochs", "6", "--trials", "4", "--jobs", "2", "--grace-period", "600"]
     process = start("nas_kd.study", command(out, *more, "--storage", shared))
-    killed = wait_for_worker(shared, process)
-    os.kill(killed, signal.SIGKILL)
-    errors = process.communicate(timeout=400)[1]
+    os.kill(stop_a_worker(shared, process), signal.SIGKILL)
+    errors = process.communicate(timeout=1200)[1]
     assert process.returncode == 0, errors
     assert "a worker died (SIGKILL)" in errors
     found = trials(shared)
-    check_nothing_lost(found, 10)
+    check_nothing_lost(found, 4)
     (dead,) = [trial for trial in found if trial.state == TrialState.FAIL]
     (retry,) = [trial for trial in found if trial.user_attrs.get("retry of") == dead.number]
     assert retry.user_attrs["digest"] == dead.user_attrs["digest"]
@@ -139,21 +156,22 @@ def test_of_two_workers_one_is_killed_and_the_study_completes(shared: str, tmp_p
     assert (out / "front.csv").exists()
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_ctrl_c_stops_all_workers_and_the_same_command_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "out"
     url = f"sqlite:///{out / 'study.db'}"
-    arguments = command(out, "--proxy-epochs", "16", "--trials", "2", "--jobs", "2")
+    arguments = command(out, "--proxy-epochs", "6", "--trials", "2", "--jobs", "2")
     # a shell that runs the tests in the background lets processes ignore Ctrl-C
     process = start(
         "nas_kd.study", arguments, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
     )
-    deadline = time.monotonic() + 300
-    while not (out / "study.db").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    time.sleep(1)  # the tables are being made
-    worker = wait_for_worker(url, process)
+    worker = stop_a_worker(url, process)
     process.send_signal(signal.SIGINT)
-    errors = process.communicate(timeout=120)[1]
+    deadline = time.monotonic() + 600
+    while not has_a_signal(worker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(worker, signal.SIGCONT)
+    errors = process.communicate(timeout=600)[1]
     assert process.returncode == 130
     assert "the same command goes on from there" in errors
     assert "Traceback" not in errors
@@ -189,22 +207,21 @@ def test_a_worker_on_another_machine_gets_all_it_needs(shared: str, tmp_path: Pa
     close_storage(storage)
 
 
-def test_workers_that_are_killed_are_restarted_by_ray(tmp_path: Path) -> None:
+def test_workers_that_are_killed_are_restarted_by_ray(mistake: Path) -> None:
     pytest.importorskip("ray")
-    out, url = tmp_path / "out", f"sqlite:///{tmp_path / 'study.db'}"
-    assert main([*command(out, "--trials", "1", "--proxy-epochs", "8", "--storage", url), "-q"]) == 0
+    url = f"sqlite:///{mistake / 'study.db'}"
     study = optuna.load_study(study_name=NAME, storage=url)
     kit = study.user_attrs["nas_kd kit"]
-    study.set_user_attr("nas_kd kit", {**kit, "settings": {**kit["settings"], "trials": 5}})
-    process = start("nas_kd.worker", ["--storage", url, "--jobs", "2", "--ray", "local", "--grace-period", "6"])
-    first = wait_for_worker(url, process)
+    study.set_user_attr("nas_kd kit", {**kit, "settings": {**kit["settings"], "trials": 3}})
+    process = start("nas_kd.worker", [*joining(mistake), "--jobs", "2", "--ray", "local", "--grace-period", "600"])
+    first = stop_a_worker(url, process)
     os.kill(first, signal.SIGKILL)
-    os.kill(wait_for_worker(url, process, besides=(first,)), signal.SIGKILL)
-    errors = process.communicate(timeout=400)[1]
+    os.kill(stop_a_worker(url, process, besides=(first,)), signal.SIGKILL)
+    errors = process.communicate(timeout=1200)[1]
     assert process.returncode == 0, errors
     assert "Traceback" not in errors
     found = trials(url)
-    check_nothing_lost(found, 5)
+    check_nothing_lost(found, 3)
     dead = [trial for trial in found if trial.state == TrialState.FAIL]
     assert [trial.user_attrs["retry of"] for trial in found if "retry of" in trial.user_attrs] == [
         trial.number for trial in dead
@@ -219,7 +236,7 @@ def test_workers_that_are_killed_are_restarted_by_ray(tmp_path: Path) -> None:
 def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished study with an artifact store, and its output folder gone."""
     folder = tmp_path_factory.mktemp("begun")
-    more = ["--trials", "1", "--proxy-epochs", "1", "--storage", f"sqlite:///{folder / 'study.db'}", "-q"]
+    more = ["--trials", "1", "--proxy-epochs", EPOCHS, "--storage", f"sqlite:///{folder / 'study.db'}", "-q"]
     assert main([*command(folder / "out", *more), "--artifacts", str(folder / "store")]) == 0
     (folder / "out").rename(folder / "gone")
     return folder
@@ -327,14 +344,14 @@ def test_a_study_begun_with_several_objectives_is_no_study_of_one(
     mistake: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     url = f"sqlite:///{mistake / 'study.db'}"
-    arguments = command(mistake / "out", "--trials", "2", "--proxy-epochs", "1", "-q", "--storage", url)
+    arguments = command(mistake / "out", "--trials", "2", "--proxy-epochs", EPOCHS, "-q", "--storage", url)
     assert main([*arguments, "--maximize", "accuracy"]) == 2
     assert "was begun with maximize None, not 'accuracy'" in only_line(capsys)
 
 
 def test_a_read_only_database_is_one_line(mistake: Path, capsys: pytest.CaptureFixture[str]) -> None:
     url = f"sqlite:///file:{mistake / 'study.db'}?mode=ro&uri=true"
-    arguments = command(mistake / "out", "--trials", "2", "--proxy-epochs", "1", "-q", "--storage", url)
+    arguments = command(mistake / "out", "--trials", "2", "--proxy-epochs", EPOCHS, "-q", "--storage", url)
     assert main(arguments) == 2
     assert "readonly" in only_line(capsys)
 

@@ -27,6 +27,7 @@ from nas_kd.models.labels import named_tensors as named_tensors
 from nas_kd.models.operators import RULES, pointwise
 from nas_kd.models.plain import without_hooks
 from nas_kd.models.schedule import Moment, bytes_of
+from nas_kd.models.shapes import run_on_meta
 
 SECONDS_LIMIT = 20.0  # no covered model takes 3 s; a network that loops over pixels in Python would never end
 
@@ -157,7 +158,7 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._deadline = clock() + SECONDS_LIMIT
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
+        output = run_on_meta(func, args, kwargs or {})
         if self._clock() > self._deadline:
             raise ModelError(f"{self._name} takes longer than {SECONDS_LIMIT:.0f} s to analyse: it is not supported")
         arguments = _arguments(func, args, kwargs or {})

@@ -26,6 +26,7 @@ from nas_kd.models.convs import Shift2d
 from nas_kd.models.costs import CostTable, cost_table
 from nas_kd.models.labels import tensors
 from nas_kd.models.schedule import Activations, bytes_of_weights
+from nas_kd.models.shapes import run_on_meta
 from nas_kd.models.structure import Analysis, Block
 from nas_kd.models.student import build_student
 from nas_kd.models.trace import meta_image, without_storage
@@ -84,7 +85,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         yield module.register_forward_hook(leave)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
+        output = run_on_meta(func, args, kwargs or {})
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None and self._counts:
             self.flops += formula(*args, **(kwargs or {}), out_val=output)

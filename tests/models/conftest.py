@@ -1,7 +1,15 @@
 from __future__ import annotations
 
-from hypothesis import settings
+import os
 
-# examples build networks, and a machine may be busy
-settings.register_profile("models", deadline=None, max_examples=3, derandomize=True)
-settings.load_profile("models")
+import families
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def analyses(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What one process of pytest-xdist has analysed the others read."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = tmp_path_factory.getbasetemp().parent / "analyses"
+        folder.mkdir(exist_ok=True)
+        families.shared.append(folder)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import timm
 import torch
+from hypothesis import settings
 from torch import nn
 
 import nas_kd.models  # noqa: F401  registers the CIFAR models
@@ -15,6 +19,8 @@ from nas_kd.budget import COUNTED, Cost
 from nas_kd.genotype import Choice, Genotype
 from nas_kd.models.blocks import ASPECTS, Analysis, analyse
 from nas_kd.models.costs import CostTable, cost_table
+
+FEW = settings(max_examples=3)  # where each example builds a network
 
 COVERED = (
     "resnet18 resnet50 resnet26d seresnet50 resnext50_32x4d wide_resnet50_2 res2net50_26w_4s resnest26d skresnet18 "
@@ -92,12 +98,23 @@ class Base:
         return Genotype.of({b.name: next(c for c in b.choices if c.width == chosen[b.name]) for b in self.table.blocks})
 
 
+shared: list[Path] = []  # the folder in which the processes of one run keep their analyses, where there is one
+
+
 @cache
 def base(name: str, side: int, classes: int = 10, opened: tuple[str, ...] = ASPECTS) -> Base:
-    """A timm model on the meta device, analysed at side×side pixels; made once."""
+    """A timm model on the meta device, analysed at side×side pixels; made once in all processes of a run."""
     with torch.device("meta"):
         network = timm.create_model(name, num_classes=classes).eval()
-    analysis = analyse(network, (3, side, side), name=name, open=opened)
+    files = [folder / "-".join([name, str(side), str(classes), *opened]) for folder in shared]
+    if known := [file for file in files if file.exists()]:
+        analysis: Analysis = pickle.loads(known[0].read_bytes())
+    else:
+        analysis = analyse(network, (3, side, side), name=name, open=opened)
+    for file in files:
+        draft = file.with_name(f"{file.name}.{os.getpid()}")
+        draft.write_bytes(pickle.dumps(analysis))
+        draft.replace(file)
     return Base(network=network, analysis=analysis, table=cost_table(analysis, network))
 
 

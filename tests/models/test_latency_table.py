@@ -18,6 +18,7 @@ from nas_kd.models.latency import Timing
 from nas_kd.models.latency_table import WHOLE, LatencyTable, Meter, store_key, structure_of
 from nas_kd.models.runtimes import LatencySpec, Subject
 from nas_kd.models.structure import Analysis
+from nas_kd.search.options import parse_options, restrict
 
 SIZE = (3, 32, 32)
 
@@ -45,7 +46,9 @@ def base() -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def analysis(base: torch.nn.Module) -> Analysis:
-    return analyse(base, SIZE)
+    """Few enough choices of each kind to build every one of them in each test."""
+    options = parse_options("width=1/0.5,kernel,conv=standard/depthwise/shift")
+    return restrict(analyse(base, SIZE), options)
 
 
 def measured(base: torch.nn.Module, analysis: Analysis, meter: Meter) -> LatencyTable:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from families import FAMILIES, base, family
+from families import FAMILIES, FEW, base, family
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -26,6 +26,7 @@ OPEN = ("width", "kernel", "conv", "stages", "keep")
 
 # a shortcut past several blocks that may all be dropped; blocks without shortcut; a layer scale
 @pytest.mark.parametrize("name", ["cspresnet50", "mobilenetv2_100", "convnext_atto", "dla34"])
+@FEW
 @given(seed=SEEDS)
 def test_streams_and_dropped_blocks_are_exact_too(name: str, seed: int) -> None:
     subject = base(name, FAMILIES[name], opened=OPEN)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from families import FAMILIES, family
+from families import FAMILIES, FEW, family
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -47,6 +47,7 @@ PLANS = st.builds(
 )
 
 
+@FEW
 @given(plan=PLANS)
 def test_json_round_trip(plan: Plan) -> None:
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan

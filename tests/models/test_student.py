@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, family, narrowest, real
+from families import FAMILIES, FEW, family, narrowest, real
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -153,6 +153,7 @@ def test_training_helpers_keep_working() -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mixnet_s", "tf_efficientnet_lite0", "dm_nfnet_f0", "res2net50_26w_4s"])
+@FEW
 @given(seed=SEEDS)
 def test_plan_alone_rebuilds_the_student(name: str, seed: int) -> None:
     subject = family(name)

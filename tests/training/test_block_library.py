@@ -16,19 +16,28 @@ from torch import nn
 
 from nas_kd.errors import DataError, TrainingError
 from nas_kd.genotype import Choice, Genotype
-from nas_kd.models.frames import swapped
+from nas_kd.models.frames import find_frames, joined, recording, swapped
 from nas_kd.models.inherit import inherit_student
 from nas_kd.models.structure import Analysis
+from nas_kd.models.student import build_student
 from nas_kd.search.options import parse_options
 from nas_kd.search.space import Space
 from nas_kd.training import library as module
 from nas_kd.training.augment import default_augmentation
 from nas_kd.training.data import Splits
 from nas_kd.training.entries import Entry, EntryFile
-from nas_kd.training.images import AugmentedImages, Images
+from nas_kd.training.frame_training import (
+    FrameRecipe,
+    distil_frame,
+    frame_error,
+    recalibrate_frame,
+    run_in_parts,
+    variances,
+)
+from nas_kd.training.images import AugmentedImages, Images, normalise
 from nas_kd.training.library import Library
 from nas_kd.training.library_building import LibrarySpec, build_library, plan_library
-from nas_kd.training.loop import evaluate, recalibrate, train
+from nas_kd.training.loop import predict_logits, recalibrate, train
 from nas_kd.training.recipe import Recipe
 
 Build = Callable[[Path], Library]
@@ -86,12 +95,34 @@ def test_narrower_hurts_more(library: Library, analysis: Analysis) -> None:
         assert list(damages[plain]) == sorted(damages[plain]), block.name  # choices go from wide to narrow
 
 
-def test_training_goes_to_the_unbeaten_and_brings_them_closer(library: Library) -> None:
+def test_training_goes_to_the_unbeaten_and_is_kept_where_it_helps(library: Library) -> None:
     trained = [entry for entry in library.entries.values() if entry.steps]
     assert 0 < len(trained) < len(library.entries)
     assert all(entry.nmse <= entry.errors[0][1] for entry in trained)
-    assert sum(entry.nmse < entry.errors[0][1] for entry in trained) > len(trained) / 2
     assert all(entry.kl is not None for entry in library.entries.values() if entry.steps == 8)
+
+
+def test_training_brings_a_frame_closer(teacher: nn.Module, analysis: Analysis, images: Images) -> None:
+    """Measured on the images that it learns from, from weights that were far off: how much a few steps help on others
+    is a matter of rounding, this is not."""
+    pixels = normalise(images.pixels, images.mean, images.std, torch.device("cpu"))
+    frame = find_frames(teacher, analysis, pixels[:2])["layer2.0"]
+    with torch.no_grad(), recording(teacher, {"layer2.0": frame}) as passages:
+        teacher(pixels)
+    passage = joined(passages["layer2.0"])
+    module = frame.inside(build_student(teacher, analysis, analysis.identity))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(1 + torch.rand(parameter.shape, generator=generator))
+
+    def error() -> float:
+        recalibrate_frame(module, passage)
+        return float(frame_error(run_in_parts(module, passage), passage.outputs, variances(passage)))
+
+    before = error()
+    distil_frame(module, list(module.parameters()), passage, FrameRecipe(steps=20, batch_size=32, lr=5e-3, seed=0))
+    assert error() < before / 2
 
 
 def test_the_identity_is_the_teacher(library: Library, teacher: nn.Module, analysis: Analysis) -> None:
@@ -120,11 +151,11 @@ def test_library_students_begin_better_than_inherited_ones(
 ) -> None:
     half = [next(i for i, c in enumerate(b.choices) if c.width <= 0.5) for b in analysis.blocks]
     genotype = Genotype.of({b.name: b.choices[i] for b, i in zip(analysis.blocks, half, strict=True)})
-    accuracies = []
+    wanted, apart = predict_logits(teacher, digits.test), []
     for student in (inherit_student(teacher, analysis, genotype), library.student(genotype)):
         recalibrate(student, images)
-        accuracies.append(evaluate(student, digits.test))
-    assert accuracies[1] > accuracies[0]
+        apart.append((predict_logits(student, digits.test) - wanted).square().mean() / wanted.var())
+    assert apart[1] < 0.8 * apart[0]
 
 
 def test_a_second_build_makes_nothing_again(library: Library, build: Build, folder: Path) -> None:

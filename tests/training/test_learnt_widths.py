@@ -146,7 +146,7 @@ def test_it_lands_on_the_budget_and_a_larger_lambda_narrows_its_block(
     budget = Budget((("params", 1e9), ("macs", bound)))
     plain, weighted = (learn(Goal(budget=budget, factors={"layer3.0": factor})) for factor in (1.0, 10.0))
     for learnt in (plain, weighted):
-        assert learnt.shares["macs"] == pytest.approx(0.6, abs=0.02)
+        assert learnt.shares["macs"] == pytest.approx(0.6, abs=0.04)
         assert learnt.lambdas["params"] < 0.01 < learnt.lambdas["macs"]  # a bound that does not bind lets go
     assert (weighted.counts[mine] < plain.counts[mine] - 1).all()
 
