@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from nas_kd.search.options import parse_options as parse_options
     from nas_kd.search.sampler import KnapsackSampler as KnapsackSampler
     from nas_kd.search.space import Space as Space
+    from nas_kd.training.anchoring import anchor as anchor
     from nas_kd.training.images import Images as Images
     from nas_kd.training.library import Library as Library
     from nas_kd.training.library_building import LibrarySpec as LibrarySpec
@@ -49,6 +50,7 @@ _HOMES = {
     "NasKdError": "nas_kd.errors",
     "Space": "nas_kd.search.space",
     "analyse": "nas_kd.models.blocks",
+    "anchor": "nas_kd.training.anchoring",
     "build_library": "nas_kd.training.library_building",
     "create_base": "nas_kd.models.hub",
     "distillation_loss": "nas_kd.training.losses",

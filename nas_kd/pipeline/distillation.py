@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,18 @@ from nas_kd.models.reduction import reduce_stride
 from nas_kd.models.student import build_student
 from nas_kd.models.trace import meta_image, without_storage
 from nas_kd.models.verify import measure
-from nas_kd.pipeline.job import DIGITS_SIZE, TEACHER, TEACHER_LR, choose_device, data_spec, epochs_of, open_folder
+from nas_kd.pipeline.job import (
+    DIGITS_SIZE,
+    TEACHER,
+    TEACHER_LR,
+    TRANSFER_LR,
+    brings_head,
+    choose_device,
+    data_spec,
+    epochs_of,
+    open_folder,
+    transfer_epochs,
+)
 from nas_kd.progress import Stages
 from nas_kd.results.export import Card, export
 from nas_kd.results.refine import Candidate, Refined, Refinement, refine
@@ -35,7 +47,8 @@ from nas_kd.training.loop import CALIBRATION, recalibrate
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.resume import replace_file
 from nas_kd.training.sources import open_source
-from nas_kd.training.teacher import Teacher, TeacherCache, TeacherResult, adopt_teacher, prepare_teacher
+from nas_kd.training.teacher import Teacher, TeacherCache, TeacherResult, Teaching, adopt_teacher, prepare_teacher
+from nas_kd.training.transfer import HeadOrigin, settle
 from nas_kd.training.views import OnlineViews, Views, ViewSpec, build_views, views_bytes, weights_digest
 
 FILE = "distill.json"
@@ -46,7 +59,7 @@ _REPORTS = 20  # times that a training is evaluated and its state kept
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DistillJob:
     """A training that is ready to run: checked settings, where, on which images of which size, and the teacher as it
-    was created (None without one)."""
+    was created (None without one), with the origin of its head where its weights come from elsewhere."""
 
     settings: DistillSettings
     device: torch.device
@@ -55,6 +68,7 @@ class DistillJob:
     classes: int
     data: DataSpec
     teacher: nn.Module | None
+    teacher_head: HeadOrigin | None
 
     @property
     def cache(self) -> Path:
@@ -99,13 +113,20 @@ def prepare_distillation(settings: DistillSettings) -> DistillJob:
     classes = settings.num_classes or len(open_source(settings.dataset, settings.data_dir).class_names)
     size = _input_size(settings)
     student = build(settings, classes, size, 0)
-    teacher = _make_teacher(settings, classes, size[0])
+    teacher, head = _make_teacher(settings, classes, size[0])
     for network in filter(None, (student, teacher)):
         _try_out(network, size)
     brings = teacher if _teacher_is_trained(settings) else student if settings.has_weights else None
     data = data_spec(settings, size, brings)
     return DistillJob(
-        settings=settings, device=device, out=out, input_size=size, classes=classes, data=data, teacher=teacher
+        settings=settings,
+        device=device,
+        out=out,
+        input_size=size,
+        classes=classes,
+        data=data,
+        teacher=teacher,
+        teacher_head=head,
     )
 
 
@@ -139,8 +160,16 @@ def _input_size(settings: DistillSettings) -> tuple[int, int, int]:
     return settings.in_chans or (1 if digits else 3), side, side
 
 
-def build(settings: DistillSettings, classes: int, input_size: tuple[int, int, int], number: int) -> nn.Module:
-    """The student, or peer `number` of online distillation, whose weights its number decides; on the CPU."""
+def build(
+    settings: DistillSettings,
+    classes: int,
+    input_size: tuple[int, int, int],
+    number: int,
+    prepare: Callable[[nn.Module, HeadOrigin], None] | None = None,
+) -> nn.Module:
+    """The student, or peer `number` of online distillation, whose weights its number decides; on the CPU.
+
+    `prepare` is given what starts from weights, with the origin of its head, before its convolutions are replaced."""
     seed = derive_seed(settings.seed, "peer", number)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -151,10 +180,13 @@ def build(settings: DistillSettings, classes: int, input_size: tuple[int, int, i
             in_chans=input_size[0],
             **dict(settings.model_kwargs),
         )
+        whole = brings_head(network)
         if settings.initial_checkpoint is not None:
-            load_checkpoint(network, Path(settings.initial_checkpoint))
+            whole = load_checkpoint(network, Path(settings.initial_checkpoint))
         if settings.reduction is not None:
             reduce_stride(network, settings.reduction, input_size[0])
+        if settings.has_weights and prepare is not None:
+            prepare(network, "own" if whole else "new")
         if settings.conv is None:
             return network
         analysis = analyse(network, input_size, name=settings.model, open={"conv"})
@@ -167,24 +199,21 @@ def _teacher_is_trained(settings: DistillSettings) -> bool:
     return settings.teacher_pretrained or settings.teacher_checkpoint is not None or name.startswith("local-dir:")
 
 
-def _make_teacher(settings: DistillSettings, classes: int, channels: int) -> nn.Module | None:
+def _make_teacher(settings: DistillSettings, classes: int, channels: int) -> tuple[nn.Module | None, HeadOrigin | None]:
+    """The teacher, and the origin of its head where its weights come from elsewhere; without one nothing."""
     if settings.teacher is None:
-        return None
-    pretrained = _teacher_is_trained(settings) and settings.teacher_checkpoint is None
+        return None, None
+    trained = _teacher_is_trained(settings)
+    pretrained = trained and settings.teacher_checkpoint is None
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(settings.seed, "teacher"))
         teacher = create_base(settings.teacher, pretrained=pretrained, num_classes=classes, in_chans=channels)
-    config: Any = getattr(teacher, "pretrained_cfg", None) or {}
-    if pretrained and config.get("num_classes") not in (None, classes):
-        raise ModelError(
-            f"the teacher {settings.teacher} was trained for {config['num_classes']} classes, the data has {classes}: "
-            "take one for these classes, or let it be trained here"
-        )
+    whole = brings_head(teacher)
     if settings.teacher_checkpoint is not None:
-        load_checkpoint(teacher, Path(settings.teacher_checkpoint))
+        whole = load_checkpoint(teacher, Path(settings.teacher_checkpoint))
     if settings.reduction is not None and not settings.teacher.startswith("local-dir:"):
         reduce_stride(teacher, settings.reduction, channels)
-    return teacher
+    return teacher, ("own" if whole else "new") if trained else None
 
 
 def _recipe(settings: DistillSettings, epochs: int) -> Recipe:
@@ -208,24 +237,34 @@ def _recipe(settings: DistillSettings, epochs: int) -> Recipe:
 
 
 def _teacher(job: DistillJob, splits: Splits, stages: Stages) -> TeacherResult | None:
-    settings = job.settings
+    settings, head = job.settings, job.teacher_head
     if job.teacher is None:
         return None
-    network = job.teacher.to(job.device)
-    epochs = epochs_of(settings.teacher_epochs or settings.epochs, TEACHER, splits, job.device)
-    trained = _teacher_is_trained(settings)
-    with stages.stage("teacher", 1 if trained else epochs) as advance:
-        if trained:
-            return adopt_teacher(network, splits)
-        recipe = dataclasses.replace(_recipe(settings, epochs), distill_weight=0.0, lr=settings.lr or TEACHER_LR)
+    network, augmentation = job.teacher.to(job.device), default_augmentation(settings.dataset)
+    epochs = _teacher_epochs(job, splits)
+    with stages.stage("teacher", epochs + (head is not None)) as advance:
+        if not epochs:
+            return adopt_teacher(network, splits, augmentation=augmentation, seed=settings.seed)
+        lr = settings.lr or TEACHER_LR if head is None else TRANSFER_LR
+        recipe = dataclasses.replace(_recipe(settings, epochs), distill_weight=0.0, lr=lr)
+        recipe = dataclasses.replace(recipe, distill="kd", temperature=4.0, eval_epochs=())
         return prepare_teacher(
             network,
             splits,
-            recipe=dataclasses.replace(recipe, distill="kd", temperature=4.0, eval_epochs=()),
-            augmentation=default_augmentation(settings.dataset),
+            Teaching(recipe=recipe, augmentation=augmentation, head="better" if head == "own" else head),
             cache=TeacherCache(folder=job.cache, key=f"{settings.teacher} {settings.seed}"),
             report=lambda _, accuracy: advance(f"val accuracy {100 * accuracy:.1f} %"),
         )
+
+
+def _teacher_epochs(job: DistillJob, splits: Splits) -> int:
+    """0 for a teacher that was trained for these classes, unless it is to be tuned."""
+    given = job.settings.teacher_epochs
+    if job.teacher_head == "own":
+        return given or 0
+    if job.teacher_head == "new":
+        return transfer_epochs(given, splits, job.device)
+    return epochs_of(given or job.settings.epochs, TEACHER, splits, job.device)
 
 
 _Data = AugmentedImages | Views | OnlineViews
@@ -253,8 +292,11 @@ def _train(job: DistillJob, splits: Splits, teacher: TeacherResult | None, stage
     data = _training_data(job, splits, teacher, epochs)
     recipe = _recipe(settings, epochs)
 
+    def prepare(network: nn.Module, head: HeadOrigin) -> None:
+        settle(network.to(job.device), splits, data.sample(CALIBRATION), head=head)
+
     def student(number: int) -> nn.Module:
-        network = build(settings, job.classes, job.input_size, number).to(job.device)
+        network = build(settings, job.classes, job.input_size, number, prepare).to(job.device)
         if settings.conv is not None and settings.has_weights:
             recalibrate(network, data.sample(CALIBRATION))
         return network

@@ -35,19 +35,26 @@ from nas_kd.training.data import DIGITS, DataSpec, Splits
 from nas_kd.training.loop import LOOK_CALIBRATION
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.sources import open_source
+from nas_kd.training.transfer import HeadOrigin
 
 DIGITS_SIZE = 16  # at the base's own stride: measured, docs/decisions.md
 # by default: images that a training sees on a CPU, and the most epochs; a GPU affords ten times as many
 TEACHER, REFINE = (60_000, 20), (60_000, 15)
 _GPU = 10
 TEACHER_LR = 0.03
+# of a teacher whose weights come from elsewhere: 4 epochs were as good as more, docs/results/transfer.md
+TRANSFER, TRANSFER_LR = (60_000, 4), 0.005
+_FEW, _MORE = 4000, 20  # images that a small data set is seen for, in at most so many epochs
 _PROXY_RATE = 0.4  # of the refinement's: gentler short trainings rank better, docs/results/rank_check.md
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Job:
-    """A study that is ready to run: checked settings, the base and its space. Nothing is trained yet."""
+    """A study that is ready to run: checked settings, the base and its space. Nothing is trained yet.
+
+    The base's weights come from elsewhere when it is `transferred`, its classifier too when `trained_elsewhere`: then
+    it can teach as it is."""
 
     settings: Settings
     device: torch.device
@@ -55,8 +62,16 @@ class Job:
     space: Space[nn.Module]
     budget: Budget
     data: DataSpec
+    transferred: bool
     trained_elsewhere: bool
     storage: BaseStorage
+
+    @property
+    def head_origin(self) -> HeadOrigin | None:
+        """Of a base whose weights come from elsewhere."""
+        if not self.transferred:
+            return None
+        return "better" if self.trained_elsewhere else "new"
 
     @property
     def cache(self) -> Path:
@@ -74,8 +89,9 @@ def prepare(settings: Settings, storage: BaseStorage | None = None) -> Job:
     out = open_folder(Path(settings.out or Path("results") / settings.name))
     source = open_source(settings.dataset, settings.data_dir)
     base = make_base(settings, settings.num_classes or len(source.class_names), in_chans_of(settings))
+    whole = brings_head(base) if settings.pretrained else False
     if settings.initial_checkpoint:
-        load_checkpoint(base, Path(settings.initial_checkpoint))
+        whole = load_checkpoint(base, Path(settings.initial_checkpoint))
     space = make_space(settings, base)
     assert space.budget is not None
     space.given = tuple(read_start(Path(file), space) for file in settings.start_from)
@@ -90,7 +106,7 @@ def prepare(settings: Settings, storage: BaseStorage | None = None) -> Job:
     except NasKdError:
         close_storage(storage)
         raise
-    weighted = settings.pretrained or settings.initial_checkpoint
+    weighted = settings.pretrained or settings.initial_checkpoint is not None
     return Job(
         settings=settings,
         device=device,
@@ -98,7 +114,8 @@ def prepare(settings: Settings, storage: BaseStorage | None = None) -> Job:
         space=space,
         budget=space.budget,
         data=data_spec(settings, space.input_size, base if weighted else None),
-        trained_elsewhere=_is_trained(settings, base),
+        transferred=weighted,
+        trained_elsewhere=whole,
         storage=storage,
     )
 
@@ -148,11 +165,10 @@ def read_start(path: Path, space: Space[nn.Module]) -> Genotype:
     return genotype
 
 
-def _is_trained(settings: Settings, base: nn.Module) -> bool:
-    """Whether the base can teach as it is: timm drops a pretrained classifier that has other classes."""
-    config: Any = getattr(base, "pretrained_cfg", None) or {}
-    whole = config.get("num_classes") == getattr(base, "num_classes", None)
-    return bool(settings.initial_checkpoint) or (settings.pretrained and whole)
+def brings_head(pretrained: nn.Module) -> bool:
+    """Whether a network with timm's weights has their classifier: timm drops one that has other classes."""
+    config: Any = getattr(pretrained, "pretrained_cfg", None) or {}
+    return bool(config.get("num_classes") == getattr(pretrained, "num_classes", None))
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -240,6 +256,13 @@ def proxy_recipe_of(settings: Settings) -> Recipe:
     return dataclasses.replace(
         recipe_of(settings, settings.proxy_epochs), lr=settings.proxy_lr or _PROXY_RATE * settings.lr
     )
+
+
+def transfer_epochs(given: int | None, splits: Splits, device: torch.device) -> int:
+    """The epochs of a teacher whose weights come from elsewhere: as given, or few, and more of small data."""
+    images, most = len(splits.train), TRANSFER[1]
+    most = max(most, min(_MORE, round(_FEW / images)))
+    return given or max(1, min(most, round(TRANSFER[0] * (1 if device.type == "cpu" else _GPU) / images)))
 
 
 def epochs_of(given: int | None, default: tuple[int, int], splits: Splits, device: torch.device) -> int:

@@ -6,14 +6,23 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nas_kd.pipeline.job import REFINE, TEACHER, TEACHER_LR, Job, epochs_of, recipe_of
-from nas_kd.progress import Advance, Stages
+from nas_kd.pipeline.job import (
+    REFINE,
+    TEACHER,
+    TEACHER_LR,
+    TRANSFER_LR,
+    Job,
+    epochs_of,
+    recipe_of,
+    transfer_epochs,
+)
+from nas_kd.progress import Stages
 from nas_kd.training.augment import default_augmentation
 from nas_kd.training.data import Splits, load_splits
 from nas_kd.training.images import AugmentedImages, Images
 from nas_kd.training.library import Library
 from nas_kd.training.library_building import LibrarySpec, build_library, plan_library
-from nas_kd.training.teacher import Teacher, TeacherCache, TeacherResult, adopt_teacher, prepare_teacher
+from nas_kd.training.teacher import Teacher, TeacherCache, TeacherResult, Teaching, adopt_teacher, prepare_teacher
 from nas_kd.training.views import OnlineViews, Views, ViewSpec, build_views, views_bytes
 
 _STEP = 3  # a training step costs about three forward passes
@@ -36,9 +45,7 @@ def gather(job: Job, stages: Stages) -> Materials:
     settings = job.settings
     with stages.stage("data"):
         splits = load_splits(job.data, job.cache)
-    epochs = epochs_of(settings.teacher_epochs, TEACHER, splits, job.device)
-    with stages.stage("teacher", 1 if job.trained_elsewhere else epochs) as advance:
-        teacher = _teacher(job, splits, epochs, advance)
+    teacher = _teacher(job, splits, stages)
     refine_epochs = epochs_of(settings.refine_epochs, REFINE, splits, job.device)
     with stages.stage("views", 2) as advance:
         subset = splits.train[: settings.proxy_images]
@@ -56,9 +63,7 @@ def gather_whole(job: Job, epochs: Callable[[Splits], int], stages: Stages) -> M
     settings = job.settings
     with stages.stage("data"):
         splits = load_splits(job.data, job.cache)
-    teaching = epochs_of(settings.teacher_epochs, TEACHER, splits, job.device)
-    with stages.stage("teacher", 1 if job.trained_elsewhere else teaching) as advance:
-        teacher = _teacher(job, splits, teaching, advance)
+    teacher = _teacher(job, splits, stages)
     with stages.stage("views"):
         views = _views(job, splits, teacher, min(settings.views, epochs(splits)), splits.train)
     return Materials(splits=splits, teacher=teacher, proxy_views=views, refine_views=views)
@@ -67,7 +72,9 @@ def gather_whole(job: Job, epochs: Callable[[Splits], int], stages: Stages) -> M
 def _library(job: Job, splits: Splits, teacher: TeacherResult, stages: Stages) -> Library:
     """The library of the teacher's blocks, with as many training steps as its share of the study's work allows."""
     augmented = AugmentedImages(splits.train, default_augmentation(job.settings.dataset), job.settings.seed)
-    spec = plan_library(LibrarySpec(seed=job.settings.seed), job.space.analysis, _library_images(job, splits))
+    spec = plan_library(
+        LibrarySpec(seed=job.settings.seed, anchor=False), job.space.analysis, _library_images(job, splits)
+    )
     images = augmented.sample(spec.images + spec.holdout)
     with stages.stage("library", 3 * len(job.space.blocks)) as advance:
         return build_library(teacher.network, job.space.analysis, images, spec, job.cache, advance)
@@ -77,28 +84,43 @@ def _library_images(job: Job, splits: Splits) -> float:
     """How much the library may cost, in images that the base would see in the meantime (forward alone)."""
     settings = job.settings
     share = settings.library_budget / (1 - settings.library_budget)  # of everything else
-    teacher = 0 if job.trained_elsewhere else epochs_of(settings.teacher_epochs, TEACHER, splits, job.device)
+    teacher = _teacher_epochs(job, splits)
     refine = epochs_of(settings.refine_epochs, REFINE, splits, job.device) * (settings.front + _BASELINES)
     trials = settings.trials * settings.proxy_epochs * min(settings.proxy_images, len(splits.train))
     students = _STUDENT * (trials + refine * len(splits.train))
     return share * _STEP * (teacher * len(splits.train) + students)
 
 
-def _teacher(job: Job, splits: Splits, epochs: int, advance: Advance) -> TeacherResult:
-    base = job.space.base.to(job.device)
+def _teacher_epochs(job: Job, splits: Splits) -> int:
+    """0 for a base that teaches as it is."""
+    given = job.settings.teacher_epochs
     if job.trained_elsewhere:
-        return adopt_teacher(base, splits)
-    settings = job.settings
-    recipe = dataclasses.replace(recipe_of(settings, epochs), distill_weight=0.0)
-    if not settings.pretrained:  # pretrained weights are tuned gently, like inherited ones
-        recipe = dataclasses.replace(recipe, lr=TEACHER_LR)
-    cache = TeacherCache(folder=job.cache, key=f"{settings.model} {settings.pretrained} {settings.seed}")
+        return given or 0
+    if job.transferred:
+        return transfer_epochs(given, splits, job.device)
+    return epochs_of(given, TEACHER, splits, job.device)
+
+
+def _teacher(job: Job, splits: Splits, stages: Stages) -> TeacherResult:
+    """The base, trained for these classes; of weights from elsewhere it is first made what suits the images."""
+    epochs, base, settings = _teacher_epochs(job, splits), job.space.base.to(job.device), job.settings
     augmentation = default_augmentation(settings.dataset)
+    with stages.stage("teacher", epochs + job.transferred) as advance:
+        if not epochs:
+            return adopt_teacher(base, splits, augmentation=augmentation, seed=settings.seed)
 
-    def report(epoch: int, accuracy: float) -> None:
-        advance(f"val accuracy {100 * accuracy:.1f} %")
+        def report(epoch: int, accuracy: float) -> None:
+            advance(f"{'' if epoch else 'before training: '}val accuracy {100 * accuracy:.1f} %")
 
-    return prepare_teacher(base, splits, recipe=recipe, augmentation=augmentation, cache=cache, report=report)
+        lr = TRANSFER_LR if job.transferred else TEACHER_LR
+        recipe = dataclasses.replace(recipe_of(settings, epochs), distill_weight=0.0, lr=lr)
+        return prepare_teacher(
+            base,
+            splits,
+            Teaching(recipe=recipe, augmentation=augmentation, head=job.head_origin),
+            cache=TeacherCache(folder=job.cache, key=f"{settings.model} {settings.pretrained} {settings.seed}"),
+            report=report,
+        )
 
 
 def _views(job: Job, splits: Splits, teacher: TeacherResult, count: int, images: Images) -> Views | OnlineViews:

@@ -22,15 +22,41 @@ from nas_kd.errors import CheckpointError
 _logger = logging.getLogger(__name__)
 
 
-def load_checkpoint(network: nn.Module, path: Path) -> None:
+def load_checkpoint(network: nn.Module, path: Path) -> bool:
     """Loads `path` into `network`: safetensors, or a torch file that holds tensors only (`weights_only=True`).
 
     As in timm, weights may be wrapped in 'state_dict' or 'model', carry the prefix 'module.', or have the keys of the
-    model's original implementation. Raises CheckpointError, in one line, for a file that is missing, unreadable, holds
-    pickled objects, or does not fit. Warns where the file is part of an exported model, which knows more than weights.
+    model's original implementation. Returns whether they brought a classifier: one for another number of classes is
+    left out, as timm does with its own weights. Raises CheckpointError, in one line, for a file that is missing,
+    unreadable, holds pickled objects, or does not fit. Warns where the file is part of an exported model, which knows
+    more than weights.
     """
-    load_exactly(network, _translated(network, _read(path)), path)
+    state, own = _translated(network, _read(path)), network.state_dict()
+    other = [key for key in _classifier_keys(network) if _has_other_classes(own, state, key)]
+    if other:
+        _logger.info("%s knows %d classes, the data has %d: its classifier is left out",
+                     path, len(state[other[0]]), len(own[other[0]]))  # fmt: skip
+    load_exactly(network, {**state, **{key: own[key] for key in other}}, path)
     _say_what_stays_behind(path)
+    return not other
+
+
+def _classifier_keys(network: nn.Module) -> list[str]:
+    """The tensors of a timm model's classifiers, by what its config says or else the model itself."""
+    config: Any = getattr(network, "pretrained_cfg", None) or {}
+    names = config.get("classifier") or ()
+    names = [names] if isinstance(names, str) else list(names)
+    get_classifier: Any = getattr(network, "get_classifier", None)
+    if get_classifier is not None:
+        classifier = get_classifier()
+        names += [name for name, module in network.named_modules() if module is classifier]
+    return [f"{name}.{tensor}" for name in dict.fromkeys(names) for tensor in ("weight", "bias")]
+
+
+def _has_other_classes(own: Mapping[str, Tensor], state: Mapping[str, Any], key: str) -> bool:
+    if key not in own or key not in state:
+        return False
+    return bool(own[key].shape[1:] == state[key].shape[1:] and len(own[key]) != len(state[key]))
 
 
 @functools.cache  # once, however many networks start from it
@@ -90,6 +116,10 @@ def _mismatch(own: Mapping[str, Tensor], state: Mapping[str, Any]) -> str:
     # old checkpoints have no batch counters, and nothing depends on them
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in own]
+    if len(missing) > len(own) / 2:
+        return (
+            f"these are weights of another architecture ({len(own) - len(missing)} of its {len(own)} tensors are there)"
+        )
     if missing or unexpected:
         parts = [_some("it lacks", missing), _some("the model does not have", unexpected)]
         return "; ".join(part for part in parts if part)

@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,7 @@ from nas_kd.models.importance import reconstruction_importance
 from nas_kd.models.inherit import inherit_student
 from nas_kd.models.refit import Reference, reference_of, refit
 from nas_kd.models.structure import Analysis
+from nas_kd.training.anchoring import anchor_where_foreign
 from nas_kd.training.augment import derive_seed
 from nas_kd.training.entries import Entry, EntryFile, Tensors
 from nas_kd.training.frame_training import (
@@ -55,7 +56,7 @@ from nas_kd.training.frame_training import (
 )
 from nas_kd.training.images import Images, normalise
 from nas_kd.training.library import Library, entry_file, made_choices
-from nas_kd.training.loop import device_of, even_split, predict_logits
+from nas_kd.training.loop import CALIBRATION, device_of, even_split, predict_logits
 from nas_kd.training.losses import distillation_loss
 from nas_kd.training.resume import replace_file
 from nas_kd.training.views import weights_digest
@@ -74,7 +75,8 @@ class LibrarySpec:
 
     Frames with more than `largest` of the base's MACs are inherited and fitted but not trained. What passes through
     frames is kept in memory, at most `max_bytes` at once. Of a block whose entries would take more than
-    `max_block_bytes` of disk only the damages are kept."""
+    `max_block_bytes` of disk only the damages are kept. `anchor` looks whether the base's batch norms have the
+    statistics of other images, and anchors them then."""
 
     images: int = 2048
     holdout: int = 256
@@ -85,6 +87,7 @@ class LibrarySpec:
     max_bytes: int = 1 << 30
     max_block_bytes: int = 1 << 30
     seed: int = 0
+    anchor: bool = field(default=True, repr=False)  # the base's weights name what came of it
 
 
 def plan_library(spec: LibrarySpec, analysis: Analysis, images: float) -> LibrarySpec:
@@ -108,11 +111,14 @@ def build_library(
 ) -> Library:
     """The library of a trained `base`; entries that `folder` has already are taken from there.
 
+    The base's batch norms are anchored to the images first, in place, where they have the statistics of others.
     `images` went through the training augmentation; `spec.images + spec.holdout` of them are used. `report` is called
     after each block of each stage. A damaged file is made again with a warning. Raises DataError for images that are
     too few or do not fit the base, TrainingError when the base's logits are not finite.
     """
     _check_base(base, images)
+    if spec.anchor:
+        anchor_where_foreign(base, images[:CALIBRATION])
     builder = _Builder(base, analysis, images, spec, folder)
     builder.inherit(report)
     builder.train(report)

@@ -19,12 +19,21 @@ from nas_kd.training.augment import Augmentation
 from nas_kd.training.checkpoint import load_checkpoint, load_exactly
 from nas_kd.training.data import Splits
 from nas_kd.training.images import AugmentedImages, Images
-from nas_kd.training.loop import Run, evaluate, ignore, predict_logits, train
+from nas_kd.training.loop import CALIBRATION, Run, evaluate, ignore, predict_logits, train
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.tensor_files import read_tensors, write_tensors
+from nas_kd.training.transfer import HeadOrigin, is_below, settle
 from nas_kd.training.views import weights_digest
 
-__all__ = ["Teacher", "TeacherCache", "TeacherResult", "adopt_teacher", "load_checkpoint", "prepare_teacher"]
+__all__ = [
+    "Teacher",
+    "TeacherCache",
+    "TeacherResult",
+    "Teaching",
+    "adopt_teacher",
+    "load_checkpoint",
+    "prepare_teacher",
+]
 
 _NEAR_CHANCE = 0.1  # a teacher less than this share of the way from chance to certainty, and than twice chance, warns
 _STATES = 10  # times the state of a running training is written; each costs about as much as 10 steps
@@ -74,41 +83,103 @@ class TeacherCache:
     key: str
 
 
-def adopt_teacher(network: nn.Module, splits: Splits) -> TeacherResult:
-    """Takes a network that was trained elsewhere as it is, and measures it.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Teaching:
+    """How a teacher is trained, on augmented images; `head` is the origin of its classifier where its other weights
+    come from elsewhere, None where all are drawn at random."""
 
-    Warns when it is near chance. Raises DataError when its number of outputs does not fit the data.
+    recipe: Recipe
+    augmentation: Augmentation
+    head: HeadOrigin | None = None
+
+
+def adopt_teacher(network: nn.Module, splits: Splits, *, augmentation: Augmentation, seed: int = 0) -> TeacherResult:
+    """Takes a network that was trained elsewhere for these classes: settles it (`transfer.settle`) and measures it.
+
+    Its outputs stay what they were, but for the order of its classes. Warns when it is below a linear probe of its own
+    features, or near chance. Raises DataError when its number of outputs does not fit the data.
     """
     _check_outputs(network, splits)
-    return _result(network.eval(), splits, trained_here=False, seconds=0.0)
+    started = time.monotonic()
+    seen = AugmentedImages(splits.train, augmentation, seed).sample(CALIBRATION)
+    found = settle(network, splits, seen, head="own")
+    if found.probe is not None and is_below(found.accuracy, found.probe, len(splits.val)):
+        _logger.warning(
+            "THE TEACHER IS BELOW ITS LINEAR PROBE: %.1f%% of the validation images, a logistic regression on its own "
+            "features gives %.1f%%. Its classes may be others than those of the images, or the images normalised "
+            "otherwise; --teacher-epochs 4 fits its head anew",
+            100 * found.accuracy,
+            100 * found.probe,
+        )
+    return _result(network.eval(), splits, trained_here=False, seconds=time.monotonic() - started)
 
 
 def prepare_teacher(
     network: nn.Module,
     splits: Splits,
+    teaching: Teaching,
     *,
-    recipe: Recipe,
-    augmentation: Augmentation,
     cache: TeacherCache,
     report: Callable[[int, float], None] = ignore,
 ) -> TeacherResult:
     """Trains `network` in place on the training split, or fetches what an earlier run had trained with all the same.
 
-    The weights are cached as safetensors by digest; a killed training loses at most a tenth of its epochs. Validation
-    images are only looked at. Warns when the result is near chance. Raises DataError when the network does not fit the
-    data, TrainingError and OutputError as `train` does.
+    One whose weights come from elsewhere is settled first (`transfer.settle`), which is reported as epoch 0, then
+    trained, and is the better of the two by validation. The weights are cached as safetensors by digest; a killed
+    training loses at most a tenth of its epochs. Otherwise validation images are only looked at. Warns when the result
+    is near chance. Raises DataError when the network does not fit the data, TrainingError and OutputError as `train`
+    does.
     """
     _check_outputs(network, splits)
-    started = time.monotonic()
-    path = cache.folder / f"teacher-{_key(network, splits, recipe, augmentation, cache.key)}.safetensors"
+    started, recipe = time.monotonic(), teaching.recipe
+    path = cache.folder / f"teacher-{_key(network, splits, teaching, cache.key)}.safetensors"
     if not _fetch(network, path):
         state = path.with_suffix(".resume")
         often = replace(recipe, eval_epochs=tuple(range(1, recipe.epochs + 1, max(1, recipe.epochs // _STATES))))
-        data = AugmentedImages(splits.train, augmentation, recipe.seed)
-        train(network, data, often, val=splits.val, report=report, run=Run(checkpoint=state))
+        data = AugmentedImages(splits.train, teaching.augmentation, recipe.seed)
+        task = _Task(network, splits, data, often, report, Run(checkpoint=state))
+        if teaching.head is None:
+            _train(task)
+        else:
+            _transfer(task, teaching.head)
         write_tensors(path, network.state_dict())
         state.unlink(missing_ok=True)
-    return _result(network.eval(), splits, trained_here=True, seconds=time.monotonic() - started)
+    here = teaching.head in (None, "new")
+    return _result(network.eval(), splits, trained_here=here, seconds=time.monotonic() - started)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Task:
+    """A training of a teacher."""
+
+    network: nn.Module
+    splits: Splits
+    data: AugmentedImages
+    recipe: Recipe
+    report: Callable[[int, float], None]
+    run: Run
+
+
+def _train(task: _Task) -> float:
+    """The accuracy on validation images after it."""
+    return train(task.network, task.data, task.recipe, val=task.splits.val, report=task.report, run=task.run).accuracy
+
+
+def _transfer(task: _Task, head: HeadOrigin) -> None:
+    """Settles the network, trains it, and takes the training back when it made it worse."""
+    network = task.network
+    found = settle(network, task.splits, task.data.sample(CALIBRATION), head=head)
+    task.report(0, found.accuracy)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    tuned = _train(task)
+    _logger.info(
+        "the teacher is right on %.1f%% of the validation images before its training, on %.1f%% after %d epochs",
+        100 * found.accuracy,
+        100 * tuned,
+        task.recipe.epochs,
+    )
+    if tuned < found.accuracy:
+        network.load_state_dict(before)
 
 
 def _fetch(network: nn.Module, path: Path) -> bool:
@@ -123,9 +194,11 @@ def _fetch(network: nn.Module, path: Path) -> bool:
     return True
 
 
-def _key(network: nn.Module, splits: Splits, recipe: Recipe, augmentation: Augmentation, key: str) -> str:
+def _key(network: nn.Module, splits: Splits, teaching: Teaching, key: str) -> str:
     shapes = [(name, tuple(tensor.shape)) for name, tensor in network.state_dict().items()]
-    text = f"1 {key} {network!r} {shapes} {splits.digest} {recipe} {augmentation}"
+    text = f"1 {key} {network!r} {shapes} {splits.digest} {teaching.recipe} {teaching.augmentation}"
+    if teaching.head is not None:  # which weights these are no name says
+        text += f" transfer 1 {teaching.head} {weights_digest(network)}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

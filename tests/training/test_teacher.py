@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -15,12 +16,14 @@ from torch import Tensor, nn
 from nas_kd.errors import CheckpointError, DataError
 from nas_kd.training.augment import Augmentation
 from nas_kd.training.data import Splits
+from nas_kd.training.images import Images, normalise
 from nas_kd.training.loop import ignore
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.teacher import (
     Teacher,
     TeacherCache,
     TeacherResult,
+    Teaching,
     adopt_teacher,
     load_checkpoint,
     prepare_teacher,
@@ -28,6 +31,7 @@ from nas_kd.training.teacher import (
 
 MakeNetwork = Callable[..., nn.Module]
 RECIPE = Recipe(epochs=2, batch_size=32, lr=0.02, distill_weight=0)
+AUGMENTATION = Augmentation(flip=False)
 
 
 def prepare(
@@ -38,8 +42,8 @@ def prepare(
     report: Callable[[int, float], None] = ignore,
 ) -> TeacherResult:
     cache = TeacherCache(folder=folder, key="test_resnet")
-    augmentation = Augmentation(flip=False)
-    return prepare_teacher(network, digits, recipe=recipe, augmentation=augmentation, cache=cache, report=report)
+    teaching = Teaching(recipe=recipe, augmentation=AUGMENTATION)
+    return prepare_teacher(network, digits, teaching, cache=cache, report=report)
 
 
 def equal(first: nn.Module, second: nn.Module) -> bool:
@@ -99,7 +103,7 @@ def test_a_teacher_near_chance_is_a_loud_warning(
     with torch.no_grad():
         network.fc.weight.zero_()
     with caplog.at_level(logging.WARNING):
-        result = adopt_teacher(network, digits)
+        result = adopt_teacher(network, digits, augmentation=AUGMENTATION)
     assert not result.trained_here
     chance = 100 * int(digits.val.labels.bincount().max()) / len(digits.val)
     own = f"{100 * result.val_accuracy:.1f}% of the validation images"
@@ -119,26 +123,26 @@ def test_two_classes_are_not_near_chance_at_three_quarters(
             answers = said.clone()
             answers[: round((1 - share) * len(said))] = 1 - answers[: round((1 - share) * len(said))]
             caplog.clear()
-            adopt_teacher(_Answering(answers), coarse)
+            adopt_teacher(_Answering(images, answers), coarse, augmentation=AUGMENTATION)
             assert ("NEAR CHANCE" in caplog.text) is warns
 
 
 class _Answering(nn.Module):
-    """Answers what it is told, image by image, and then from the beginning."""
+    """Answers what it is told of the images that it is told of: those that its input comes nearest to."""
 
-    def __init__(self, answers: Tensor) -> None:
+    def __init__(self, images: Images, answers: Tensor) -> None:
         super().__init__()
-        self.answers, self.next, self.scale = answers, -2, nn.Parameter(torch.ones(()))  # two images are a probe
+        known = normalise(images.pixels, images.mean, images.std, torch.device("cpu"))
+        self.known, self.answers, self.scale = known.flatten(1), answers, nn.Parameter(torch.ones(()))
 
     def forward(self, images: Tensor) -> Tensor:
-        begin = max(self.next, 0)
-        self.next = begin + len(images) if self.next >= 0 else 0
-        return nn.functional.one_hot(self.answers[begin : begin + len(images)], 2) * self.scale
+        nearest = torch.cdist(images.flatten(1), self.known).argmin(1)
+        return nn.functional.one_hot(self.answers[nearest], 2) * self.scale
 
 
 def test_too_few_outputs_are_refused(make_network: MakeNetwork, digits: Splits, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gives \(7,\) outputs for 10 classes: create it with num_classes=10"):
-        adopt_teacher(make_network(classes=7), digits)
+        adopt_teacher(make_network(classes=7), digits, augmentation=AUGMENTATION)
     with pytest.raises(DataError, match="outputs for 10 classes"):
         prepare(make_network(classes=7), digits, tmp_path)
 
@@ -175,12 +179,17 @@ def test_checkpoints_load_in_every_usual_form(make_network: MakeNetwork, tmp_pat
 def test_checkpoints_that_do_not_fit_name_what_differs(make_network: MakeNetwork, tmp_path: Path) -> None:
     network = make_network(0)
     before = make_network(0)
+    wide = {key: torch.cat([tensor, tensor], 1) if key == "fc.weight" else tensor
+            for key, tensor in network.state_dict().items()}  # fmt: skip
     cases = {
-        r"fc.weight is \(7, \d+\) there and \(10, \d+\) in the model": make_network(classes=7).state_dict(),
+        r"fc.weight is \(10, \d+\) there and \(10, \d+\) in the model": wide,
         r"it lacks fc.bias; the model does not have fc.extra": {
             ("fc.extra" if key == "fc.bias" else key): value for key, value in network.state_dict().items()
         },
         "fc.bias holds values that are not finite": network.state_dict() | {"fc.bias": torch.full((10,), torch.nan)},
+        r"these are weights of another architecture \(\d+ of its \d+ tensors are there\)": timm.create_model(
+            "test_efficientnet", in_chans=1, num_classes=10
+        ).state_dict(),
     }
     for message, state in cases.items():
         torch.save(dict(state), tmp_path / "w.pth")
@@ -188,6 +197,18 @@ def test_checkpoints_that_do_not_fit_name_what_differs(make_network: MakeNetwork
             load_checkpoint(network, tmp_path / "w.pth")
         assert "\n" not in str(caught.value)
         assert equal(network, before)
+
+
+def test_a_classifier_for_other_classes_is_left_out(make_network: MakeNetwork, tmp_path: Path) -> None:
+    network, source = make_network(0), make_network(1, classes=7)
+    own = network.fc.weight.clone()
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    assert not load_checkpoint(network, tmp_path / "w.pth")
+    assert torch.equal(network.fc.weight, own)
+    assert torch.equal(network.conv1[0].weight, source.conv1[0].weight)
+    torch.save(make_network(2).state_dict(), tmp_path / "w.pth")
+    assert load_checkpoint(network, tmp_path / "w.pth")
+    assert equal(network, make_network(2))
 
 
 class Evil:
