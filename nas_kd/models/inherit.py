@@ -88,9 +88,7 @@ def _select(weight: Tensor, site: Site, mask: Mask) -> Tensor:
 
 def tap_weights(shift: Shift2d, weight: Tensor) -> Tensor:
     """For each channel of a channelwise shift, what the C×1×k×k kernel that it stands for has at its tap (C)."""
-    values = weight.new_empty(len(weight))
-    values[shift.order] = weight.flatten(1)[shift.order, shift.taps()]
-    return values
+    return weight.flatten(1).gather(1, shift.taps[:, None].to(weight.device))[:, 0]
 
 
 def _fold_taps(norm: nn.Module, taps: Tensor, bias: Tensor | None) -> None:
@@ -161,7 +159,7 @@ def approximate(conv: nn.Module, spec: ConvSpec, weight: Tensor, bias: Tensor | 
         weight = resize_kernel(weight, spec.kernel_size)  # else only the spatial factor needs the zeros around it
     if spec.channelwise:
         assert isinstance(conv, Shift2d)
-        conv.order.copy_(assign_taps(weight.flatten(1).square(), conv.shares))
+        conv.taps.copy_(assign_taps(weight.flatten(1).square(), conv.shares))
         if bias is not None and conv.bias is not None:
             conv.bias.copy_(bias)
         return
@@ -169,8 +167,8 @@ def approximate(conv: nn.Module, spec: ConvSpec, weight: Tensor, bias: Tensor | 
     assert isinstance(pointwise, nn.Conv2d)
     if isinstance(spatial, Shift2d):
         energy = weight.square().sum(0).flatten(1)
-        spatial.order.copy_(assign_taps(energy, spatial.shares))
-        pointwise.weight.copy_(shifted_weight(weight, spatial.order, spatial.shares))
+        spatial.taps.copy_(assign_taps(energy, spatial.shares))
+        pointwise.weight.copy_(shifted_weight(weight, spatial.taps))
     elif spec.kind == "blueprint":
         assert isinstance(spatial, nn.Conv2d)
         first, second = split_blueprint(weight)
@@ -244,14 +242,13 @@ def split_blueprint(weight: Tensor) -> tuple[Tensor, Tensor]:
 def assign_taps(energy: Tensor, shares: list[int]) -> Tensor:
     """Deals C channels to the taps: `shares[t]` to tap t, so that the sum of C×k² `energy` kept is the largest.
 
-    Returns the channels in the order of their taps (C).
+    Returns the tap of each channel (C).
     """
     taps = np.repeat(np.arange(len(shares)), shares)
     slots, channels = linear_sum_assignment(-energy.detach().double().cpu().numpy()[:, taps].T)
-    return torch.from_numpy(channels[np.argsort(slots)]).to(energy.device)
+    return torch.from_numpy(taps[slots[np.argsort(channels)]]).to(energy.device)
 
 
-def shifted_weight(weight: Tensor, order: Tensor, shares: list[int]) -> Tensor:
-    """The 1×1 weights (O×I×1×1) behind a shift: for the channels in `order`, the kernel's values at their taps."""
-    taps = torch.repeat_interleave(torch.arange(len(shares)), torch.tensor(shares)).to(weight.device)
-    return weight.flatten(2)[:, order, taps][:, :, None, None]
+def shifted_weight(weight: Tensor, taps: Tensor) -> Tensor:
+    """The 1×1 weights (O×I×1×1) behind a shift: for each input channel, the kernel's values at its tap."""
+    return weight.flatten(2)[:, torch.arange(len(taps), device=weight.device), taps.to(weight.device)][:, :, None, None]

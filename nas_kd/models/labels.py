@@ -12,7 +12,7 @@ A miniature: `conv1: 3→2, conv2: 2→2, y = conv2(relu(conv1(x))) + conv1(x)` 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,13 +89,14 @@ class Labelling:
     Unions are kept in an array of parents, smaller label first, so that FROZEN is always the root of what it touches.
     """
 
-    def __init__(self, named: Mapping[str, Tensor]) -> None:
+    def __init__(self, named: Mapping[str, Tensor], uncounted: Collection[str] = ()) -> None:
         self._parent = np.zeros(1024, dtype=np.int64)
         self.count = 1  # label 0 is FROZEN
         self._labels: dict[int, tuple[Tensor, Axes]] = {}  # by id; the tensor is held so that its id stays its own
         self._named = dict(named)  # the parameters and buffers
         self._owned = {id(tensor) for tensor in named.values()}
         self.calls: list[Call] = []
+        self._uncounted = uncounted  # modules whose products are no MACs
         self.splits: list[Split] = []
         self.unknown: dict[tuple[str, str], None] = {}
         self.flows: dict[str, Flow] = {}
@@ -119,7 +120,10 @@ class Labelling:
         self._made.pop(id(tensor), None)  # an in-place operator has changed what the convolution made
 
     def _new_axes(self, tensor: Tensor) -> Axes:
-        """Labels for dimensions 0 and 1 of a parameter (a kernel's height and width are no channels)."""
+        """Labels for dimensions 0 and 1 of a parameter (a kernel's height and width are no channels). Whole numbers,
+        such as the taps of a shift, belong to channels that stay."""
+        if not tensor.is_floating_point():
+            return (None,) * tensor.ndim
         return tuple(self.fresh(size) if dim < 2 and size > 1 else None for dim, size in enumerate(tensor.shape))
 
     def named_axes(self) -> dict[str, Axes]:
@@ -196,6 +200,8 @@ class Labelling:
         """Notes a product over `dims`, each a length and its labels; a third labelled one is frozen."""
         labelled = [labels for _, labels in dims if labels is not None]
         self.freeze(labelled[2:])
+        if self.running in self._uncounted:
+            return
         plain = [size for size, labels in dims if labels is None] + [len(labels) for labels in labelled[2:]]
         module = self._running[-1][0]
         call = Call(module=module, kind=kind, factor=math.prod(plain), axes=tuple(labelled[:2]), **facts)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nas_kd.errors import ModelError
+from nas_kd.models.convs import Shift2d
 from nas_kd.models.labels import FROZEN, Axes, Call, Labelling, Labels, Split, Stored, tensors
 from nas_kd.models.labels import Flow as Flow
 from nas_kd.models.operators import RULES, pointwise
@@ -80,7 +81,8 @@ def trace(network: nn.Module, input_size: Sequence[int], *, clock: Callable[[], 
     on a busy machine a model is the same.
     """
     meta = without_storage(network).eval()
-    labelling = Labelling(named_tensors(meta))
+    shifts = {name for name, module in meta.named_modules() if isinstance(module, Shift2d)}
+    labelling = Labelling(named_tensors(meta), uncounted=shifts)
     hooks = list(_follow_modules(meta, labelling))
     image = meta_image(meta, input_size)
     labelling.set(image, (None, np.full(input_size[0], FROZEN), None, None))

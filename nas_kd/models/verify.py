@@ -22,6 +22,7 @@ from torch.utils.flop_counter import flop_registry
 from nas_kd.budget import COUNTED, Cost
 from nas_kd.errors import ModelError
 from nas_kd.genotype import Choice, Genotype
+from nas_kd.models.convs import Shift2d
 from nas_kd.models.costs import CostTable, cost_table
 from nas_kd.models.labels import tensors
 from nas_kd.models.schedule import Activations, bytes_of_weights
@@ -36,8 +37,8 @@ _logger = logging.getLogger(__name__)
 def measure(network: nn.Module, input_size: Sequence[int]) -> Cost:
     """The cost of a built network, counted by running it on the meta device: the truth that tables must equal.
 
-    MACs are half of what torch's own formulas (`torch.utils.flop_counter`) give; `schedule` says what memory is alive
-    when, and what counts as size. `input_size` is (C, H, W).
+    MACs are half of what torch's own formulas (`torch.utils.flop_counter`) give; shifts, which multiply by one and zero
+    alone, have none. `schedule` says what memory is alive when, and what counts as size. `input_size` is (C, H, W).
     """
     return _measured(without_storage(network).eval(), input_size)[0]
 
@@ -46,8 +47,11 @@ def _measured(meta: nn.Module, input_size: Sequence[int]) -> tuple[Cost, list[to
     """The cost of a network that is on the meta device, and the shapes of its outputs."""
     counter, image = _Counter(), meta_image(meta, input_size)
     counter.activations.begin(image)
+    hooks = [hook for module in meta.modules() if isinstance(module, Shift2d) for hook in counter.pass_over(module)]
     with torch.no_grad(), counter:
         outputs = list(tensors(meta(image)))
+    for hook in hooks:
+        hook.remove()
     cost = Cost(
         params=sum(parameter.numel() for parameter in meta.parameters()),
         macs=counter.flops // 2,
@@ -65,11 +69,24 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0
         self.activations = Activations()
+        self._counts = True
+
+    def pass_over(self, module: nn.Module) -> Iterator[Any]:
+        """Hooks by which the flops of a module do not count."""
+
+        def enter(*_: Any) -> None:
+            self._counts = False
+
+        def leave(*_: Any) -> None:
+            self._counts = True
+
+        yield module.register_forward_pre_hook(enter)
+        yield module.register_forward_hook(leave)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
+        if formula is not None and self._counts:
             self.flops += formula(*args, **(kwargs or {}), out_val=output)
         self.activations.record("", tensors([*args, kwargs or {}]), tensors(output))
         return output

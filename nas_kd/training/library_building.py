@@ -61,7 +61,7 @@ from nas_kd.training.losses import distillation_loss
 from nas_kd.training.resume import replace_file
 from nas_kd.training.views import weights_digest
 
-_VERSION = 2  # of what the entries hold
+_VERSION = 3  # of what the entries hold
 _INHERIT_IMAGES = 600  # that a frame sees while an entry of it is fitted and measured, counted as forward passes
 _UNBEATEN = 0.3  # of a block's choices
 _LEAST_STEPS = 8  # that are worth while

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nas_kd.budget import Budget, Cost, parse_budget
 from nas_kd.errors import BudgetError, GenotypeError, ModelError
 from nas_kd.genotype import Genotype
+from nas_kd.models.convs import Shift2d
 from nas_kd.search.space import Space, input_size_of
 
 Within = Callable[[Space[nn.Module], str | Budget], Space[nn.Module]]
@@ -27,10 +28,13 @@ seeds = st.integers(0, 2**31)
 
 
 def measured(network: nn.Module, input_size: tuple[int, int, int]) -> Cost:
-    """What torch itself counts in a network."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    """What torch itself counts in a network, but for the one-hot kernels of shifts."""
+    with FlopCounterMode(network, display=False) as counter, torch.no_grad():
         network.eval()(torch.zeros(1, *input_size))
-    return Cost(params=sum(p.numel() for p in network.parameters()), macs=counter.get_total_flops() // 2)
+    flops, name = counter.get_flop_counts(), type(network).__name__
+    shifts = [f"{name}.{path}" for path, module in network.named_modules() if isinstance(module, Shift2d)]
+    macs = (counter.get_total_flops() - sum(sum(flops[path].values()) for path in shifts)) // 2
+    return Cost(params=sum(p.numel() for p in network.parameters()), macs=macs)
 
 
 def proposal(space: Space[nn.Module], genotype: Genotype) -> optuna.Trial:
