@@ -75,7 +75,9 @@ class Pair(nn.Sequential):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         order, weight = state_dict.get(f"{prefix}spatial.order"), f"{prefix}pointwise.weight"
-        if order is not None and weight in state_dict:  # of an earlier version: the shift put its channels in this order
+        if (
+            order is not None and weight in state_dict
+        ):  # of an earlier version: the shift put its channels in this order
             state_dict[weight] = state_dict[weight].index_select(1, order.argsort())
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
 

@@ -78,7 +78,7 @@ class Damages:
         pixels, logits = self._pixels[part], []
         zero = pixels.new_zeros(())
         shapes = {frame: self.recorder.shapes[self._names[frame]] for frame in blanks or ()}
-        for at in torch.arange(len(pixels)).split(self._part):
+        for at in torch.split(torch.arange(len(pixels)), self._part):
             now = {frame: tuple(zero.expand(len(at), *shape) for shape in own) for frame, own in shapes.items()}
             now |= {frame: tuple(tensor[at] for tensor in tensors) for frame, tensors in given.items()}
             with replaying(self.base, now):

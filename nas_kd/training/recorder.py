@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nas_kd.models.forward_time import module_seconds
 from nas_kd.models.frames import Frame, Passage, find_frames, joined, recording, with_skips
 from nas_kd.models.structure import Analysis
-from nas_kd.training.frame_training import MOST_IMAGES, images_for
+from nas_kd.training.frame_training import MOST_IMAGES, PART, images_for
 from nas_kd.training.images import Images, normalise
 from nas_kd.training.loop import device_of, memory_layout, suits_channels_last
 
@@ -19,7 +19,7 @@ _PART_BYTES = 32 << 20  # of the largest activation, of images that run at once
 _FIT_BYTES = 96 << 20  # of the largest activation, of images that a fit sees at once
 _FIT_SECONDS = 0.04  # of one pass through a frame, by prediction: so many images does a fit see
 _LEAST_IMAGES = 32  # and not fewer, where memory allows it
-_MOST_PART, _LEAST_PART = 128, 4
+_LEAST_PART = 4
 
 
 class _Enough(Exception):
@@ -57,7 +57,7 @@ class Recorder:
 
     def part(self, name: str) -> int:
         """How many images go through a block's frame at once where that does not matter."""
-        return max(_LEAST_PART, min(_MOST_PART, _PART_BYTES // max(1, self.widest[name])))
+        return max(_LEAST_PART, min(PART, _PART_BYTES // max(1, self.widest[name])))
 
     def pixels(self, part: slice | Tensor) -> Tensor:
         """Some of the images as the base reads them."""
@@ -134,7 +134,7 @@ def _written_bytes(base: nn.Module, pixels: Tensor) -> dict[str, int]:
 
     with ExitStack() as stack:
         for path, module in base.named_modules():
-            handle = module.register_forward_hook(hook(path))  # type: ignore[arg-type]
+            handle = module.register_forward_hook(hook(path))
             stack.callback(handle.remove)
         base(pixels)
     return found
