@@ -57,13 +57,12 @@ class Frame:
         return inside.difference(*(skipped.paths(network) for skipped in self.skips))
 
     def outside(self, network: nn.Module) -> list[nn.Module]:
-        """The largest modules of a network that hold nothing of the frame."""
-        found, left = [], [network]
+        """The largest modules of a network that hold nothing of the frame, or only what it skips."""
         inside = {id(module) for module in self.inside(network).modules()}
+        inside -= {id(module) for skipped in self.skips for module in skipped.inside(network).modules()}
+        found, left = [], [network]
         while left:
             module = left.pop()
-            if id(module) in inside:
-                continue
             if any(id(part) in inside for part in module.modules()):
                 left += module.children()
             else:

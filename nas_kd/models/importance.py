@@ -19,8 +19,10 @@ from nas_kd.models.refit import layer_inputs, patch_rows
 from nas_kd.models.structure import Analysis, Block
 
 Scores = NDArray[np.float64]
-_ROWS = 16_384  # positions on which a layer's inputs are correlated
+_ROWS = 16_384  # positions on which a layer's inputs are correlated, at most
+_LEAST_ROWS, _ROWS_EACH = 4096, 6  # and at least, or for each unknown where that is more
 _RIDGE = 1e-3  # of the mean eigenvalue
+_STEPS = 48  # an elimination takes one in so many of the channels that are left at a time, one of fewer
 _CUT = 0.2  # of the channels; so many are eliminated before the matrices are made smaller
 _LARGEST = 1200  # unknowns of a layer for an elimination, which costs their cube
 
@@ -77,14 +79,15 @@ def reconstruction_importance(
     order = unit_importance(base, analysis)
     for block in analysis.blocks:
         if block.name in passages:
-            _rank_block(order, base, analysis, block, frames[block.name], passages[block.name])
+            rank_block(order, base, analysis, block, frames[block.name], passages[block.name])
     return order
 
 
-def _rank_block(
+@torch.no_grad()
+def rank_block(
     order: Scores, base: nn.Module, analysis: Analysis, block: Block, frame: Frame, passage: Passage
 ) -> None:
-    """Replaces the order of a block's own channels."""
+    """Replaces the order of a block's own channels as `reconstruction_importance` does."""
     readers, energies = [], np.zeros_like(order)
     for path in _dense_readers(base, analysis, frame):
         layer = base.get_submodule(path)
@@ -92,7 +95,8 @@ def _rank_block(
         labels = analysis.trace.axes[f"{path}.weight"][1]
         own = [segment for channels in block.channels for segment in channels.segments]
         if labels is not None and any(np.isin(segment, labels).any() for segment in own):
-            rows = patch_rows(layer, layer_inputs(frame.inside(base), layer, passage), _ROWS)
+            count = min(_ROWS, max(_LEAST_ROWS, _ROWS_EACH * layer.weight[0].numel()))
+            rows = patch_rows(layer, layer_inputs(frame.inside(base), layer, passage), count)
             if rows.shape[1] <= min(_LARGEST, len(rows)):
                 readers.append(_reader(layer, rows, labels))
             else:
@@ -150,16 +154,17 @@ def _reader(layer: nn.Conv2d | nn.Linear, rows: Tensor, labels: NDArray[np.int64
 
 
 def eliminate(readers: list[Reader], labels: NDArray[np.int64]) -> Scores:
-    """The step at which a backward elimination over `labels` drops each of them, the last ones being worth most.
+    """The place at which a backward elimination over `labels` drops each of them, the last ones being worth most.
 
-    Dropping the inputs c costs a layer W_c·((H⁻¹)_cc)⁻¹·W_cᵀ of squared error, H the covariance of its inputs; the
+    While many are left some go at a time, those that cost the least, before the others make up for them. Dropping the
+    inputs c costs a layer W_c·((H⁻¹)_cc)⁻¹·W_cᵀ of squared error, H the covariance of its inputs; the
     costs of several layers are added as shares of their energies. The readers are used up.
     """
     columns = [torch.stack([reader.columns(int(label)) for label in labels]) for reader in readers]
-    steps = np.zeros(len(labels))
+    places, done = np.zeros(len(labels)), 0
     left = np.arange(len(labels))  # what the rows of `columns` stand for
     gone = np.zeros(len(labels), dtype=bool)  # rows that were dropped and are not yet cut out
-    for step in range(len(labels)):
+    while done < len(labels):
         if gone.sum() > _CUT * len(gone):
             columns = [_cut_out(reader, own, gone) for reader, own in zip(readers, columns, strict=True)]
             left, gone = left[~gone], gone[~gone]
@@ -167,11 +172,13 @@ def eliminate(readers: list[Reader], labels: NDArray[np.int64]) -> Scores:
             (_drop_costs(reader, own) / reader.energy for reader, own in zip(readers, columns, strict=True)),
             torch.zeros(()),
         )
-        dropped = int(np.where(gone, np.inf, costs.double().cpu().numpy()).argmin())
-        steps[left[dropped]], gone[dropped] = step, True
+        order = np.argsort(np.where(gone, np.inf, costs.double().cpu().numpy()), kind="stable")
+        dropped = order[: max(1, (len(labels) - done) // _STEPS)]
+        places[left[dropped]], gone[dropped] = np.arange(done, done + len(dropped)), True
+        done += len(dropped)
         for reader, own in zip(readers, columns, strict=True):
-            _drop(reader, own[dropped])
-    return steps
+            _drop(reader, own[torch.from_numpy(dropped).to(own.device)].flatten())
+    return places
 
 
 def _cut_out(reader: Reader, columns: Tensor, gone: NDArray[np.bool_]) -> Tensor:
@@ -185,10 +192,11 @@ def _cut_out(reader: Reader, columns: Tensor, gone: NDArray[np.bool_]) -> Tensor
 
 def _drop_costs(reader: Reader, columns: Tensor) -> Tensor:
     """What dropping each of C labels costs (C), their columns C×t given."""
+    if columns.shape[1] == 1:
+        single = columns[:, 0]
+        return reader.weight.square().sum(0)[single] / reader.inverse.diagonal()[single].clamp_min(1e-30)
     blocks = reader.inverse[columns[:, :, None], columns[:, None, :]]  # C×t×t
     weights = reader.weight[:, columns].transpose(0, 1)  # C×O×t
-    if columns.shape[1] == 1:
-        return weights.square().sum((1, 2)) / blocks[:, 0, 0].clamp_min(1e-30)
     costs: Tensor = (weights @ torch.linalg.pinv(blocks, hermitian=True) * weights).sum((1, 2))
     return costs
 

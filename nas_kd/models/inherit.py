@@ -14,11 +14,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import Tensor, nn
 
 from nas_kd.genotype import Choice, group_count
+from nas_kd.models.assignment import deal
 from nas_kd.models.convs import ConvSpec, Shift2d
 from nas_kd.models.importance import unit_importance
 from nas_kd.models.labels import Axes, Labels
@@ -245,9 +245,7 @@ def assign_taps(energy: Tensor, shares: list[int]) -> Tensor:
 
     Returns the tap of each channel (C).
     """
-    taps = np.repeat(np.arange(len(shares)), shares)
-    slots, channels = linear_sum_assignment(-energy.detach().double().cpu().numpy()[:, taps].T)
-    return torch.from_numpy(taps[slots[np.argsort(channels)]]).to(energy.device)
+    return torch.from_numpy(deal(energy.detach().double().cpu().numpy(), shares)).to(energy.device)
 
 
 def shifted_weight(weight: Tensor, taps: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ Mask = NDArray[np.bool_]
 _LINEAR = (nn.Conv2d, Conv2dSame, nn.Linear)  # weight-standardised layers are no linear functions of their weights
 _ROWS = 6  # samples per unknown, at least
 _LEAST_ROWS = 4096
-_LARGEST = 2304  # unknowns of one output; beyond it the closed form stays (the Gram matrix costs their square)
+LARGEST = 2304  # unknowns of one output; beyond it the closed form stays (the Gram matrix costs their square)
 _RIDGE = 1e-3  # of the mean eigenvalue, towards the weights that are there
 _SCARCE = 0.02  # and more of it for as many unknowns as samples
 
@@ -58,7 +58,7 @@ def reference_of(base: nn.Module, analysis: Analysis, frame: Frame, passage: Pas
     with ExitStack() as stack:
         for path in _in_order(analysis, frame):
             module = base.get_submodule(path)
-            if type(module) in _LINEAR:
+            if type(module) in _LINEAR and not _is_depthwise(module):
                 stack.callback(module.register_forward_hook(keep(path)).remove)  # type: ignore[arg-type]
         run_frame(frame.inside(base), passage)
     return Reference(base=base, analysis=analysis, frame=frame, passage=passage, targets=found)
@@ -76,7 +76,7 @@ def refit(student: nn.Module, mask: Mask, reference: Reference) -> None:
     changed = frame.inside(student)
     for path in _in_order(analysis, frame):
         reader = _reader(student, base, analysis, path, mask)
-        if reader is None:
+        if reader is None or path not in reference.targets:
             continue
         target, labels = reference.targets[path], analysis.trace.axes[f"{path}.weight"][0]
         if labels is not None and not mask[labels].all():
@@ -90,6 +90,11 @@ def refit(student: nn.Module, mask: Mask, reference: Reference) -> None:
 def _in_order(analysis: Analysis, frame: Frame) -> list[str]:
     edited = set(frame.edited)
     return list(dict.fromkeys(call.module for call in analysis.trace.calls if call.module in edited))
+
+
+def _is_depthwise(layer: nn.Module) -> bool:
+    """Whether each output reads one input: dropped inputs are dropped outputs then, and a shift has nothing to fit."""
+    return isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.in_channels == layer.out_channels
 
 
 def _reader(
@@ -151,7 +156,7 @@ def fit_layer(layer: nn.Conv2d | nn.Linear, inputs: Tensor, target: Tensor, *, c
     """
     weight = layer.weight
     unknowns = weight[0].numel()
-    if unknowns > _LARGEST:
+    if unknowns > LARGEST:
         return
     rows, wanted = _rows(layer, inputs, target, max(_LEAST_ROWS, _ROWS * unknowns))
     means = rows.mean(0), wanted.mean(0)
@@ -194,7 +199,7 @@ def _rows(layer: nn.Conv2d | nn.Linear, inputs: Tensor, target: Tensor, count: i
     if isinstance(layer, nn.Linear):
         wanted = target.flatten(0, -2)
     else:
-        wanted = target[: _images(target, count)].flatten(2).transpose(1, 2).flatten(0, 1)
+        wanted = target[: _images(target, count)].permute(0, 2, 3, 1).flatten(0, 2)
     seen = patch_rows(layer, inputs, count)
     wanted = wanted[_spread(len(wanted), count, wanted.device)]
     depthwise = isinstance(layer, nn.Conv2d) and layer.groups > 1
@@ -206,11 +211,12 @@ def patch_rows(layer: nn.Conv2d | nn.Linear, inputs: Tensor, count: int) -> Tens
     if isinstance(layer, nn.Linear):
         rows = inputs.flatten(0, -2)
         return rows[_spread(len(rows), count, rows.device)]
-    with torch.no_grad():
-        patches = _patches(layer, inputs[:1])
-    images = min(len(inputs), _enough(patches.shape[-1], count))
-    rows = _patches(layer, inputs[:images]).transpose(1, 2).flatten(0, 1)
-    return rows[_spread(len(rows), count, rows.device)]
+    patches = _patches(layer, inputs)
+    height, width = patches.shape[2:4]
+    images = min(len(inputs), _enough(height * width, count))
+    chosen = _spread(images * height * width, count, inputs.device)
+    image, place = chosen // (height * width), chosen % (height * width)
+    return patches[image, :, place // width, place % width].flatten(1)
 
 
 def _images(target: Tensor, count: int) -> int:
@@ -231,15 +237,16 @@ def _spread(total: int, count: int, device: torch.device) -> Tensor:
 
 
 def _patches(layer: nn.Conv2d, inputs: Tensor) -> Tensor:
-    """What each output position sees: N×I·k²×L."""
-    kernel, stride, dilation = layer.kernel_size, layer.stride, layer.dilation
+    """What each output position sees: N×I×H×W×k×k, a view of the padded inputs."""
+    (rows, columns), stride, dilation = layer.kernel_size, layer.stride, layer.dilation
     if isinstance(layer, Conv2dSame):
         inputs = _padded_same(layer, inputs)
-        return F.unfold(inputs, kernel, dilation, 0, stride)
-    padding = (int(layer.padding[0]), int(layer.padding[1]))
-    if kernel == (1, 1) and padding == (0, 0):
-        return inputs[:, :, :: stride[0], :: stride[1]].flatten(2)
-    return F.unfold(inputs, kernel, dilation, padding, stride)
+    else:
+        below, beside = int(layer.padding[0]), int(layer.padding[1])
+        inputs = F.pad(inputs, (beside, beside, below, below)) if below or beside else inputs
+    seen = inputs.unfold(2, dilation[0] * (rows - 1) + 1, stride[0])
+    seen = seen.unfold(3, dilation[1] * (columns - 1) + 1, stride[1])
+    return seen[..., :: dilation[0], :: dilation[1]]
 
 
 def _padded_same(layer: Conv2dSame, inputs: Tensor) -> Tensor:

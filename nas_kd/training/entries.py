@@ -70,6 +70,11 @@ class EntryFile:
             return None
 
 
+def as_kept(tensors: Tensors) -> dict[str, Tensor]:
+    """Tensors as they are when they have been kept and read again."""
+    return {name: _whole(_halved(tensor.detach())) for name, tensor in tensors.items()}
+
+
 def _halved(tensor: Tensor) -> Tensor:
     """Weights as float16; vectors, such as variances, stay what they are."""
     fits = tensor.dtype == torch.float32 and tensor.ndim > 1 and tensor.abs().max() < _LARGEST

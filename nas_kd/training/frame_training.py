@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,18 +46,21 @@ def frame_error(got: Sequence[Tensor], wanted: Sequence[Tensor], scales: Sequenc
 
 
 @torch.no_grad()
-def run_in_parts(module: nn.Module, passage: Passage) -> tuple[Tensor, ...]:
-    """What a frame in eval mode writes for a passage."""
-    parts = [run_frame(module, passage[part]) for part in even_split(torch.arange(len(passage)), PART)]
+def run_in_parts(module: nn.Module, passage: Passage, at_once: int = PART) -> tuple[Tensor, ...]:
+    """What a frame in eval mode writes for a passage, `at_once` images at a time."""
+    parts = [run_frame(module, passage[part]) for part in torch.split(torch.arange(len(passage)), at_once)]
     return tuple(torch.cat(outputs) for outputs in zip(*parts, strict=True))
 
 
 @torch.no_grad()
-def recalibrate_frame(module: nn.Module, passage: Passage) -> None:
-    """Recomputes the running statistics of a frame's batch norms as averages over a passage; ends in eval mode."""
-    with averaging_statistics(module) as found:
+def recalibrate_frame(
+    module: nn.Module, passage: Passage, at_once: int = 128, *, spared: Collection[nn.Module] = ()
+) -> None:
+    """Recomputes the running statistics of a frame's batch norms but `spared` ones as averages over a passage; ends in
+    eval mode."""
+    with averaging_statistics(module, spared) as found:
         if found:
-            for part in even_split(torch.arange(len(passage)), 128):
+            for part in even_split(torch.arange(len(passage)), at_once):
                 run_frame(module, passage[part])
 
 

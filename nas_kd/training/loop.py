@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -259,11 +259,13 @@ def recalibrate(model: nn.Module, images: Images, *, batch_size: int = 128) -> N
 
 
 @contextmanager
-def averaging_statistics(model: nn.Module) -> Iterator[bool]:
-    """Inside the block every batch norm collects its mean and variance anew, as averages over the batches that pass;
-    the rest is in eval mode, and so is all of it afterwards. Gives whether there are any."""
+def averaging_statistics(model: nn.Module, spared: Collection[nn.Module] = ()) -> Iterator[bool]:
+    """Inside the block every batch norm that is not `spared` collects its mean and variance anew, as averages over the
+    batches that pass; the rest is in eval mode, and so is all of it afterwards. Gives whether there are any."""
     model.eval()
+    left_alone = {id(module) for module in spared}
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    norms = [norm for norm in norms if id(norm) not in left_alone]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
