@@ -21,14 +21,13 @@ from nas_kd.errors import ModelError
 from nas_kd.genotype import Choice, group_count
 from nas_kd.models.convs import ConvSpec, Pair, Shift2d
 from nas_kd.models.labels import FROZEN, Call, Labels, Split
-from nas_kd.models.memory import passage
 from nas_kd.models.plan import plan_of
 from nas_kd.models.structure import Analysis as Analysis
 from nas_kd.models.structure import Block as Block
 from nas_kd.models.structure import Channels as Channels
 from nas_kd.models.structure import Site as Site
 from nas_kd.models.structure import Widths, padding_for
-from nas_kd.models.trace import Trace, trace
+from nas_kd.models.trace import Trace, passage, trace
 from nas_kd.models.verify import verified
 
 WIDTHS = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)

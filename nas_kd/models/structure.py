@@ -142,33 +142,33 @@ class Widths:
     """How many of some channels each block's width narrows: an index over the `Channels` of all blocks."""
 
     def __init__(self, channels: Mapping[str, Sequence[Channels]], labels: int) -> None:
-        members = [(name, c, i) for name, own in channels.items() for c in own for i in range(len(c.segments))]
-        self._names = [name for name, _, _ in members]
-        self._members = members
-        self._segment = np.full(labels, len(members), dtype=np.int64)  # of each label; the last stands for none
-        for number, (_, member, index) in enumerate(members):
+        self._segments = [(name, c, i) for name, own in channels.items() for c in own for i in range(len(c.segments))]
+        self._segment = np.full(labels, len(self._segments), dtype=np.int64)  # of each label; the last stands for none
+        for number, (_, member, index) in enumerate(self._segments):
             self._segment[member.segments[index]] = number
 
+    def held(self, labels: Labels) -> list[tuple[int, int, int]]:
+        """Return (number of a segment, how many of `labels` are of it, its units) for every segment among them."""
+        counts = np.bincount(self._segment[labels], minlength=len(self._segments) + 1)[:-1]
+        numbers = np.flatnonzero(counts).tolist()
+        return [(n, int(counts[n]), len(self._segments[n][1].segments[self._segments[n][2]])) for n in numbers]
+
     def setters(self, labels: Labels) -> dict[str, int]:
-        """The blocks whose widths set how many of these channels stay, with how many each of them narrows."""
+        """Return the blocks whose widths set how many of these channels stay, with how many each of them narrows."""
         found: dict[str, int] = {}
-        for number, count in self._held(labels):
-            found[self._names[number]] = found.get(self._names[number], 0) + count
+        for number, count, _ in self.held(labels):
+            name = self._segments[number][0]
+            found[name] = found.get(name, 0) + count
         return found
 
     def kept(self, labels: Labels, block: str, width: float) -> int:
-        """How many of those channels among `labels` that `block` narrows stay at this width."""
+        """Count those channels among `labels` that `block` narrows and that stay at this width."""
         total = 0
-        for number, count in self._held(labels):
-            name, member, index = self._members[number]
+        for number, count, units in self.held(labels):
+            name, member, index = self._segments[number]
             if name == block:
-                total += count * member.kept(width)[index] // len(member.segments[index])
+                total += count * member.kept(width)[index] // units
         return total
-
-    def _held(self, labels: Labels) -> list[tuple[int, int]]:
-        """(segment, how many of `labels` are of it) for every segment among them."""
-        counts = np.bincount(self._segment[labels], minlength=len(self._members) + 1)[:-1]
-        return [(int(number), int(counts[number])) for number in np.flatnonzero(counts)]
 
 
 def padding_for(spec: ConvSpec, kernel_size: int) -> int:

@@ -11,20 +11,17 @@ import logging
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from nas_kd.budget import COUNTED, Cost
 from nas_kd.errors import ModelError
 from nas_kd.genotype import Choice, Genotype
 from nas_kd.models.costs import CostTable, cost_table
-from nas_kd.models.labels import tensors
-from nas_kd.models.schedule import Activations, bytes_of_weights
+from nas_kd.models.operator_hook import followed
+from nas_kd.models.schedule import bytes_of_weights
 from nas_kd.models.structure import Analysis, Block
 from nas_kd.models.student import build_student
 from nas_kd.models.trace import meta_image, without_storage
@@ -44,35 +41,14 @@ def measure(network: nn.Module, input_size: Sequence[int]) -> Cost:
 
 def _measured(meta: nn.Module, input_size: Sequence[int]) -> tuple[Cost, list[torch.Size]]:
     """The cost of a network that is on the meta device, and the shapes of its outputs."""
-    counter, image = _Counter(), meta_image(meta, input_size)
-    counter.activations.begin(image)
-    with torch.no_grad(), counter:
-        outputs = list(tensors(meta(image)))
+    run = followed(meta, meta_image(meta, input_size))
     cost = Cost(
         params=sum(parameter.numel() for parameter in meta.parameters()),
-        macs=counter.flops // 2,
+        macs=run.flops // 2,
         size=bytes_of_weights(meta),
-        peak_memory=counter.activations.peak(outputs),
+        peak_memory=run.activations.peak(run.outputs),
     )
-    return cost, [output.shape for output in outputs]
-
-
-class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up torch's flop formulas (`FlopCounterMode` does the same and also keeps a tree of modules) and follows
-    the activations."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.flops = 0
-        self.activations = Activations()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.flops += formula(*args, **(kwargs or {}), out_val=output)
-        self.activations.record("", tensors([*args, kwargs or {}]), tensors(output))
-        return output
+    return cost, [output.shape for output in run.outputs]
 
 
 def verified(analysis: Analysis, network: nn.Module) -> Analysis:
