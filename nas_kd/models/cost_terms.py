@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from nas_kd.genotype import group_count
 from nas_kd.models.labels import Labels
@@ -21,6 +22,7 @@ from nas_kd.models.structure import Analysis, Site, Widths, is_replaced
 SUMS = ("params", "macs", "size")  # the counted costs that are sums; `peak_memory` is a maximum
 _ORDER_BYTES = 8  # a shift saves for each channel which one it is
 
+_Amount = tuple[str, str, Polynomial[int]]  # its kind, the module or tensor that it is of, and how much
 _Terms = dict[tuple[str, ...], int]
 _Sites = Mapping[str, tuple[int, Site]]  # by module: the position of its block, and the site
 
@@ -30,7 +32,7 @@ class Counts:
     segment, in the order of `channel_cost.segments_of`; `keeps` and `drops` are 1 where a block is kept, or is not."""
 
     def __init__(self, analysis: Analysis) -> None:
-        self.variables = Variables()
+        self.variables, self._axes = Variables(), analysis.trace.axes
         self._widths = Widths({block.name: block.channels for block in analysis.blocks}, analysis.trace.labels)
         self._counted: dict[bytes, Polynomial[int]] = {}
         for index, block in enumerate(analysis.blocks):
@@ -46,18 +48,16 @@ class Counts:
         """Return how many channels of a dimension stay."""
         key = labels.tobytes()
         if key not in self._counted:
-            terms, constant = [], len(labels)
-            for number, held, units in self._widths.held(labels):
-                constant -= held
-                terms.append(self._share(number, held, units))
-            self._counted[key] = Polynomial.sum(terms) + constant
+            held = self._widths.held(labels)
+            parts = [self._share(*of_segment) for of_segment in held]
+            self._counted[key] = Polynomial.sum(parts) + (len(labels) - sum(entries for _, entries, _ in held))
         return self._counted[key]
 
-    def _share(self, number: int, held: int, units: int) -> Polynomial[int]:
-        """What is kept of a dimension that holds `held` entries of a segment's `units`."""
-        if held % units == 0:
-            return Polynomial({(number,): held // units})
-        values = self.variables.values[number] * held // units  # an activation may repeat some of the units
+    def _share(self, number: int, entries: int, units: int) -> Polynomial[int]:
+        """What stays of a dimension's entries that are of a segment of so many units."""
+        if entries % units == 0:
+            return Polynomial({(number,): entries // units})
+        values = self.variables.values[number] * entries // units  # an activation may repeat some of the units
         return self.variables.of(self.variables.owners[number], values.tolist())
 
     def group(self, labels: Labels, groups: int) -> Polynomial[int]:
@@ -66,10 +66,15 @@ class Counts:
         parts = (self.variables.of(block, (vector // groups).tolist()) for block, vector in whole.single.items())
         return Polynomial.sum(parts) + whole.constant // groups
 
-    def product(self, axes: Sequence[Labels | None], lengths: Sequence[int]) -> Polynomial[int]:
-        """Return the number of entries of a tensor with these dimensions."""
-        plain = math.prod(length for labels, length in zip(axes, lengths, strict=True) if labels is None)
-        return math.prod((self.count(labels) for labels in axes if labels is not None), start=Polynomial({(): plain}))
+    def product(self, axes: Iterable[Labels]) -> Polynomial[int]:
+        """Return the product of the lengths of labelled dimensions."""
+        return math.prod(map(self.count, axes), start=Polynomial({(): 1}))
+
+    def entries(self, name: str, tensor: Tensor) -> Polynomial[int]:
+        """Return the number of entries of the parameter or buffer of this name."""
+        axes = self._axes.get(name, (None,) * tensor.ndim)
+        plain = math.prod(length for labels, length in zip(axes, tensor.shape, strict=True) if labels is None)
+        return plain * self.product(labels for labels in axes if labels is not None)
 
     def around(self, path: str) -> int | None:
         """Return the position of the block around a module or tensor that may be dropped."""
@@ -84,60 +89,66 @@ class Counts:
 def cost_polynomials(analysis: Analysis, network: nn.Module, counts: Counts) -> dict[str, Polynomial[int]]:
     """Return each of `SUMS` for the students of an analysed base."""
     sites = {site.module: (index, site) for index, block in enumerate(analysis.blocks) for site in block.sites}
-    costs = [*_site_costs(analysis, sites, counts)]
-    params, macs, orders = (Polynomial.sum(column) for column in (zip(*costs, strict=True) if costs else [()] * 3))
-    params += Polynomial.sum(_parameters(analysis, network, counts, sites))
-    macs += Polynomial.sum(_products(analysis, counts, sites))
-    buffers = Polynomial.sum(_buffers(analysis, network, counts))
-    return {"params": params, "macs": macs, "size": FLOAT_BYTES * params + buffers + orders}
+    amounts: defaultdict[str, list[Polynomial[int]]] = defaultdict(list)
+    for kind, path, amount in (
+        *_of_sites(analysis, sites, counts),
+        *_of_parameters(analysis, network, sites, counts),
+        *_of_calls(analysis, sites, counts),
+        *_of_buffers(network, counts),
+    ):
+        amounts[kind].append(counts.kept(path, amount))
+    sums = {kind: Polynomial.sum(amounts[kind]) for kind in SUMS}
+    return {**sums, "size": sums["size"] + FLOAT_BYTES * sums["params"]}
 
 
-def _site_costs(analysis: Analysis, sites: _Sites, counts: Counts) -> Iterator[tuple[Polynomial[int], ...]]:
+def _of_sites(analysis: Analysis, sites: _Sites, counts: Counts) -> Iterator[_Amount]:
     """Yield params (bias apart), MACs and the bytes of saved orders of each convolution that its block chooses."""
-    for index, site in sites.values():
-        choices = analysis.blocks[index].choices
+    for path, (index, site) in sites.items():
+        choices, channelwise = analysis.blocks[index].choices, site.spec.channelwise
         values = {"inputs": counts.count(site.inputs), "outputs": counts.count(site.outputs)}
-        for groups in filter(None, (group_count(conv) for conv in analysis.blocks[index].convs)):
+        for groups in filter(None, map(group_count, analysis.blocks[index].convs)):
             values[f"inputs/{groups}"] = counts.group(site.inputs, groups)
-        costs = []
-        for choice in choices:
-            kind = "shift" if choice.conv == "shift" else "depthwise" if site.spec.channelwise else choice.conv
-            size = choice.kernel_size or site.spec.kernel_size
-            weights = conv_cost(kind or "standard", size, site.positions, channelwise=site.spec.channelwise)
-            costs.append((*weights, Polynomial({("inputs",): _ORDER_BYTES} if kind == "shift" else {})))
-        amounts = (counts.variables.chosen(index, options, values) for options in zip(*costs, strict=True))
-        yield tuple(counts.kept(site.module, amount) for amount in amounts)
+        costs = [
+            conv_cost(
+                "depthwise" if channelwise and choice.conv != "shift" else choice.conv or "standard",
+                choice.kernel_size or site.spec.kernel_size,
+                site.positions,
+                channelwise=channelwise,
+            )
+            for choice in choices
+        ]
+        orders = [Polynomial({("inputs",): _ORDER_BYTES} if choice.conv == "shift" else {}) for choice in choices]
+        for kind, options in zip(SUMS, (*zip(*costs, strict=True), orders), strict=True):
+            yield kind, path, counts.variables.chosen(index, options, values)
 
 
-def _parameters(analysis: Analysis, network: nn.Module, counts: Counts, sites: _Sites) -> Iterator[Polynomial[int]]:
+def _of_parameters(analysis: Analysis, network: nn.Module, sites: _Sites, counts: Counts) -> Iterator[_Amount]:
     """Yield the length of every parameter but the weights of sites."""
     for name, parameter in network.named_parameters():
         module, _, tensor = name.rpartition(".")
         if module in sites and tensor == "weight":
             continue
-        axes = analysis.trace.axes.get(name, (None,) * parameter.ndim)
-        length = counts.product(axes, parameter.shape)
+        length = counts.entries(name, parameter)
         if module in sites and tensor != "bias":  # the gain of a weight-standardised convolution goes with it
             index, site = sites[module]
             own = (not is_replaced(site, choice) for choice in analysis.blocks[index].choices)
             length *= counts.variables.of(index, own)
-        yield counts.kept(name, length)
+        yield "params", name, length
 
 
-def _products(analysis: Analysis, counts: Counts, sites: _Sites) -> Iterator[Polynomial[int]]:
+def _of_calls(analysis: Analysis, sites: _Sites, counts: Counts) -> Iterator[_Amount]:
     """Yield the MACs of every call but those of sites."""
     for call in analysis.trace.calls:
         if call.module not in sites:
-            yield counts.kept(call.module, counts.product((*call.axes, None), (*map(len, call.axes), call.factor)))
+            yield "macs", call.module, call.factor * counts.product(call.axes)
 
 
-def _buffers(analysis: Analysis, network: nn.Module, counts: Counts) -> Iterator[Polynomial[int]]:
+def _of_buffers(network: nn.Module, counts: Counts) -> Iterator[_Amount]:
     """Yield the bytes of every saved buffer."""
     saved = network.state_dict().keys()
     for name, buffer in network.named_buffers():
         if name in saved:
-            axes = analysis.trace.axes.get(name, (None,) * buffer.ndim)
-            yield counts.kept(name, bytes_of(buffer) * counts.product(axes, buffer.shape))
+            yield "size", name, bytes_of(buffer) * counts.entries(name, buffer)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -145,7 +145,7 @@ class _Rows:
         """What a tensor adds to those alive; when the block that makes it is dropped, that is what the block reads,
         which adds nothing when it is alive anyway."""
         stored = self.trace.stored[number]
-        length = self.counts.product((*stored.axes, None), (*map(len, stored.axes), stored.factor))
+        length = stored.factor * self.counts.product(stored.axes)
         if number not in self._sources:
             return length
         block, source = self._sources[number]
