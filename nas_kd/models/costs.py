@@ -1,8 +1,7 @@
 """Exact costs in closed form, from tables made once per base.
 
-The number of channels that a tensor keeps is a constant plus one number per block that narrows it, so the product of
-two such numbers, a convolution's weights, is a sum over blocks and over pairs of blocks. One table per block and one
-per pair where the width of one is an input width of another give the cost of any genotype by looking up and adding.
+The polynomials of `cost_terms` multiply the choices of two blocks at most. One table per block and one per pair where
+the width of one is an input width of another give the cost of any genotype by looking up and adding.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class CostTable:
         return (*COUNTED, LATENCY) if LATENCY in self.single else COUNTED
 
     def with_latency(self, constant: int, single: Sequence[Vector]) -> CostTable:
-        """This table with a latency (nanoseconds): a constant plus a number per choice of each block."""
+        """Add a latency (nanoseconds) to this table: a constant plus a number per choice of each block."""
         return replace(
             self,
             constants={**self.constants, LATENCY: constant},
@@ -51,25 +50,25 @@ class CostTable:
         )
 
     def indices(self, genotype: Mapping[str, Choice]) -> Vector:
-        """The position of each block's choice: one row for `many`."""
+        """Return the position of each block's choice: one row for `many`."""
         return np.array([block.choices.index(genotype[block.name]) for block in self.blocks], dtype=np.int64)
 
     def genotype(self, indices: Sequence[int] | Vector) -> Genotype:
-        """The genotype of a row of positions; the inverse of `indices`."""
+        """Return the genotype of a row of positions; the inverse of `indices`."""
         chosen = zip(self.blocks, indices, strict=True)
         return Genotype.of({block.name: block.choices[index] for block, index in chosen})
 
     def cost(self, genotype: Mapping[str, Choice]) -> Cost:
-        """The cost of one genotype, equal to the unit to what the built student counts; a latency is expected."""
+        """Return the cost of one genotype, equal to what the built student counts; a latency is expected."""
         totals = self.many(self.indices(genotype)[None])
         return Cost(**{kind: int(total[0]) for kind, total in totals.items()})
 
     def many(self, indices: Vector, kinds: Iterable[str] | None = None) -> dict[str, Vector]:
-        """The costs of N genotypes, given as N × blocks positions: per kind, by default all, an array of N."""
+        """Return the costs of N genotypes, given as N × blocks positions: per kind, by default all, an array of N."""
         return {kind: self._total(kind, indices) for kind in (self.kinds if kinds is None else kinds)}
 
     def priced(self, indices: Vector, kinds: Sequence[str]) -> NDArray[np.float64]:
-        """The costs of N genotypes (N × blocks positions) as N × kinds."""
+        """Return the costs of N genotypes (N × blocks positions) as N × kinds."""
         totals = self.many(indices, kinds)
         return np.stack([totals[kind] for kind in kinds], axis=1).astype(np.float64)
 
@@ -84,11 +83,11 @@ class CostTable:
         return np.maximum(total, 1) if kind == LATENCY else total  # a sum of differences may be none
 
     def base(self) -> Cost:
-        """The cost of the base itself."""
+        """Return the cost of the base itself."""
         return self.cost({block.name: block.default for block in self.blocks})
 
     def cheapest(self, kind: str) -> Genotype:
-        """The genotype of the smallest reachable cost of this kind.
+        """Return the genotype of the smallest reachable cost of this kind.
 
         Every cost grows with every width, and at given widths each block's kernel and kind count for themselves, so
         the narrowest choice of each block that is cheapest beside the narrowest others is the cheapest of all. Of a
@@ -97,7 +96,7 @@ class CostTable:
         """
         if kind == LATENCY:
             return self.genotype([int(vector.argmin()) for vector in self.single[kind]])
-        narrowest = [min(range(len(b.choices)), key=lambda i, b=b: b.choices[i].width) for b in self.blocks]  # type: ignore[misc]
+        narrowest = [block.narrowest for block in self.blocks]
         chosen = list(narrowest)
         for column, block in enumerate(self.blocks):
             rows = np.tile(np.array(narrowest), (len(block.choices), 1))
@@ -107,7 +106,7 @@ class CostTable:
         return self.genotype(chosen)
 
     def _own_peak(self, column: int, rows: Vector) -> Vector:
-        """The peak of a block's own moments for each of its choices; wider ones than the narrowest are out."""
+        """Return the peak of a block's own moments for each of its choices; wider ones than the narrowest are out."""
         choices = self.blocks[column].choices
         least = min(choice.width for choice in choices)
         totals = self.memory.many(rows, owner=column)
@@ -116,7 +115,7 @@ class CostTable:
 
 
 def is_sum(kind: str) -> bool:
-    """Whether a kind of cost is a sum over blocks and pairs of blocks."""
+    """Say whether a kind of cost is a sum over blocks and pairs of blocks."""
     return kind != "peak_memory"
 
 

@@ -1,7 +1,7 @@
 """The cost `peak_memory` in closed form: a maximum over moments of sums of lengths.
 
-At each moment of the forward pass (see `schedule`) some tensors are alive. The length of each is a constant plus a
-number per block that narrows it, so what is alive is a sum over blocks, and the peak is the largest of these sums.
+At each moment of the forward pass (see `schedule`) some tensors are alive. The length of each is a polynomial of what
+blocks keep (see `cost_terms`), so is what is alive, and the peak is the largest of these.
 Only few moments can be the largest; those that depend on the same blocks become one table. A cheap convolution has
 moments of its own, which are read off a run of that very module between few channels. A dropped block has none, and
 what it would have made is what it would have read.
@@ -43,7 +43,7 @@ class Part:
     table: Vector
 
     def at(self, indices: Vector) -> Vector:
-        """The largest amount for each row of N × blocks positions (N)."""
+        """Return the largest amount for each row of N × blocks positions (N)."""
         values: Vector = self.table[tuple(indices[:, block] for block in self.blocks)]
         return np.broadcast_to(values, len(indices))
 
@@ -57,7 +57,7 @@ class MemoryTable:
     sums: tuple[tuple[int | None, ByChoices], ...]
 
     def many(self, indices: Vector, owner: int | None = None) -> Vector:
-        """The peak (bytes) for each row of N × blocks positions; with `owner` that of its own moments alone."""
+        """Return the peak (bytes) for each row of N × blocks positions; with `owner` that of its own moments alone."""
         peak = np.zeros(len(indices), dtype=np.int64)
         for part in self.parts:
             if owner is None or part.owner == owner:
@@ -119,7 +119,7 @@ class _Rows:
             yield None, self.counts.kept(module, self._sum(alive))
 
     def _add_if_largest(self, rows: list[tuple[frozenset[int], str]], row: tuple[frozenset[int], str]) -> None:
-        """Adds a moment unless the one before holds as much; takes that one's place when it holds more."""
+        """Add a moment unless the one before holds as much; it takes that one's place when it holds more."""
         if rows and self.counts.around(rows[-1][1]) == self.counts.around(row[1]):
             if row[0] <= rows[-1][0]:
                 return
@@ -142,8 +142,8 @@ class _Rows:
         return Polynomial.sum(self._bytes(number, alive) for number in sorted(alive))
 
     def _bytes(self, number: int, alive: frozenset[int]) -> Polynomial[int]:
-        """What a tensor adds to those alive; when the block that makes it is dropped, that is what the block reads,
-        which adds nothing when it is alive anyway."""
+        """Return what a tensor adds to those alive; when the block that makes it is dropped, that is what the block
+        reads, which adds nothing when it is alive anyway."""
         stored = self.trace.stored[number]
         length = stored.factor * self.counts.product(stored.axes)
         if number not in self._sources:
@@ -158,8 +158,8 @@ class _Rows:
     def _site_rows(
         self, index: int, site: Site, span: tuple[int, int], alive: frozenset[int]
     ) -> list[Polynomial[int]] | None:
-        """What is alive while the convolution at `site` runs, for whatever its block makes of it; None where it does
-        not simply read one tensor and make another."""
+        """Return what is alive while the convolution at `site` runs, for whatever its block makes of it; None where it
+        does not simply read one tensor and make another."""
         through = passage(self.trace, site.module)
         if through is None:
             return None
@@ -173,8 +173,8 @@ class _Rows:
         kinds = {(choice.kernel_size, choice.conv): choice for choice in choices}
         steps = {kind: _steps(*_probe(site, choice), (batch, *size)) for kind, choice in kinds.items()}
         nothing: Polynomial[str] = Polynomial()
-        moments_ = itertools.zip_longest(*(steps[c.kernel_size, c.conv] for c in choices), fillvalue=nothing)
-        return [others + self.counts.variables.chosen(index, options, values) for options in moments_]
+        of_choices = itertools.zip_longest(*(steps[c.kernel_size, c.conv] for c in choices), fillvalue=nothing)
+        return [others + self.counts.variables.chosen(index, options, values) for options in of_choices]
 
 
 # the moments of one convolution
@@ -184,7 +184,7 @@ _INPUTS, _OUTPUTS = 8, 12  # channels of a trial run: enough for four groups, an
 
 
 def _probe(site: Site, choice: Any) -> tuple[ConvSpec, bool]:
-    """The convolution that `choice` makes of `site`, between few channels, and whether it is a cheap one."""
+    """Return the convolution that `choice` makes of `site`, between few channels, and whether it is a cheap one."""
     outputs = _INPUTS if site.spec.channelwise else _OUTPUTS
     return replaced(site, choice, _INPUTS, outputs), is_replaced(site, choice)
 
@@ -228,7 +228,7 @@ def _largest(steps: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]
 
 
 def _plain(spec: ConvSpec) -> nn.Module:
-    """The base's own kind of convolution."""
+    """Build the base's own kind of convolution."""
     groups = spec.in_channels if spec.channelwise else 1
     kind, padding = (Conv2dSame, 0) if spec.padding == "same" else (nn.Conv2d, int(spec.padding))
     conv: nn.Module = kind(

@@ -43,7 +43,7 @@ class Channels:
     size: int
 
     def kept(self, width: float) -> tuple[int, ...]:
-        """How many units of each segment stay at this width: rounded to `ROUND_TO` channels where there are many."""
+        """Count the units of each segment that stay at this width: of many, a multiple of `ROUND_TO` channels."""
         return tuple(_kept(len(segment), self.size, width) for segment in self.segments)
 
 
@@ -67,6 +67,12 @@ class Block:
     @property
     def default(self) -> Choice:
         return self.choices[0]
+
+    @property
+    def narrowest(self) -> int:
+        """The position of the first choice of the smallest width."""
+        widths = [choice.width for choice in self.choices]
+        return widths.index(min(widths))
 
     @property
     def is_stream(self) -> bool:
@@ -97,7 +103,7 @@ class Analysis:
     left_alone: tuple[tuple[str, str], ...]
 
     def block(self, name: str) -> Block:
-        """The block of this name. Raises GenotypeError, with the nearest known name, when there is none."""
+        """Return the block of this name. Raises GenotypeError, with the nearest known name, when there is none."""
         for block in self.blocks:
             if block.name == name:
                 return block
@@ -110,7 +116,7 @@ class Analysis:
         return Genotype.of({block.name: block.default for block in self.blocks})
 
     def check(self, genotype: Mapping[str, Choice]) -> None:
-        """Raises GenotypeError unless `genotype` gives each block one of its choices."""
+        """Raise GenotypeError unless `genotype` gives each block one of its choices."""
         for name in genotype:
             self.block(name)
         for block in self.blocks:
@@ -121,7 +127,7 @@ class Analysis:
                 raise GenotypeError(f"{genotype[block.name]} is not open to block {block.name!r}: it offers {open_}")
 
     def keep_mask(self, genotype: Mapping[str, Choice], order: NDArray[np.float64] | None = None) -> NDArray[np.bool_]:
-        """For each label, whether its channels stay. Of each segment the units highest in `order` stay (by label),
+        """Say for each label whether its channels stay. Of each segment the units highest in `order` (by label) stay,
         without it the first ones."""
         mask = np.ones(self.labels, dtype=bool)
         for block in self.blocks:
@@ -172,12 +178,12 @@ class Widths:
 
 
 def padding_for(spec: ConvSpec, kernel_size: int) -> int:
-    """The padding in pixels that keeps the output's size when `spec` gets another kernel size."""
+    """Return the padding in pixels that keeps the output's size when `spec` gets another kernel size."""
     return int(spec.padding) + spec.dilation * (kernel_size - spec.kernel_size) // 2
 
 
 def replaced(site: Site, choice: Choice, in_channels: int, out_channels: int) -> ConvSpec:
-    """What `choice` makes of the convolution at `site`, between these numbers of channels."""
+    """Return what `choice` makes of the convolution at `site`, between these numbers of channels."""
     kernel = choice.kernel_size or site.spec.kernel_size
     padding = site.spec.padding if site.spec.padding == "same" else padding_for(site.spec, kernel)
     kind = choice.conv or "standard"
@@ -192,5 +198,5 @@ def replaced(site: Site, choice: Choice, in_channels: int, out_channels: int) ->
 
 
 def is_replaced(site: Site, choice: Choice) -> bool:
-    """Whether `choice` puts another kind of convolution at `site` (rather than the base's, perhaps resized)."""
+    """Say whether `choice` puts another kind of convolution at `site` (not the base's, perhaps resized)."""
     return choice.conv == "shift" if site.spec.channelwise else choice.conv not in (None, "standard")

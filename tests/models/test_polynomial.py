@@ -115,7 +115,7 @@ def test_nothing_is_beyond_the_bounds(polynomial: Polynomial[int], drawn: tuple[
 def test_a_choice_takes_one_of_the_options() -> None:
     variables = Variables()
     width = variables.add(0, [8, 4])
-    options = [Polynomial({("inputs", "inputs"): 9, ("inputs",): 2}), Polynomial[str](), Polynomial({("inputs",): 2})]
+    options = [Polynomial({("inputs", "inputs"): 9, ("inputs",): 2}), Polynomial({}), Polynomial({("inputs",): 2})]
     chosen = variables.by_choices(variables.chosen(1, options, {"inputs": width}))
     table = [[9 * 64 + 16, 0, 16], [9 * 16 + 8, 0, 8]]
     assert chosen.table((0, 1), (2, 3)).tolist() == table
