@@ -1,4 +1,4 @@
-"""What each ATen operator does to the labels of channels: pass them on, tie them, or freeze them.
+"""Rules of what each ATen operator does to the labels of channels: pass them on, tie them, or freeze them.
 
 Convolutional networks use some forty operators; whatever is not listed in `_GROUPS` freezes what goes through it.
 """
@@ -18,7 +18,7 @@ from nas_kd.models.shape_operators import SHAPE_RULES, Rule, broadcast
 FEWEST_GROUPS = 3  # a convolution in fewer is thinned out inside its groups: whole ones would leave half or nothing
 
 
-def pointwise(labelling: Labelling, arguments: dict[str, Any], output: Any) -> None:
+def _pointwise(labelling: Labelling, arguments: dict[str, Any], output: Any) -> None:
     """Any elementwise operator: dimensions that meet are tied."""
     inputs = list(tensors(list(arguments.values())))
     for out in tensors(output):
@@ -27,7 +27,7 @@ def pointwise(labelling: Labelling, arguments: dict[str, Any], output: Any) -> N
 
 def _add(labelling: Labelling, arguments: dict[str, Any], output: Any) -> None:
     labelling.added(list(tensors([arguments["self"], arguments["other"]])))
-    pointwise(labelling, arguments, output)
+    _pointwise(labelling, arguments, output)
 
 
 def _same(labelling: Labelling, arguments: dict[str, Any], output: Any) -> None:
@@ -77,7 +77,7 @@ def _convolution(labelling: Labelling, arguments: dict[str, Any], output: Tensor
 
 
 def _tie_groups(labelling: Labelling, inputs: Labels | None, outputs: Labels | None, groups: int) -> None:
-    """A convolution in many groups loses whole ones: all channels that a group reads and writes are one unit."""
+    """Make all channels that a group reads and writes one unit: a convolution in many groups loses whole ones."""
     if inputs is None or outputs is None:
         labelling.freeze((inputs, outputs))
         return
@@ -86,14 +86,15 @@ def _tie_groups(labelling: Labelling, inputs: Labels | None, outputs: Labels | N
 
 
 def _thin_groups(labelling: Labelling, inputs: Labels, outputs: Labels, groups: int) -> Labels:
-    """A convolution in few groups keeps them all, and each of them loses the same channels. Gives those it reads."""
+    """Tie the channels of few groups, which all stay and lose the same ones each; return those that a filter reads."""
     for channels in (inputs, outputs):
         labelling.tie(channels, np.tile(channels[: len(channels) // groups], groups))
     return inputs[: len(inputs) // groups]
 
 
-def _matmul(labelling: Labelling, a: Tensor, b: Tensor, output: Tensor) -> None:
-    """A product … N×K by … K×M; leading dimensions are a batch that both share."""
+def _matmul(labelling: Labelling, arguments: dict[str, Any], output: Tensor) -> None:
+    """A product … N×K by … K×M, perhaps added to something; leading dimensions are a batch that both share."""
+    *added, a, b = tensors(list(arguments.values()))
     axes_a, axes_b = labelling.get(a), labelling.get(b)
     labelling.tie(axes_a[-1], axes_b[-2])
     batch = broadcast(labelling, [_leading(labelling, a), _leading(labelling, b)], output.shape[:-2])
@@ -103,27 +104,15 @@ def _matmul(labelling: Labelling, a: Tensor, b: Tensor, output: Tensor) -> None:
     # the labels that a narrower network has fewer of come last in `dims`: keep those two when there are three
     dims.sort(key=lambda dim: dim[1] is None)
     labelling.call("matmul", dims, groups=1, inputs=axes_a[-1], outputs=axes_b[-1])
+    if added:
+        labelling.set(output, broadcast(labelling, [output, *added], output.shape))
 
 
 def _leading(labelling: Labelling, tensor: Tensor) -> Tensor:
-    """A stand-in with the batch dimensions of `tensor` alone, labels included."""
+    """Return a stand-in with the batch dimensions of `tensor` alone, labels included."""
     lead = torch.empty(tensor.shape[:-2], device="meta")
     labelling.set(lead, labelling.get(tensor)[:-2])
     return lead
-
-
-def _mm(labelling: Labelling, arguments: dict[str, Any], output: Tensor) -> None:
-    _matmul(labelling, arguments["self"], arguments["mat2"], output)
-
-
-def _addmm(labelling: Labelling, arguments: dict[str, Any], output: Tensor) -> None:
-    _matmul(labelling, arguments["mat1"], arguments["mat2"], output)
-    labelling.set(output, broadcast(labelling, [output, arguments["self"]], output.shape))
-
-
-def _baddbmm(labelling: Labelling, arguments: dict[str, Any], output: Tensor) -> None:
-    _matmul(labelling, arguments["batch1"], arguments["batch2"], output)
-    labelling.set(output, broadcast(labelling, [output, arguments["self"]], output.shape))
 
 
 def _batch_norm(labelling: Labelling, arguments: dict[str, Any], output: Any) -> None:
@@ -179,15 +168,13 @@ def _reduce(labelling: Labelling, arguments: dict[str, Any], output: Any) -> Non
 _GROUPS: tuple[tuple[Rule, str], ...] = (
     *SHAPE_RULES,
     (_convolution, "convolution"),
-    (_mm, "mm bmm"),
-    (_addmm, "addmm"),
-    (_baddbmm, "baddbmm"),
+    (_matmul, "mm bmm addmm baddbmm"),
     (_batch_norm, "native_batch_norm cudnn_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training"),
     (_layer_norm, "native_layer_norm"),
     (_group_norm, "native_group_norm"),
     (_reduce, "mean sum amax amin max min var std var_mean std_mean norm linalg_vector_norm prod argmax logsumexp"),
     (_add, "add"),
-    (pointwise, "where masked_fill sub mul div hardswish hardsigmoid hardtanh relu6 prelu _prelu_kernel"),
+    (_pointwise, "where masked_fill sub mul div hardswish hardsigmoid hardtanh relu6 prelu _prelu_kernel"),
     (_same, "clone detach alias contiguous _to_copy lift_fresh _softmax _log_softmax native_dropout dropout"),
     (
         _spatial,
@@ -203,4 +190,4 @@ def rule_of(operator: Any) -> Rule | None:
     """Return the rule of an ATen operator, in place or not; None where it has none."""
     name = operator._schema.name.removeprefix("aten::")
     rule = _RULES.get(name) or _RULES.get(name.removesuffix("_"))
-    return pointwise if rule is None and torch.Tag.pointwise in operator.tags else rule
+    return _pointwise if rule is None and torch.Tag.pointwise in operator.tags else rule

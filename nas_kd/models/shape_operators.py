@@ -52,7 +52,7 @@ def _view(labelling: Labelling, arguments: dict[str, Any], output: Tensor) -> No
 
 
 def _matching(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
-    """Runs of dimensions of equal product, length-1 dimensions left out: (2, 6, 1) and (2, 3, 2) → 0:0 and 1:1,2."""
+    """Yield runs of dimensions of equal product, without those of length 1: (2, 6, 1) and (2, 3, 2) → 0:0 and 1:1,2."""
     left = [dim for dim, size in enumerate(old) if size != 1]
     right = [dim for dim, size in enumerate(new) if size != 1]
     while left and right:
@@ -65,7 +65,7 @@ def _matching(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[list[int
 def _regroup(
     labelling: Labelling, labels: Sequence[Labels | None], old: Sequence[int], new: Sequence[int]
 ) -> list[Labels | None]:
-    """Labels of dimensions `new` made from the dimensions `old` of the same product."""
+    """Return the labels of dimensions `new` made from the dimensions `old` of the same product."""
     if len(old) == len(new) == 1:
         return [labels[0]]
     if all(axis is None for axis in labels):
@@ -84,7 +84,7 @@ def _regroup(
 
 
 def _unmerge(labelling: Labelling, labels: Labels, new: Sequence[int]) -> list[Labels | None]:
-    """Splits one labelled dimension: one of the new ones carries the labels, the others keep their length.
+    """Split one labelled dimension: one of the new ones carries the labels, the others keep their length.
 
     The carrier is one along which nothing more needs to be tied, or else the last: r·C → r×C ties the r copies.
     """
