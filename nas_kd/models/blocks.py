@@ -21,7 +21,6 @@ from nas_kd.errors import ModelError
 from nas_kd.genotype import Choice, group_count
 from nas_kd.models.convs import ConvSpec, Pair, Shift2d
 from nas_kd.models.labels import FROZEN, Call, Labels, Split
-from nas_kd.models.memory import passage
 from nas_kd.models.plain import check_plain, unwrapped
 from nas_kd.models.plan import plan_of
 from nas_kd.models.structure import Analysis as Analysis
@@ -29,7 +28,7 @@ from nas_kd.models.structure import Block as Block
 from nas_kd.models.structure import Channels as Channels
 from nas_kd.models.structure import Site as Site
 from nas_kd.models.structure import Widths, padding_for
-from nas_kd.models.trace import Trace, trace
+from nas_kd.models.trace import Trace, passage, trace
 from nas_kd.models.verify import verified
 
 WIDTHS = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)
@@ -71,18 +70,20 @@ def analyse(
 
 
 def _check_searchable(network: nn.Module, name: str, open: Collection[str]) -> None:
-    """Raises ModelError for what can be refused before the network runs."""
+    """Raise ModelError for what can be refused before the network runs."""
     if unknown := set(open) - {*ASPECTS, "stages", "keep"}:
         raise ModelError(f"cannot open {', '.join(sorted(unknown))}: use {', '.join((*ASPECTS, 'stages', 'keep'))}")
     check_plain(network, name)
-    if not any(isinstance(module, nn.Conv2d) and _looks_around(module) for module in network.modules()):
+    convs = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    # neighbouring outputs see common pixels: not so in a 1×1 convolution, nor in a patch embedding
+    if not any(kernel > stride for conv in convs for kernel, stride in zip(conv.kernel_size, conv.stride, strict=True)):
         raise ModelError(f"{name} has no spatial convolutions: only convolutional networks can be searched")
     if plan_of(network).fused:
         raise ModelError(f"{name} is in its inference form, which nothing can be made of: search its training form")
 
 
 def _find_blocks(network: nn.Module, traced: Trace, open: frozenset[str]) -> tuple[list[Block], list[tuple[str, str]]]:
-    """Every block with more than one choice, and what is left alone and why."""
+    """Find every block with more than one choice, and what is left alone and why."""
     owners = {call.module: block_of(network, call.module) for call in traced.calls}
     found, left_alone = _find_channels(traced, owners, open)
     widths = Widths(found, traced.labels)
@@ -98,13 +99,8 @@ def _find_blocks(network: nn.Module, traced: Trace, open: frozenset[str]) -> tup
     return blocks, left_alone
 
 
-def _looks_around(conv: nn.Conv2d) -> bool:
-    """Whether neighbouring outputs see common pixels: not so in a 1×1 convolution, nor in a patch embedding."""
-    return any(kernel > stride for kernel, stride in zip(conv.kernel_size, conv.stride, strict=True))
-
-
 def _is_convolutional(blocks: Sequence[Block], traced: Trace) -> bool:
-    """Whether a choice changes a convolution: a transformer has a patch embedding, and inner widths of MLPs."""
+    """Say whether a choice changes a convolution: a transformer has a patch embedding, and inner widths of MLPs."""
     convs = {call.module for call in traced.calls if call.kind == "conv"}
     return any(
         block.sites
@@ -115,7 +111,7 @@ def _is_convolutional(blocks: Sequence[Block], traced: Trace) -> bool:
 
 
 def block_of(network: nn.Module, path: str) -> str:
-    """The name of the block that a convolution or linear layer at `path` belongs to.
+    """Return the name of the block that a convolution or linear layer at `path` belongs to.
 
     Wrappers around a single layer (timm's ConvNormAct) and cheap convolutions do not count as blocks, though their
     names may hold a digit.
@@ -140,7 +136,7 @@ def _is_wrapper(network: nn.Module, parts: Sequence[str]) -> bool:
 
 
 def _is_droppable(block: str, network: nn.Module, traced: Trace, owners: Mapping[str, str], widths: Widths) -> bool:
-    """Whether `block` is one module, run once, that adds something to its own input and nothing else.
+    """Say whether `block` is one module, run once, that adds something to its own input and nothing else.
 
     Of its tensors at most one other block sets a number of channels: see `_changeable`.
     """
@@ -161,14 +157,10 @@ def _is_droppable(block: str, network: nn.Module, traced: Trace, owners: Mapping
 # widths
 
 
-def _is_depthwise(call: Call) -> bool:
-    return call.outputs is not None and call.groups == len(call.outputs) and call.groups > 1
-
-
 def _find_channels(
     traced: Trace, owners: Mapping[str, str], open: frozenset[str]
 ) -> tuple[defaultdict[str, list[Channels]], list[tuple[str, str]]]:
-    """Per block the channels that its width narrows, and what cannot be narrowed with the reason."""
+    """Find per block the channels that its width narrows, and what cannot be narrowed with the reason."""
     found: defaultdict[str, list[Channels]] = defaultdict(list)
     left_alone: list[tuple[str, str]] = []
     candidates: list[tuple[str, Channels]] = []
@@ -195,18 +187,18 @@ def _find_channels(
 
 
 def _stream_name(block: str, taken: Collection[str]) -> str:
-    """A name for channels that several blocks share, of which `block` is the last: that of the stage it is in."""
+    """Name channels that several blocks share, of which `block` is the last, by the stage that it is in."""
     stage = block.rpartition(".")[0] or block
     names = itertools.chain([f"{stage}.stream"], (f"{stage}.stream{number}" for number in itertools.count(2)))
     return next(name for name in names if name not in taken)
 
 
 def _components(calls: Iterable[Call]) -> list[list[Call]]:
-    """Groups of calls that produce channels in common."""
+    """Group calls that produce channels in common."""
     members: dict[int, list[Call]] = {}
     for call in calls:
-        if call.outputs is None or _is_depthwise(call):
-            continue
+        if call.outputs is None or 1 < call.groups == len(call.outputs):
+            continue  # a depthwise convolution has the channels that it reads
         units = np.unique(call.outputs[call.outputs != FROZEN]).tolist()
         groups = {id(members[unit]): members[unit] for unit in units if unit in members}.values()
         merged = [*itertools.chain.from_iterable(groups), call]
@@ -218,7 +210,7 @@ def _components(calls: Iterable[Call]) -> list[list[Call]]:
 
 
 def _segments(units: Labels, splits: Iterable[Split]) -> tuple[Labels, ...]:
-    """Cuts `units` where the forward pass splits them, so that every part keeps the same share."""
+    """Cut `units` where the forward pass splits them, so that every part keeps the same share."""
     signature = np.zeros(len(units), dtype=np.int64)
     for split in splits:
         inside = np.stack([np.isin(units, part) for part in split.parts])
@@ -228,15 +220,17 @@ def _segments(units: Labels, splits: Iterable[Split]) -> tuple[Labels, ...]:
 
 
 def _even(candidates: Sequence[tuple[str, Channels]], traced: Trace) -> list[bool]:
-    """For each candidate whether every tensor holds the units of a segment equally often, so that counts alone give
-    its shape."""
+    """Say for each candidate whether every tensor holds the units of a segment equally often, so that counts alone
+    give its shape."""
     segments = [(number, s) for number, (_, channels) in enumerate(candidates) for s in channels.segments]
     owner = np.full(traced.labels, len(segments), dtype=np.int64)  # the segment of each label; the last is none
     for index, (_, units) in enumerate(segments):
         owner[units] = index
     lengths = np.array([*(len(units) for _, units in segments), 0])
     uneven = np.zeros(len(segments) + 1, dtype=bool)
-    for axis in _distinct_axes(traced):
+    axes = [axis for axes in traced.axes.values() for axis in axes]
+    axes += [axis for call in traced.calls for axis in (call.inputs, call.outputs, *call.axes)]
+    for axis in {axis.tobytes(): axis for axis in axes if axis is not None}.values():
         units, counts = np.unique(axis, return_counts=True)
         of = owner[units]
         present, total, squares = (np.bincount(of, w, len(lengths)) for w in (None, counts, counts**2))
@@ -244,12 +238,6 @@ def _even(candidates: Sequence[tuple[str, Channels]], traced: Trace) -> list[boo
         uneven |= (present > 0) & ((present != lengths) | (present * squares != total**2))
     bad = {number for (number, _), is_uneven in zip(segments, uneven, strict=False) if is_uneven}
     return [number not in bad for number in range(len(candidates))]
-
-
-def _distinct_axes(traced: Trace) -> list[Labels]:
-    axes = [axis for axes in traced.axes.values() for axis in axes]
-    axes += [axis for call in traced.calls for axis in (call.inputs, call.outputs, *call.axes)]
-    return list({axis.tobytes(): axis for axis in axes if axis is not None}.values())
 
 
 # kernels and kinds
@@ -281,12 +269,12 @@ def _find_sites(network: nn.Module, traced: Trace, owners: Mapping[str, str]) ->
 
 
 def _positions(shape: Sequence[int]) -> int:
-    """Pixels of all images in a batch: windows of one image may be folded into it."""
+    """Count the pixels of all images in a batch: windows of one image may be folded into it."""
     return shape[0] * math.prod(shape[2:])
 
 
 def _spec_of(conv: nn.Conv2d) -> ConvSpec | None:
-    """What a convolution is now, or None where it is not a square one of a size that may change."""
+    """Return what a convolution is now, or None where it is not a square one of a size that may change."""
     kernel, stride, dilation = conv.kernel_size, conv.stride, conv.dilation
     padding: int | str = "same"
     if not (isinstance(conv, Conv2dSame) or getattr(conv, "same_pad", False)):
@@ -312,7 +300,7 @@ def _spec_of(conv: nn.Conv2d) -> ConvSpec | None:
 
 
 def _changeable(sites: Sequence[Site], block: str, widths: Widths) -> tuple[Site, ...]:
-    """The sites of a block of which at most one other block sets a number of channels.
+    """Return the sites of a block of which at most one other block sets a number of channels.
 
     The cost of a network is a sum over blocks and pairs of blocks; a site between two other blocks would need triples.
     """
@@ -327,12 +315,13 @@ def _changeable(sites: Sequence[Site], block: str, widths: Widths) -> tuple[Site
 def _choices(
     block: str, sites: Sequence[Site], widths: Widths, channels: Sequence[Channels], open: frozenset[str]
 ) -> tuple[Choice, ...]:
-    """Every combination of width, kernel and kind that changes the block, the base's own first."""
+    """Return every combination of width, kernel and kind that changes the block, the base's own first."""
     kernels: tuple[int | None, ...] = (None,)
     sizes = {site.spec.kernel_size for site in sites}
     if len(sizes) == 1:
         own = sizes.pop()
-        others = (k for k in KERNELS if abs(k - own) == 2 and all(_fits(site, k) for site in sites))
+        padded = [site.spec for site in sites if site.spec.padding != "same"]  # without padding a network shrinks
+        others = (k for k in KERNELS if abs(k - own) == 2 and all(padding_for(spec, k) >= 0 for spec in padded))
         kernels = (own, *(others if "kernel" in open else ()))
     convs = _convs(block, sites, widths)
     return tuple(
@@ -344,16 +333,11 @@ def _choices(
 
 
 def _different_widths(channels: Sequence[Channels]) -> tuple[float, ...]:
-    """The widths that give different numbers of channels."""
+    """Return the widths that give different numbers of channels."""
     different: dict[tuple[tuple[int, ...], ...], float] = {}
     for width in WIDTHS:
         different.setdefault(tuple(c.kept(width) for c in channels), width)
     return tuple(different.values())
-
-
-def _fits(site: Site, kernel_size: int) -> bool:
-    """Whether a kernel of this size leaves the output as large as it is: a network without padding shrinks."""
-    return site.spec.padding == "same" or padding_for(site.spec, kernel_size) >= 0
 
 
 def _convs(block: str, sites: Sequence[Site], widths: Widths) -> tuple[str | None, ...]:
@@ -366,7 +350,7 @@ def _convs(block: str, sites: Sequence[Site], widths: Widths) -> tuple[str | Non
 
 
 def _suits(kind: str, site: Site, block: str, widths: Widths) -> bool:
-    """Whether a kind can stand at `site`: a grouped one needs whole groups at every width of whatever it reads, and
+    """Say whether a kind can stand at `site`: a grouped one needs whole groups at every width of whatever it reads, and
     costs the square of that, so that it may read from one other block only."""
     groups = group_count(kind)
     if groups is None:

@@ -1,25 +1,25 @@
-"""What a network costs by how many channels stay: a polynomial, exact at whole numbers and smooth between them.
+"""What a network costs by how many channels stay: exact at whole numbers and smooth between them.
 
-`costs` prices choices by tables; here the counts themselves are the variables, so that a gradient can tell what a
-channel costs. Equal to the table at the counts of any genotype that changes widths alone.
+`costs` writes the polynomials of `cost_terms` out by choices; here the counts of channels themselves are the
+variables, so that a gradient can tell what a channel costs. Equal to the table at the counts of any genotype that
+changes widths alone.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nas_kd.budget import KINDS
 from nas_kd.genotype import Choice
-from nas_kd.models.labels import Axes, Labels
+from nas_kd.models.cost_terms import Counts, cost_polynomials
+from nas_kd.models.labels import Labels
 from nas_kd.models.structure import Analysis
-
-_ONE = np.zeros(0, dtype=np.int64)  # stands for a dimension of length 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +35,7 @@ class Segment:
 
 
 def segments_of(analysis: Analysis) -> tuple[Segment, ...]:
-    """The segments of every block that has a width, in the order of the blocks."""
+    """Return the segments of every block that has a width, in the order of the blocks."""
     return tuple(
         Segment(
             block=index,
@@ -51,44 +51,35 @@ def segments_of(analysis: Analysis) -> tuple[Segment, ...]:
 
 
 def kept_counts(analysis: Analysis, genotype: Mapping[str, Choice]) -> Tensor:
-    """How many units of each segment a genotype keeps (S, float64)."""
+    """Count the units of each segment that a genotype keeps (S, float64)."""
     mask = analysis.keep_mask(genotype)
     return torch.tensor([float(mask[segment.units].sum()) for segment in segments_of(analysis)], dtype=torch.float64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ChannelCost:
-    """Params and MACs of a base whose segments keep so many units each, its convolutions left as they are.
+    """Params and MACs of a base whose S segments keep so many units each, its convolutions left as they are.
 
-    The length of dimension a is `lengths[a, 0] + lengths[a, 1:] @ counts`; term t is the product of the lengths
-    `axes[t]`, counted `factors[:, t]` times in each of `KINDS`. `own` (B×S) says whose the segments are.
+    Term t is the product of the counts `factors[t]` (T×D; S stands for 1), taken `coefficients[:, t]` times in each of
+    `KINDS`. `own` (B×S) says whose the segments are.
     """
 
-    lengths: Tensor
-    axes: Tensor
     factors: Tensor
+    coefficients: Tensor
     own: Tensor
 
     def to(self, device: torch.device) -> ChannelCost:
-        """The same on `device`."""
-        return ChannelCost(
-            lengths=self.lengths.to(device),
-            axes=self.axes.to(device),
-            factors=self.factors.to(device),
-            own=self.own.to(device),
-        )
+        """Return the same on `device`."""
+        return ChannelCost(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
     def total(self, counts: Tensor) -> Tensor:
-        """…×S counts → …×2, the cost of the whole network in each of `KINDS`."""
-        lengths = counts @ self.lengths[:, 1:].T + self.lengths[:, 0]
-        first, *others = self.axes.T
-        products = lengths[..., first]
-        for column in others:
-            products = products * lengths[..., column]
-        return products @ self.factors.T
+        """Return the cost of the whole network in each of `KINDS`: …×S counts → …×2."""
+        padded = F.pad(counts, (0, 1), value=1.0)
+        products = functools.reduce(torch.mul, (padded[..., column] for column in self.factors.T))
+        return products @ self.coefficients.T
 
     def by_block(self, counts: Tensor) -> Tensor:
-        """G_b (B×2): what the channels of each block cost beside those of the others, which are taken as they are.
+        """Return G_b (B×2): what the channels of each block cost beside those of the others, taken as they are.
 
         S counts; the gradient of G_b reaches the counts of block b alone, as in MorphNet (arXiv 1711.06798),
         where a layer's regulariser takes the other side's channels as constants.
@@ -99,49 +90,17 @@ class ChannelCost:
 
 
 def channel_cost(analysis: Analysis, network: nn.Module) -> ChannelCost:
-    """The polynomial of an analysed base; a fraction of a second."""
-    segments = segments_of(analysis)
-    owner = np.full(analysis.labels, len(segments), dtype=np.int64)  # of each label its segment; the last is none
-    for number, segment in enumerate(segments):
-        owner[segment.units] = number
-    positions: dict[bytes, int] = {}
-    rows: list[list[float]] = []
-
-    def position(labels: Labels) -> int:
-        key = labels.tobytes()
-        if key not in positions:
-            positions[key] = len(rows)
-            rows.append(_length(labels, owner, segments))
-        return positions[key]
-
-    terms: dict[tuple[int, ...], list[float]] = defaultdict(lambda: [0.0] * len(KINDS))
-    for kind, factor, axes in _products(analysis, network):
-        terms[tuple(sorted(map(position, axes)))][KINDS.index(kind)] += factor
+    """Return the polynomial of an analysed base. Takes a fraction of a second."""
+    counts, segments = Counts(analysis), segments_of(analysis)
+    polynomials = cost_polynomials(analysis, network, counts)
+    of_base = {v: int(values[0]) for v, values in enumerate(counts.variables.values) if v >= len(segments)}
+    costs = [polynomials[kind].fixed(of_base) for kind in KINDS]
+    terms = list(dict.fromkeys(term for cost in costs for term in cost.terms))
     most = max(map(len, terms))
-    padded = [(*term, *(position(_ONE),) * (most - len(term))) for term in terms]
-    own = torch.tensor([[s.block == index for s in segments] for index in range(len(analysis.blocks))])
     return ChannelCost(
-        lengths=torch.tensor(rows, dtype=torch.float64),
-        axes=torch.tensor(padded),
-        factors=torch.tensor(list(terms.values()), dtype=torch.float64).T.contiguous(),
-        own=own,
+        factors=torch.tensor([(*term, *(len(segments),) * (most - len(term))) for term in terms]),
+        coefficients=torch.tensor(
+            [[float(cost.terms.get(term, 0)) for term in terms] for cost in costs], dtype=torch.float64
+        ),
+        own=torch.tensor([[s.block == index for s in segments] for index in range(len(analysis.blocks))]),
     )
-
-
-def _length(labels: Labels, owner: Labels, segments: tuple[Segment, ...]) -> list[float]:
-    """A dimension's length as a constant and a number for each unit of a segment that stays."""
-    if not len(labels):
-        return [1.0, *(0.0 for _ in segments)]
-    *held, constant = np.bincount(owner[labels], minlength=len(segments) + 1).tolist()
-    return [float(constant), *(count / len(s.units) for count, s in zip(held, segments, strict=True))]
-
-
-def _products(analysis: Analysis, network: nn.Module) -> Iterator[tuple[str, float, tuple[Labels, ...]]]:
-    """Every tensor of params and every call with its MACs: a factor, and the dimensions that have labels."""
-    params, macs = KINDS
-    for name, parameter in network.named_parameters():
-        axes: Axes = analysis.trace.axes.get(name, (None,) * parameter.ndim)
-        plain = [length for length, labels in zip(parameter.shape, axes, strict=True) if labels is None]
-        yield params, float(np.prod(plain)), tuple(labels for labels in axes if labels is not None)
-    for call in analysis.trace.calls:
-        yield macs, float(call.factor), call.axes

@@ -1,4 +1,4 @@
-"""Cheap convolutions, and in the same place what each of them costs.
+"""Cheap convolutions; `cost_terms` says what each of them costs.
 
 Each replaces one k×k convolution and is followed by whatever followed that one in its base (a batch norm and an
 activation), so that a block reads `spatial → 1×1 → BN → activation` as in "Compressing CNNs with cheap convolutions
@@ -150,55 +150,3 @@ def tap_shares(channels: int, kernel_size: int) -> list[int]:
 
 
 PARTS = (build_conv, Pair, _spatial, Shift2d, tap_shares)  # what a convolution of ours is made of, for `definition.py`
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ConvCost:
-    """Weights of one convolution as a polynomial in its channels i (in) and o (out): `both`·i·o + `square`·i² +
-    `inputs`·i + `outputs`·o. Biases are the base's and counted apart."""
-
-    both: float = 0.0
-    square: float = 0.0
-    inputs: float = 0.0
-    outputs: float = 0.0
-
-    def __add__(self, other: ConvCost) -> ConvCost:
-        return ConvCost(
-            both=self.both + other.both,
-            square=self.square + other.square,
-            inputs=self.inputs + other.inputs,
-            outputs=self.outputs + other.outputs,
-        )
-
-    def times(self, positions: int) -> ConvCost:
-        return ConvCost(
-            both=self.both * positions,
-            square=self.square * positions,
-            inputs=self.inputs * positions,
-            outputs=self.outputs * positions,
-        )
-
-
-def conv_cost(
-    kind: str, kernel_size: int, positions: tuple[int, int], *, channelwise: bool
-) -> tuple[ConvCost, ConvCost]:
-    """(params, MACs) of a convolution of this kind that reads `positions[0]` pixels and writes `positions[1]`."""
-    taps, (read, written) = kernel_size**2, positions
-    groups = group_count(kind)
-    if channelwise:
-        weights = ConvCost(inputs=0 if kind == "shift" else taps)
-        return weights, weights.times(written)
-    if kind == "standard":
-        weights = ConvCost(both=taps)
-        return weights, weights.times(written)
-    pointwise = ConvCost(both=1)
-    if kind == "blueprint":
-        spatial = ConvCost(outputs=taps)
-        return pointwise + spatial, pointwise.times(read) + spatial.times(written)
-    if kind == "shift":
-        spatial = ConvCost()
-    elif groups:
-        spatial = ConvCost(square=taps / groups)
-    else:
-        spatial = ConvCost(inputs=taps)
-    return pointwise + spatial, (pointwise + spatial).times(written)

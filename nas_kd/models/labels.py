@@ -72,7 +72,7 @@ class Split:
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested dictionaries, lists and tuples."""
+    """Yield every tensor in nested dictionaries, lists and tuples."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
@@ -115,31 +115,28 @@ class Labelling:
     # labels of tensors
 
     def get(self, tensor: Tensor) -> Axes:
-        """The labels of a tensor; a parameter or buffer seen for the first time gets new ones."""
+        """Return the labels of a tensor; a parameter or buffer seen for the first time gets new ones."""
         if id(tensor) not in self._labels:
-            self.set(tensor, self._new_axes(tensor) if id(tensor) in self._owned else (None,) * tensor.ndim)
+            # dimensions 0 and 1 are channels: a kernel has height and width, too. Whole numbers, such as the taps of a
+            # shift, belong to channels that stay
+            is_owned = id(tensor) in self._owned and tensor.is_floating_point()
+            sizes = enumerate(tensor.shape)
+            self.set(tensor, [self.fresh(n) if is_owned and dim < 2 and n > 1 else None for dim, n in sizes])
         return self._labels[id(tensor)][1]
 
     def set(self, tensor: Tensor, axes: Sequence[Labels | None]) -> None:
-        """Labels a tensor, one entry per dimension."""
+        """Label a tensor, one entry per dimension."""
         self._labels[id(tensor)] = (tensor, tuple(axes))
         self._made.pop(id(tensor), None)  # an in-place operator has changed what the convolution made
 
-    def _new_axes(self, tensor: Tensor) -> Axes:
-        """Labels for dimensions 0 and 1 of a parameter (a kernel's height and width are no channels). Whole numbers,
-        such as the taps of a shift, belong to channels that stay."""
-        if not tensor.is_floating_point():
-            return (None,) * tensor.ndim
-        return tuple(self.fresh(size) if dim < 2 and size > 1 else None for dim, size in enumerate(tensor.shape))
-
     def named_axes(self) -> dict[str, Axes]:
-        """The labels of the parameters and buffers that were used, by name."""
+        """Return the labels of the parameters and buffers that were used, by name."""
         return {name: self._labels[id(t)][1] for name, t in self._named.items() if id(t) in self._labels}
 
     # labels themselves
 
     def fresh(self, count: int) -> Labels:
-        """New labels, each a unit of its own."""
+        """Make new labels, each a unit of its own."""
         while self.count + count > len(self._parent):
             self._parent = np.concatenate([self._parent, np.zeros_like(self._parent)])
         labels = np.arange(self.count, self.count + count)
@@ -148,7 +145,7 @@ class Labelling:
         return labels
 
     def find(self, labels: Labels) -> Labels:
-        """The unit that each label belongs to, named by its smallest label."""
+        """Return the unit that each label belongs to, named by its smallest label."""
         roots = self._parent[labels]
         while not np.array_equal(roots, above := self._parent[roots]):
             roots = above
@@ -156,7 +153,7 @@ class Labelling:
         return roots
 
     def tie(self, a: Labels | None, b: Labels | None) -> None:
-        """Makes a[i] and b[i] one label. Tied to something that is no channel, labels freeze."""
+        """Make a[i] and b[i] one label. Tied to something that is no channel, labels freeze."""
         if a is None or b is None:
             self.freeze((a, b))
             return
@@ -168,7 +165,7 @@ class Labelling:
             np.minimum.at(self._parent, np.maximum(roots_a, roots_b), np.minimum(roots_a, roots_b))
 
     def freeze(self, axes: Sequence[Labels | None]) -> None:
-        """Makes these channels stay for ever."""
+        """Make these channels stay for ever."""
         for labels in axes:
             if labels is not None:
                 self.tie(labels, np.full(len(labels), FROZEN))
@@ -181,59 +178,60 @@ class Labelling:
         return self._running[-1][0]
 
     def enter(self, module: str, inputs: Any) -> None:
-        """`module` starts on `inputs`, its positional arguments."""
+        """Note that `module` starts on `inputs`, its positional arguments."""
         first = next(tensors(inputs), None) if len(inputs) == 1 else None
         self._running.append((module, id(first)))
 
     def leave(self, module: str, inputs: Any, output: Any) -> None:
-        """`module` ends with `output`."""
+        """Note that `module` ends with `output`."""
         self._running.pop()
         self.note(module, inputs, output)
 
     def note(self, name: str, inputs: Any, output: Any) -> None:
-        """Keeps the shapes and labels of what went in and out, the first time."""
+        """Keep the shapes and labels of what went in and out, the first time."""
         first, last = next(tensors(inputs), None), next(tensors(output), None)
         if first is None or last is None or name in self.flows:
             return
-        shapes = tuple(first.shape), tuple(last.shape)
         self.flows[name] = Flow(
-            in_shape=shapes[0], out_shape=shapes[1], in_axes=self.get(first), out_axes=self.get(last)
+            in_shape=tuple(first.shape),
+            out_shape=tuple(last.shape),
+            in_axes=self.get(first),
+            out_axes=self.get(last),
         )
 
     # what the operators report
 
     def call(self, kind: str, dims: Sequence[tuple[int, Labels | None]], **facts: Any) -> None:
-        """Notes a product over `dims`, each a length and its labels; a third labelled one is frozen."""
+        """Note a product over `dims`, each a length and its labels; a third labelled one is frozen."""
         labelled = [labels for _, labels in dims if labels is not None]
         self.freeze(labelled[2:])
         if self.running in self._uncounted:
             return
         plain = [size for size, labels in dims if labels is None] + [len(labels) for labels in labelled[2:]]
-        module = self._running[-1][0]
-        call = Call(module=module, kind=kind, factor=math.prod(plain), axes=tuple(labelled[:2]), **facts)
-        self.calls.append(call)
+        axes = tuple(labelled[:2])
+        self.calls.append(Call(module=self.running, kind=kind, factor=math.prod(plain), axes=axes, **facts))
 
     def split(self, parts: Sequence[Labels]) -> None:
-        """Channels are cut in these parts."""
-        self.splits.append(Split(module=self._running[-1][0], parts=tuple(parts)))
+        """Note that channels are cut in these parts."""
+        self.splits.append(Split(module=self.running, parts=tuple(parts)))
 
     def added(self, inputs: Sequence[Tensor]) -> None:
-        """Tensors are added: a module whose own and only input is among them has an identity shortcut."""
+        """Note that tensors are added: a module whose only input is among them has an identity shortcut."""
         ids = {id(tensor) for tensor in inputs}
         self.residual.update((name, None) for name, entered in self._running if entered in ids)
 
     def made(self, output: Tensor) -> None:
-        """The running module's convolution gives `output`."""
-        self._made[id(output)] = self._running[-1][0]
+        """Note that the running module's convolution gives `output`."""
+        self._made[id(output)] = self.running
 
     def normalised(self, image: Tensor) -> None:
-        """The running module is a batch norm; `image` may come straight from a convolution."""
+        """Note that the running module is a batch norm; `image` may come straight from a convolution."""
         if id(image) in self._made:
-            self.norms[self._made[id(image)]] = self._running[-1][0]
+            self.norms[self._made[id(image)]] = self.running
 
     def give_up(self, operator: str, inputs: Sequence[Tensor]) -> None:
-        """An operator without a rule: its labelled inputs freeze, its outputs carry no labels."""
+        """Freeze the labelled inputs of an operator without a rule; its outputs carry no labels."""
         axes = [labels for tensor in inputs for labels in self.get(tensor)]
         if any((self.find(labels) != FROZEN).any() for labels in axes if labels is not None):
-            self.unknown[self._running[-1][0], operator] = None
+            self.unknown[self.running, operator] = None
         self.freeze(axes)

@@ -43,7 +43,7 @@ class Channels:
     size: int
 
     def kept(self, width: float) -> tuple[int, ...]:
-        """How many units of each segment stay at this width: rounded to `ROUND_TO` channels where there are many."""
+        """Count the units of each segment that stay at this width: of many, a multiple of `ROUND_TO` channels."""
         return tuple(_kept(len(segment), self.size, width) for segment in self.segments)
 
 
@@ -67,6 +67,12 @@ class Block:
     @property
     def default(self) -> Choice:
         return self.choices[0]
+
+    @property
+    def narrowest(self) -> int:
+        """The position of the first choice of the smallest width."""
+        widths = [choice.width for choice in self.choices]
+        return widths.index(min(widths))
 
     @property
     def is_stream(self) -> bool:
@@ -97,7 +103,7 @@ class Analysis:
     left_alone: tuple[tuple[str, str], ...]
 
     def block(self, name: str) -> Block:
-        """The block of this name. Raises GenotypeError, with the nearest known name, when there is none."""
+        """Return the block of this name. Raises GenotypeError, with the nearest known name, when there is none."""
         for block in self.blocks:
             if block.name == name:
                 return block
@@ -110,7 +116,7 @@ class Analysis:
         return Genotype.of({block.name: block.default for block in self.blocks})
 
     def check(self, genotype: Mapping[str, Choice]) -> None:
-        """Raises GenotypeError unless `genotype` gives each block one of its choices."""
+        """Raise GenotypeError unless `genotype` gives each block one of its choices."""
         for name in genotype:
             self.block(name)
         for block in self.blocks:
@@ -121,7 +127,7 @@ class Analysis:
                 raise GenotypeError(f"{genotype[block.name]} is not open to block {block.name!r}: it offers {open_}")
 
     def keep_mask(self, genotype: Mapping[str, Choice], order: NDArray[np.float64] | None = None) -> NDArray[np.bool_]:
-        """For each label, whether its channels stay. Of each segment the units highest in `order` stay (by label),
+        """Say for each label whether its channels stay. Of each segment the units highest in `order` (by label) stay,
         without it the first ones."""
         mask = np.ones(self.labels, dtype=bool)
         for block in self.blocks:
@@ -142,42 +148,42 @@ class Widths:
     """How many of some channels each block's width narrows: an index over the `Channels` of all blocks."""
 
     def __init__(self, channels: Mapping[str, Sequence[Channels]], labels: int) -> None:
-        members = [(name, c, i) for name, own in channels.items() for c in own for i in range(len(c.segments))]
-        self._names = [name for name, _, _ in members]
-        self._members = members
-        self._segment = np.full(labels, len(members), dtype=np.int64)  # of each label; the last stands for none
-        for number, (_, member, index) in enumerate(members):
+        self._segments = [(name, c, i) for name, own in channels.items() for c in own for i in range(len(c.segments))]
+        self._segment = np.full(labels, len(self._segments), dtype=np.int64)  # of each label; the last stands for none
+        for number, (_, member, index) in enumerate(self._segments):
             self._segment[member.segments[index]] = number
 
+    def held(self, labels: Labels) -> list[tuple[int, int, int]]:
+        """Return (number of a segment, how many of `labels` are of it, its units) for every segment among them."""
+        counts = np.bincount(self._segment[labels], minlength=len(self._segments) + 1)[:-1]
+        numbers = np.flatnonzero(counts).tolist()
+        return [(n, int(counts[n]), len(self._segments[n][1].segments[self._segments[n][2]])) for n in numbers]
+
     def setters(self, labels: Labels) -> dict[str, int]:
-        """The blocks whose widths set how many of these channels stay, with how many each of them narrows."""
+        """Return the blocks whose widths set how many of these channels stay, with how many each of them narrows."""
         found: dict[str, int] = {}
-        for number, count in self._held(labels):
-            found[self._names[number]] = found.get(self._names[number], 0) + count
+        for number, count, _ in self.held(labels):
+            name = self._segments[number][0]
+            found[name] = found.get(name, 0) + count
         return found
 
     def kept(self, labels: Labels, block: str, width: float) -> int:
-        """How many of those channels among `labels` that `block` narrows stay at this width."""
+        """Count those channels among `labels` that `block` narrows and that stay at this width."""
         total = 0
-        for number, count in self._held(labels):
-            name, member, index = self._members[number]
+        for number, count, units in self.held(labels):
+            name, member, index = self._segments[number]
             if name == block:
-                total += count * member.kept(width)[index] // len(member.segments[index])
+                total += count * member.kept(width)[index] // units
         return total
-
-    def _held(self, labels: Labels) -> list[tuple[int, int]]:
-        """(segment, how many of `labels` are of it) for every segment among them."""
-        counts = np.bincount(self._segment[labels], minlength=len(self._members) + 1)[:-1]
-        return [(int(number), int(counts[number])) for number in np.flatnonzero(counts)]
 
 
 def padding_for(spec: ConvSpec, kernel_size: int) -> int:
-    """The padding in pixels that keeps the output's size when `spec` gets another kernel size."""
+    """Return the padding in pixels that keeps the output's size when `spec` gets another kernel size."""
     return int(spec.padding) + spec.dilation * (kernel_size - spec.kernel_size) // 2
 
 
 def replaced(site: Site, choice: Choice, in_channels: int, out_channels: int) -> ConvSpec:
-    """What `choice` makes of the convolution at `site`, between these numbers of channels."""
+    """Return what `choice` makes of the convolution at `site`, between these numbers of channels."""
     kernel = choice.kernel_size or site.spec.kernel_size
     padding = site.spec.padding if site.spec.padding == "same" else padding_for(site.spec, kernel)
     kind = choice.conv or "standard"
@@ -192,5 +198,5 @@ def replaced(site: Site, choice: Choice, in_channels: int, out_channels: int) ->
 
 
 def is_replaced(site: Site, choice: Choice) -> bool:
-    """Whether `choice` puts another kind of convolution at `site` (rather than the base's, perhaps resized)."""
+    """Say whether `choice` puts another kind of convolution at `site` (not the base's, perhaps resized)."""
     return choice.conv == "shift" if site.spec.channelwise else choice.conv not in (None, "standard")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -17,17 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as global_modules
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from nas_kd.errors import ModelError
 from nas_kd.models.convs import Shift2d
 from nas_kd.models.labels import FROZEN, Axes, Call, Labelling, Labels, Split, Stored, tensors
 from nas_kd.models.labels import Flow as Flow
 from nas_kd.models.labels import named_tensors as named_tensors
-from nas_kd.models.operators import RULES, pointwise
+from nas_kd.models.operator_hook import OperatorHook
+from nas_kd.models.operators import rule_of
 from nas_kd.models.plain import without_hooks
-from nas_kd.models.schedule import Moment, bytes_of
-from nas_kd.models.shapes import run_on_meta
+from nas_kd.models.schedule import Moment, bytes_of, lifetimes
 
 SECONDS_LIMIT = 20.0  # no covered model takes 3 s; a network that loops over pixels in Python would never end
 
@@ -48,12 +47,23 @@ class Trace:
     moments: tuple[Moment, ...]  # the operators on activations, in order
     stored: tuple[Stored, ...]  # the activations by number
     outputs: tuple[int, ...]  # the numbers of those that the network returns
+    lives: Mapping[int, tuple[int, int]]  # by number, of those that are read: the first and last moment of its life
     labels: int  # one more than the largest label
 
 
+def passage(traced: Trace, block: str) -> tuple[int, int | None] | None:
+    """Return the numbers of the one tensor that a block reads and of the one it leaves behind, None for that when it
+    changes the first in place. None when there are more."""
+    inside = [i for i, moment in enumerate(traced.moments) if f"{moment.module}.".startswith(f"{block}.")]
+    made = {number for i in inside for number in traced.moments[i].makes}
+    read = {number for i in inside for number in traced.moments[i].reads} - made
+    left = {number for number in made if number in traced.lives and traced.lives[number][1] > inside[-1]}
+    return (read.pop(), next(iter(left), None)) if len(read) == 1 and len(left) <= 1 else None
+
+
 def without_storage(network: Network) -> Network:
-    """A copy on the meta device: shapes alone, so that even a large network costs no memory; and no hooks, which may
-    want to see numbers."""
+    """Copy a network to the meta device: shapes alone, so that even a large one costs no memory; and no hooks, which
+    may want to see numbers."""
     memo: dict[int, Any] = without_hooks(network)
     for module in network.modules():
         for tensor in tensors(vars(module)):
@@ -63,7 +73,7 @@ def without_storage(network: Network) -> Network:
 
 
 def meta_image(network: nn.Module, input_size: Sequence[int]) -> Tensor:
-    """An image on the meta device for a network there: 1×C×H×W, in its own precision."""
+    """Return an image on the meta device for a network there: 1×C×H×W, in its own precision."""
     dtype = next((parameter.dtype for parameter in network.parameters()), None)
     return torch.empty((1, *input_size), device="meta", dtype=dtype)
 
@@ -74,7 +84,7 @@ def _shape_of(tensor: Tensor) -> Tensor:
 
 
 def trace(network: nn.Module, input_size: Sequence[int], *, clock: Callable[[], float] = time.thread_time) -> Trace:
-    """Labels the channels of `network` for images of `input_size` (C, H, W). The network is not changed.
+    """Label the channels of `network` for images of `input_size` (C, H, W). The network is not changed.
 
     Raises ModelError when the forward pass fails at this size or takes longer than `SECONDS_LIMIT` of processor time:
     on a busy machine a model is the same.
@@ -82,29 +92,29 @@ def trace(network: nn.Module, input_size: Sequence[int], *, clock: Callable[[], 
     meta = without_storage(network).eval()
     shifts = {name for name, module in meta.named_modules() if isinstance(module, Shift2d)}
     labelling = Labelling(named_tensors(meta), uncounted=shifts)
-    hooks = list(_follow_modules(meta, labelling))
+    handles = list(_follow_modules(meta, labelling))
     image = meta_image(meta, input_size)
     labelling.set(image, (None, np.full(input_size[0], FROZEN), None, None))
     labelling.activations.begin(image)
-    mode = _Mode(labelling, type(network).__name__, clock)
+    hook = _rules_hook(labelling, type(network).__name__, clock)
     try:
-        with torch.no_grad(), mode:
+        with torch.no_grad(), hook:
             output = meta(image)
     except ModelError:
         raise
     except Exception as error:
+        size, message = "×".join(map(str, input_size)), str(error).strip() or type(error).__name__
         raise ModelError(
-            f"{type(network).__name__} cannot run on {'×'.join(map(str, input_size))} images: {_first_line(error)}; "
-            f"{_way_out()}"
+            f"{type(network).__name__} cannot run on {size} images: {message.splitlines()[0][:200]}; {_way_out()}"
         ) from error
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in handles:
+            handle.remove()
     for tensor in tensors(output):
         labelling.freeze(labelling.get(tensor))
     moments, outputs = tuple(labelling.activations.moments), labelling.activations.numbers(tensors(output))
-    _trace_heads(meta, image, mode)
-    return replace(_result(labelling), moments=moments, outputs=outputs)
+    _trace_heads(meta, image, labelling, hook)
+    return replace(_result(labelling), moments=moments, outputs=outputs, lives=lifetimes(moments, outputs))
 
 
 def _way_out() -> str:
@@ -115,26 +125,20 @@ def _way_out() -> str:
     return "try a larger --img-size, or a smaller --reduction"
 
 
-def _trace_heads(network: Any, image: Tensor, mode: _Mode) -> None:
-    """Labels what timm's `forward_features` and `forward_head(pre_logits=True)` return, where a model has them."""
+def _trace_heads(network: Any, image: Tensor, labelling: Labelling, hook: OperatorHook) -> None:
+    """Label what timm's `forward_features` and `forward_head(pre_logits=True)` return, where a model has them."""
     if not (hasattr(network, "forward_features") and hasattr(network, "forward_head")):
         return
-    labelling = mode.labelling
     calls = labelling.calls.copy()
-    with torch.no_grad(), mode:
+    with torch.no_grad(), hook:
         features = network.forward_features(image)
         labelling.note("forward_features", image, features)
         labelling.note("pre_logits", features, network.forward_head(features, pre_logits=True))
     labelling.calls = calls
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200]
-
-
 def _follow_modules(network: nn.Module, labelling: Labelling) -> Iterator[Any]:
-    """Hooks that tell `labelling` which module runs, and what goes in and out."""
+    """Register hooks that tell `labelling` which module runs, and what goes in and out; yield their handles."""
     for name, module in network.named_modules():
 
         def enter(module: nn.Module, inputs: Any, name: str = name) -> None:
@@ -147,43 +151,25 @@ def _follow_modules(network: nn.Module, labelling: Labelling) -> Iterator[Any]:
         yield module.register_forward_hook(leave)
 
 
-class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Runs each operator, then passes the labels on."""
+def _rules_hook(labelling: Labelling, name: str, clock: Callable[[], float]) -> OperatorHook:
+    """Return the hook that passes the labels on behind each operator of the network of this name."""
+    deadline = clock() + SECONDS_LIMIT
 
-    def __init__(self, labelling: Labelling, name: str, clock: Callable[[], float]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.labelling = labelling
-        self._name = name
-        self._clock = clock
-        self._deadline = clock() + SECONDS_LIMIT
+    def hook(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if clock() > deadline:
+            raise ModelError(f"{name} takes longer than {SECONDS_LIMIT:.0f} s to analyse: it is not supported")
+        declared = func._schema.arguments
+        named = {argument.name: argument.default_value for argument in declared if argument.has_default_value()}
+        arguments = {**named, **dict(zip((argument.name for argument in declared), args, strict=False)), **kwargs}
+        inputs = list(tensors(list(arguments.values())))
+        rule = rule_of(func)
+        if rule is None:
+            labelling.give_up(str(func), inputs)
+        else:
+            rule(labelling, arguments, output)
+        labelling.activations.record(labelling.running, inputs, tensors(output))
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = run_on_meta(func, args, kwargs or {})
-        if self._clock() > self._deadline:
-            raise ModelError(f"{self._name} takes longer than {SECONDS_LIMIT:.0f} s to analyse: it is not supported")
-        arguments = _arguments(func, args, kwargs or {})
-        _propagate(self.labelling, func, arguments, output)
-        inputs = tensors(list(arguments.values()))
-        self.labelling.activations.record(self.labelling.running, inputs, tensors(output))
-        return output
-
-
-def _arguments(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """An operator's arguments by their names in its schema, defaults filled in."""
-    named = {arg.name: arg.default_value for arg in func._schema.arguments if arg.has_default_value()}
-    named.update(zip((arg.name for arg in func._schema.arguments), args, strict=False))
-    return named | kwargs
-
-
-def _propagate(labelling: Labelling, func: Any, arguments: dict[str, Any], output: Any) -> None:
-    name = func._schema.name.removeprefix("aten::")
-    rule = RULES.get(name) or RULES.get(name.removesuffix("_"))
-    if rule is None and torch.Tag.pointwise in func.tags:
-        rule = pointwise
-    if rule is None:
-        labelling.give_up(str(func), list(tensors(list(arguments.values()))))
-    else:
-        rule(labelling, arguments, output)
+    return OperatorHook(hook)
 
 
 def _result(labelling: Labelling) -> Trace:
@@ -214,5 +200,6 @@ def _result(labelling: Labelling) -> Trace:
         moments=(),
         stored=tuple(map(stored, labelling.activations.made)),
         outputs=(),
+        lives={},
         labels=labelling.count,
     )

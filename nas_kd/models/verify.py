@@ -9,25 +9,21 @@ from __future__ import annotations
 
 import logging
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from nas_kd.budget import COUNTED, Cost
 from nas_kd.errors import ModelError
-from nas_kd.genotype import Choice, Genotype
-from nas_kd.models.convs import Shift2d
+from nas_kd.genotype import Genotype
 from nas_kd.models.costs import CostTable, cost_table
-from nas_kd.models.labels import tensors
-from nas_kd.models.schedule import Activations, bytes_of_weights
-from nas_kd.models.shapes import run_on_meta
-from nas_kd.models.structure import Analysis, Block
+from nas_kd.models.operator_hook import followed
+from nas_kd.models.schedule import bytes_of_weights
+from nas_kd.models.structure import Analysis
 from nas_kd.models.student import build_student
 from nas_kd.models.trace import meta_image, without_storage
 
@@ -36,7 +32,7 @@ _logger = logging.getLogger(__name__)
 
 
 def measure(network: nn.Module, input_size: Sequence[int]) -> Cost:
-    """The cost of a built network, counted by running it on the meta device: the truth that tables must equal.
+    """Return the cost of a built network, counted by running it on the meta device: the truth that tables must equal.
 
     MACs are half of what torch's own formulas (`torch.utils.flop_counter`) give; shifts, which multiply by one and zero
     alone, have none. `schedule` says what memory is alive when, and what counts as size. `input_size` is (C, H, W).
@@ -45,56 +41,19 @@ def measure(network: nn.Module, input_size: Sequence[int]) -> Cost:
 
 
 def _measured(meta: nn.Module, input_size: Sequence[int]) -> tuple[Cost, list[torch.Size]]:
-    """The cost of a network that is on the meta device, and the shapes of its outputs."""
-    counter, image = _Counter(), meta_image(meta, input_size)
-    counter.activations.begin(image)
-    hooks = [hook for module in meta.modules() if isinstance(module, Shift2d) for hook in counter.pass_over(module)]
-    with torch.no_grad(), counter:
-        outputs = list(tensors(meta(image)))
-    for hook in hooks:
-        hook.remove()
+    """Return the cost of a network that is on the meta device, and the shapes of its outputs."""
+    run = followed(meta, meta_image(meta, input_size))
     cost = Cost(
         params=sum(parameter.numel() for parameter in meta.parameters()),
-        macs=counter.flops // 2,
+        macs=run.flops // 2,
         size=bytes_of_weights(meta),
-        peak_memory=counter.activations.peak(outputs),
+        peak_memory=run.activations.peak(run.outputs),
     )
-    return cost, [output.shape for output in outputs]
-
-
-class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up torch's flop formulas (`FlopCounterMode` does the same and also keeps a tree of modules) and follows
-    the activations."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.flops = 0
-        self.activations = Activations()
-        self._counts = True
-
-    def pass_over(self, module: nn.Module) -> Iterator[Any]:
-        """Hooks by which the flops of a module do not count."""
-
-        def enter(*_: Any) -> None:
-            self._counts = False
-
-        def leave(*_: Any) -> None:
-            self._counts = True
-
-        yield module.register_forward_pre_hook(enter)
-        yield module.register_forward_hook(leave)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = run_on_meta(func, args, kwargs or {})
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None and self._counts:
-            self.flops += formula(*args, **(kwargs or {}), out_val=output)
-        self.activations.record("", tensors([*args, kwargs or {}]), tensors(output))
-        return output
+    return cost, [output.shape for output in run.outputs]
 
 
 def verified(analysis: Analysis, network: nn.Module) -> Analysis:
-    """`analysis` without the widths, kernels and kinds whose students do not run or do not cost what tables say.
+    """Return `analysis` without the widths, kernels and kinds whose students fail or cost other than the tables say.
 
     Raises ModelError when nothing is left, or when students still fail.
     """
@@ -114,15 +73,11 @@ def verified(analysis: Analysis, network: nn.Module) -> Analysis:
 
 
 def _samples(table: CostTable) -> Iterator[Genotype]:
-    """The narrowest student and a few random ones; the same every time."""
-    yield table.genotype([_narrowest(block) for block in table.blocks])
+    """Yield the narrowest student and a few random ones; the same every time."""
+    yield table.genotype([block.narrowest for block in table.blocks])
     rng = np.random.default_rng(0)
     for _ in range(N_RANDOM):
         yield table.genotype([int(rng.integers(len(block.choices))) for block in table.blocks])
-
-
-def _narrowest(block: Block) -> int:
-    return min(range(len(block.choices)), key=lambda index: (block.choices[index].width, index))
 
 
 class _Check:
@@ -134,7 +89,7 @@ class _Check:
         self._known = {analysis.identity: _difference(cost, table.base())}
 
     def fault(self, genotype: Genotype) -> str:
-        """What is wrong with the student of `genotype`, in a few words; empty when nothing is."""
+        """Say what is wrong with the student of `genotype`, in a few words; empty when nothing is."""
         if genotype not in self._known:
             self._known[genotype] = self._fault(genotype)
         return self._known[genotype]
@@ -151,7 +106,7 @@ class _Check:
         return _difference(cost, expected)
 
     def alone(self, genotype: Genotype, blocks: Sequence[str]) -> Genotype:
-        """The base with the choices of `genotype` in these blocks only."""
+        """Return the base with the choices of `genotype` in these blocks only."""
         return Genotype.of(
             {name: genotype[name] if name in blocks else c for name, c in self.analysis.identity.items()}
         )
@@ -162,30 +117,31 @@ def _difference(cost: Cost, expected: Cost) -> str:
     return f"a student has other {', '.join(wrong)} than counted" if wrong else ""
 
 
-_ASPECTS: tuple[tuple[str, Callable[[Choice, Choice], Choice]], ...] = (
-    ("width", lambda choice, default: replace(default, width=choice.width)),
-    ("conv", lambda choice, default: replace(choice, width=default.width, keep=default.keep)),
-    ("keep", lambda choice, default: replace(default, keep=choice.keep)),
-)
+# what may be at fault: the fields of a choice, and what a block no longer has once they are fixed
+_ASPECTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "width": (("width",), {"channels": ()}),
+    "conv": (("kernel_size", "conv"), {"sites": ()}),
+    "keep": (("keep",), {}),
+}
 
 
 def _offences(check: _Check, genotype: Genotype) -> Iterator[tuple[tuple[str, str], str]]:
-    """(block, aspect) and what is wrong with it, for everything that is at fault in `genotype`."""
+    """Yield (block, aspect) and what is wrong with it, for everything that is at fault in `genotype`."""
     for name in _culprits(check, genotype, [n for n in genotype if genotype[n] != check.analysis.identity[n]]):
         default, choice = check.analysis.identity[name], genotype[name]
         faults = {}
-        for aspect, only in _ASPECTS:
-            single = Genotype.of({**check.analysis.identity, name: only(choice, default)})
-            if fault := check.fault(single):
+        for aspect, (fields, _) in _ASPECTS.items():
+            only = replace(default, **{field: getattr(choice, field) for field in fields})
+            if fault := check.fault(Genotype.of({**check.analysis.identity, name: only})):
                 faults[name, aspect] = fault
         if not faults:
             whole = check.fault(check.alone(genotype, [name])) or "a student fails beside others"
-            faults = {(name, aspect): whole for aspect, _ in _ASPECTS}
+            faults = {(name, aspect): whole for aspect in _ASPECTS}
         yield from faults.items()
 
 
 def _culprits(check: _Check, genotype: Genotype, blocks: Sequence[str]) -> list[str]:
-    """The blocks among `blocks` whose choices are at fault: by halving."""
+    """Find the blocks among `blocks` whose choices are at fault: by halving."""
     if not blocks or not check.fault(check.alone(genotype, blocks)):
         return []
     if len(blocks) == 1:
@@ -196,12 +152,14 @@ def _culprits(check: _Check, genotype: Genotype, blocks: Sequence[str]) -> list[
 
 
 def _without(analysis: Analysis, offences: Mapping[tuple[str, str], str]) -> Analysis:
-    """`analysis` with these aspects of these blocks fixed as in the base."""
+    """Return `analysis` with these aspects of these blocks fixed as in the base."""
     blocks = []
     for block in analysis.blocks:
-        for aspect, _ in _ASPECTS:
+        for aspect, (fields, without) in _ASPECTS.items():
             if (block.name, aspect) in offences:
-                block = _fixed(block, aspect)
+                base = [getattr(block.default, field) for field in fields]
+                same = (c for c in block.choices if [getattr(c, field) for field in fields] == base)
+                block = replace(block, choices=tuple(same), **without)
         if len(block.choices) > 1:
             blocks.append(block)
     reasons = [(name, f"its {aspect} stays: {fault}") for (name, aspect), fault in offences.items()]
@@ -210,22 +168,9 @@ def _without(analysis: Analysis, offences: Mapping[tuple[str, str], str]) -> Ana
 
 
 def _summary(reasons: Sequence[tuple[str, str]]) -> str:
-    """The blocks of each reason in one line, of many the first two."""
+    """Name the blocks of each reason in one line, of many the first two."""
     blocks: dict[str, list[str]] = {}
     for name, reason in reasons:
         blocks.setdefault(reason, []).append(name)
     shown = {reason: f" and {len(names) - 2} more" if len(names) > 2 else "" for reason, names in blocks.items()}
     return "; ".join(f"{', '.join(names[:2])}{shown[reason]}: {reason}" for reason, names in blocks.items())
-
-
-def _fixed(block: Block, aspect: str) -> Block:
-    default = block.default
-    if aspect == "width":
-        choices = tuple(choice for choice in block.choices if choice.width == default.width)
-        return replace(block, choices=choices, channels=())
-    if aspect == "keep":
-        return replace(block, choices=tuple(choice for choice in block.choices if choice.keep))
-    same = (
-        choice for choice in block.choices if (choice.kernel_size, choice.conv) == (default.kernel_size, default.conv)
-    )
-    return replace(block, choices=tuple(same), sites=())

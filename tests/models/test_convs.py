@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nas_kd.errors import PlanError
-from nas_kd.models.convs import ConvCost, ConvSpec, Shift2d, build_conv, conv_cost, tap_shares
+from nas_kd.models.convs import ConvSpec, Shift2d, build_conv, tap_shares
+from nas_kd.models.cost_terms import conv_cost
+from nas_kd.models.polynomial import Polynomial
 
 GEOMETRIES = [
     {"kernel_size": kernel, "stride": stride, "dilation": dilation, "padding": padding}
@@ -190,9 +192,9 @@ def _standard(spec: ConvSpec, image: Tensor) -> Tensor:
     return image.new_zeros(len(image), spec.out_channels, *outputs)
 
 
-def _at(cost: ConvCost, spec: ConvSpec) -> float:
-    i, o = spec.in_channels, spec.out_channels
-    return cost.both * i * o + cost.square * i * i + cost.inputs * i + cost.outputs * o
+def _at(cost: Polynomial[str], spec: ConvSpec) -> int:
+    of_group = {f"inputs/{groups}": spec.in_channels // groups for groups in (2, 4)}
+    return cost.at({"inputs": spec.in_channels, "outputs": spec.out_channels, **of_group})
 
 
 def test_same_padding_is_tensorflows() -> None:

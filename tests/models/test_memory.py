@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nas_kd.budget import Budget
+from nas_kd.genotype import Genotype
 from nas_kd.models.schedule import Activations, bytes_of_weights
 from nas_kd.models.student import build_student
 from nas_kd.models.verify import measure
@@ -34,6 +36,17 @@ def test_streams_and_dropped_blocks_are_exact_too(name: str, seed: int) -> None:
     truth = measure(build_student(subject.network, subject.analysis, genotype), subject.input_size)
     cost = subject.table.cost(genotype)
     assert (cost.size, cost.peak_memory) == (truth.size, truth.peak_memory)
+
+
+def test_blocks_dropped_in_a_row_leave_what_the_first_of_them_reads() -> None:
+    """It is alive as their stage's shortcut anyway, and so counts once, also where no width sets its channels."""
+    subject = base("cspresnet50", 32, opened=("width", "keep"))
+    kept = subject.analysis.identity
+    dropped = {name: replace(kept[name], keep=False) for name in ("stages.0.blocks.0", "stages.0.blocks.1")}
+    for stage in subject.analysis.block("stages.0").choices:
+        genotype = Genotype.of({**kept, **dropped, "stages.0": stage})
+        truth = measure(build_student(subject.network, subject.analysis, genotype), subject.input_size)
+        assert subject.table.cost(genotype) == truth
 
 
 class _Small(nn.Module):
