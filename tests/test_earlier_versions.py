@@ -1,0 +1,35 @@
+"""What earlier versions wrote is still read: a study that stopped half-way goes on."""
+
+from __future__ import annotations
+
+import gzip
+import sqlite3
+from pathlib import Path
+
+import optuna
+
+from nas_kd.study import main
+
+STUDY = Path(__file__).parent / "golden" / "study.sql.gz"  # of 2 trials, by the version before 2026-11-26
+ARGUMENTS = (
+    "--model test_resnet --in-chans 1 --img-size 32 --budget params=60% --train-images 100 --teacher-epochs 1 "
+    "--proxy-epochs 1 --refine-epochs 1 --front 1 --views 1 --library-budget 0 --no-onnx -q"
+).split()
+
+
+def trained(path: Path) -> dict[str, list[float]]:
+    (name,) = optuna.get_all_study_names(f"sqlite:///{path}")
+    trials = optuna.load_study(study_name=name, storage=f"sqlite:///{path}").get_trials(deepcopy=False)
+    return {trial.user_attrs["digest"]: trial.values for trial in trials if trial.values}
+
+
+def test_a_study_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "study.db") as database:
+        database.executescript(gzip.decompress(STUDY.read_bytes()).decode())
+    database.close()
+    before = trained(tmp_path / "study.db")
+    assert len(before) == 2
+    assert main([*ARGUMENTS, "--trials", "3", "--out", str(tmp_path)]) == 0
+    after = trained(tmp_path / "study.db")
+    assert len(after) == 3
+    assert {digest: after[digest] for digest in before} == before
