@@ -8,6 +8,7 @@ import importlib.util
 import io
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from nas_kd.models.plain import plain
 
 _OPSET = 18
 _CLOSE = 1e-3  # of the largest output: sums in another order differ by less
+_TURN = threading.RLock()
 _logger = logging.getLogger(__name__)
 
 
@@ -205,10 +207,12 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter warns of itself, logs what it cannot do and prints its progress."""
+    """The exporter warns of itself, logs what it cannot do and prints its progress. Threads take turns: it keeps what
+    it does in globals, and where a process prints is one too."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     with (
+        _TURN,
         warnings.catch_warnings(),
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),

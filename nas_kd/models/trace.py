@@ -119,9 +119,7 @@ def trace(network: nn.Module, input_size: Sequence[int], *, clock: Callable[[], 
 
 def _way_out() -> str:
     if global_modules._global_forward_hooks or global_modules._global_forward_pre_hooks:
-        return (
-            "a hook of all modules (torch.nn.modules.module.register_module_forward_hook) may be the cause: remove it"
-        )
+        return "a hook of all modules (register_module_forward_hook of torch.nn.modules.module) may be to blame"
     return "try a larger --img-size, or a smaller --reduction"
 
 

@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 from timm.layers.norm_act import convert_sync_batchnorm
-from timm.utils import ModelEmaV2, ModelEmaV3
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.optim.swa_utils import AveragedModel
@@ -84,8 +84,7 @@ WRAPPED: dict[str, Change] = {
     "SyncBN": nn.SyncBatchNorm.convert_sync_batchnorm,
     "all at once": lambda n: nn.DataParallel(torch.compile(nn.SyncBatchNorm.convert_sync_batchnorm(n))),
     "averaged": AveragedModel,
-    "moving average": ModelEmaV2,
-    "moving average 3": ModelEmaV3,
+    "moving average": ModelEmaV3,
     "hooked": hooked,
 }
 
@@ -93,8 +92,9 @@ WRAPPED: dict[str, Change] = {
 @pytest.mark.parametrize("kind", WRAPPED)
 def test_students_learn_alone_and_load_equal(kind: str, genotype: Genotype, tmp_path: Path) -> None:
     network = base()
-    network = WRAPPED[kind](network) or network
-    space = nas_kd.Space(network, budget="params=90%", img_size=SIDE)
+    given = WRAPPED[kind](network)
+    network = network if given is None else given
+    space = nas_kd.Space(network, img_size=SIDE)
     one, other = space.student(genotype).train(), space.student(genotype).train()
     assert type(one) is type(base())
     images = IMAGES.to(next(one.parameters()).dtype)
@@ -140,11 +140,12 @@ def test_a_hooked_base_is_told_of_and_keeps_its_hooks(caplog: pytest.LogCaptureF
 
 
 def test_a_hook_of_all_modules_is_named() -> None:
-    handle = nn.modules.module.register_module_forward_hook(
-        lambda module, images, output: output.mean().item() and None
-    )
+    def look(module: nn.Module, images: Any, output: Tensor) -> None:
+        output.mean().item()
+
+    handle = nn.modules.module.register_module_forward_hook(look)
     try:
-        with pytest.raises(ModelError, match=r"a hook of all modules .* may be"):
+        with pytest.raises(ModelError, match=r"a hook of all modules .* may be to blame"):
             nas_kd.Space(base(), img_size=SIDE)
     finally:
         handle.remove()
@@ -182,7 +183,7 @@ CHANGED: dict[str, tuple[Change, str]] = {
 def test_a_base_that_was_changed_by_hand_is_refused_at_once(kind: str) -> None:
     network, (change, words) = base(), CHANGED[kind]
     change(network)
-    with pytest.raises(ModelError, match=rf"was changed after timm created it \({words}") as caught:
+    with pytest.raises(ModelError, match=rf"was changed after timm created it \(.*{words}") as caught:
         nas_kd.Space(network, img_size=SIDE)
     assert "\n" not in str(caught.value)
 
@@ -304,18 +305,20 @@ def test_trials_in_threads_are_independent(library: bool, tmp_path: Path) -> Non
     """The user's own study with `n_jobs=2`: each trains two students in turn with the other thread."""
     network = base()
     before = copy.deepcopy(network.state_dict())
-    space = nas_kd.Space(network, budget="params=60%", img_size=SIDE)
+    options = nas_kd.parse_options("width=1/0.5,conv=standard/shift")
+    space = nas_kd.Space(network, budget="params=60%", img_size=SIDE, options=options)
     if library:
-        images = nas_kd.Images(IMAGES.repeat(4, 1, 1, 1), torch.arange(16) % 10)
+        pixels = (IMAGES.repeat(4, 1, 1, 1).clamp(0, 1) * 255).byte()
+        images = nas_kd.Images(pixels, torch.arange(16) % 10, (0.5,) * 3, (0.5,) * 3)
         spec = nas_kd.LibrarySpec(images=8, holdout=8, rounds=())
         space.library = nas_kd.build_library(space.base, space.analysis, images, spec, tmp_path)
 
     def objective(trial: optuna.Trial) -> float:
         student, twin = space.suggest(trial).train(), space.student(trial).train()
         two_steps(student, twin, IMAGES)
-        return float(student(IMAGES).square().mean())
+        return student(IMAGES).square().mean().item()
 
     study = optuna.create_study(sampler=nas_kd.KnapsackSampler(space, seed=0))
-    study.optimize(objective, n_trials=8, n_jobs=2)
+    study.optimize(objective, n_trials=6, n_jobs=2)
     assert {trial.state for trial in study.trials} <= {optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED}
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
