@@ -12,7 +12,7 @@ from torch import nn
 from nas_kd.arguments.distill import DistillSettings
 from nas_kd.arguments.study import Settings
 from nas_kd.training.class_maps import warn_of_order
-from nas_kd.training.data import DataSpec
+from nas_kd.training.data import DataSpec, check_source
 from nas_kd.training.dataset_names import FOLDER
 from nas_kd.training.preprocessing import CROP_MODES, PHOTO, Preprocessing
 from nas_kd.training.sources import Source
@@ -27,11 +27,11 @@ def data_spec(
     weighted: bool,
 ) -> DataSpec:
     """The images, in the form that `network` wants. When it is `weighted`, it brings weights from elsewhere and with
-    them its normalisation; else that is taken from the training images."""
+    them its normalisation; else that is taken from the training images. Raises DataError for too few images."""
     config = _timm_config(network)
     channels, side, _ = input_size
     mean, std = (_for_channels(config.get(name, ()), channels) if weighted else None for name in ("mean", "std"))
-    return DataSpec(
+    spec = DataSpec(
         dataset=settings.dataset,
         data_dir=settings.data_dir,
         img_size=side,
@@ -47,6 +47,8 @@ def data_spec(
         class_map=settings.class_map,
         skip_unreadable=settings.skip_unreadable,
     )
+    check_source(source, spec)
+    return spec
 
 
 def _timm_config(network: nn.Module) -> dict[str, Any]:
