@@ -3,12 +3,13 @@
     python studies/faults.py > docs/results/faults.md               # 50 kills on SQLite and 50 on PostgreSQL: an hour
     python studies/faults.py --kills 3 --trials 4 --storage sqlite  # the short form, as in tests/test_faults.py
 
-Each round starts a study's command anew, waits and sends SIGKILL to a random process of it: the command itself or one
-of its workers. Half of the moments are random, the other half random within a stage that is drawn first, so that the
-short stages get their share. On PostgreSQL, a server of its own, every fifth round the server crashes as well. A study
-that reaches its end is checked as a whole, and the next one begins: no finished trial may have changed or vanished,
-none been trained twice, none be left running, every weight file must be readable and every model within the budget.
-The exit code is 1 when something was lost.
+Each round draws a stage of a study's way, starts its command anew, waits for that stage and, for a random time, in it,
+and sends SIGKILL to a random process: the command itself or one of its workers. What has the stage behind it comes to
+its end, and the next study is killed there, so that start-up, refinement and export get as many kills as trials do. On
+PostgreSQL, a server of its own, every fifth round the server crashes as well. A study that reaches its end is checked
+as a whole, and the next one begins: no finished trial may have changed or vanished, none been trained twice, none be
+left running, every weight file must be readable and every model within the budget. The exit code is 1 when something
+was lost.
 """
 
 from __future__ import annotations
@@ -46,8 +47,10 @@ from nas_kd.search.storage import close_storage, open_storage
 
 BUDGET = 0.6  # of the base's parameters
 GRACE = 8
-STAGES = ("data", "teacher", "views", "library", "search", "refine", "export")  # in the words of the progress lines
-WITHIN = {"search": 20.0, "library": 5.0, "refine": 2.0}  # seconds that a stage lasts; the others end at once
+START = "start"  # all before the first progress line
+STAGES = (START, "data", "teacher", "views", "library", "search", "refine", "export")  # in the words of those lines
+WITHIN = {START: 6.0, "search": 20.0, "library": 5.0, "refine": 1.0}  # seconds of a stage; the others end at once
+MISSES = 3  # of a stage that is over before it is seen, until what comes next is killed
 
 
 @dataclass
@@ -114,7 +117,7 @@ class Subject:
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
-    """When processes are killed: up to `longest` seconds after the start, or within one of `stages`."""
+    """When processes are killed: within one of `stages`, `longest` seconds after it began at most."""
 
     seed: int = 0
     longest: float = 40
@@ -133,6 +136,8 @@ class Campaign:
     subjects: list[Subject] = field(default_factory=list)
     kills: Counter[tuple[str, str]] = field(default_factory=Counter)  # by stage and victim
     restarts: int = 0
+    stage: str = ""  # in which the next kill is due
+    misses: int = 0
 
     @property
     def problems(self) -> list[str]:
@@ -173,14 +178,20 @@ class Campaign:
 
     def _wait(self, process: subprocess.Popen[bytes], subject: Subject, said: int) -> bool:
         """Until the moment of the kill; False when the command ends before it."""
-        moments = self.moments
-        if moments.stages == STAGES and self.generator.random() < 0.5:
-            return still_runs(process, self.generator.uniform(0.5, moments.longest))
-        stage = self.generator.choice(moments.stages)
-        while stage_of(subject, said) not in STAGES[STAGES.index(stage) :]:  # the shortest pass between two looks
-            if not still_runs(process, 0.05):
+        self.stage = self.stage or self.generator.choice(self.moments.stages)
+        due = STAGES.index(self.stage)
+        while (now := STAGES.index(stage_of(subject, said))) < due:
+            if not still_runs(process, 0.02):
                 return False
-        return still_runs(process, self.generator.uniform(0, WITHIN.get(stage, 0.2)))
+        if now > due and self.misses < MISSES:
+            self.misses += 1
+            process.wait()
+            return False
+        longest = min(WITHIN.get(self.stage, 0.1), self.moments.longest)
+        if not still_runs(process, self.generator.uniform(0, longest)):
+            return False
+        self.stage, self.misses = "", 0
+        return True
 
     def _kill_one_of(self, process: subprocess.Popen[bytes]) -> str:
         workers = children(process.pid)
@@ -211,7 +222,7 @@ def stage_of(subject: Subject, said: int) -> str:
         log.seek(said)
         text = log.read().decode(errors="replace")
     begun = re.findall(rf"^({'|'.join(STAGES)}): \d+ step", text, re.MULTILINE)
-    return str(begun[-1]) if begun else "start"
+    return str(begun[-1]) if begun else START
 
 
 def facts(trial: FrozenTrial) -> tuple[Any, ...]:
@@ -290,7 +301,7 @@ def report(campaign: Campaign, storage: str, seconds: float) -> Iterator[str]:
         f"{sum(len(subject.finished) for subject in campaign.subjects)}. **Problems: {len(campaign.problems)}.**\n"
     )
     yield "| killed in stage | the command | a worker, then the command |\n|---|---|---|"
-    for stage in ("start", *STAGES):
+    for stage in STAGES:
         counts = [campaign.kills[stage, victim] for victim in ("command", "worker, then command")]
         yield f"| {stage} | {counts[0]} | {counts[1]} |"
     yield from ["", *(f"- {problem}" for problem in campaign.problems)]
@@ -303,7 +314,7 @@ def main() -> int:
     parser.add_argument("--storage", nargs="+", choices=("sqlite", "postgresql"), default=["sqlite", "postgresql"])
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--longest", type=float, default=40, help="seconds until a kill at a random moment, at most")
+    parser.add_argument("--longest", type=float, default=40, help="seconds of a stage until a kill, at most")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="kill within these alone")
     arguments = parser.parse_args()
     moments = Moments(seed=arguments.seed, longest=arguments.longest, stages=tuple(arguments.stages))

@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +59,21 @@ class Turns:
     """Two processes that write and read a study by turns, until one of them ends."""
 
     def __init__(self, take: int, give: int) -> None:
-        self.taken, self.given = take, give
+        self.taken, self.given, self.depth = take, give, 0
 
-    def take(self) -> None:
-        """Waits for the turn; the other one's end gives it for good."""
-        os.read(self.taken, 1)
-
-    def give(self) -> None:
-        """Lets the other one go on."""
-        with suppress(BrokenPipeError):
-            os.write(self.given, b"x")
+    @contextmanager
+    def own(self) -> Iterator[None]:
+        """Waits for the turn and gives it back; the other one's end gives it for good."""
+        self.depth += 1
+        if self.depth == 1:  # a read may be made of others
+            os.read(self.taken, 1)
+        try:
+            yield
+        finally:
+            self.depth -= 1
+            if self.depth == 0:
+                with suppress(BrokenPipeError):
+                    os.write(self.given, b"x")
 
 
 def two_turns() -> tuple[Turns, Turns, list[int]]:
@@ -88,15 +93,11 @@ def watched(storage: BaseStorage, count: Count, turns: Turns | None = None) -> I
         def call(*arguments: Any, **more: Any) -> Any:
             if count.is_dead:
                 raise Died
-            if turns:
-                turns.take()
-            try:
-                return inner(*arguments, **more)
-            finally:
+            with turns.own() if turns else nullcontext():
+                result = inner(*arguments, **more)
                 if name in _WRITES:
                     count.wrote()
-                if turns:
-                    turns.give()
+                return result
 
         setattr(storage, name, call)
 
@@ -136,16 +137,17 @@ def ended_well(child: int) -> bool:
 
 @contextmanager
 def watched_files(count: Count, patch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Counts the moments at which files and folders come into being, or are replaced, and names them."""
+    """Counts the moments at which files and folders come into being, or are replaced, and names those that did; a fault
+    comes just before."""
     names: list[str] = []
 
     def watch(name: str) -> None:
         inner = getattr(os, name)
 
         def move(source: Any, target: Any, **more: Any) -> None:
+            count.wrote()  # before: what was written is not there yet
             inner(source, target, **more)
             names.append(Path(target).name)
-            count.wrote()
 
         patched.setattr(os, name, move)
 

@@ -20,6 +20,7 @@ from nas_kd.pipeline.crew import LocalWorker, file_arguments, stop_all, worker_a
 _POLL = 0.2  # seconds between two looks at a worker's process
 _RETRIES = 5  # of a task whose worker died
 _LOCAL = "local"  # the address of a cluster that is started on this machine
+_TOKENS = "ray._private.authentication.authentication_token_setup"  # Ray's logger
 _logger = logging.getLogger(__name__)
 
 
@@ -120,6 +121,8 @@ def _connect(address: str) -> Any:
     except ImportError as error:
         raise StudyError("--ray needs Ray: pip install 'nas-kd[ray]'") from error
     options: dict[str, Any] = {"include_dashboard": False} if address == _LOCAL else {"address": address}
+    # it tells at every start that its ports now ask for a token, which its own tasks have: no line of ours
+    logging.getLogger(_TOKENS).setLevel(logging.ERROR)
     try:
         ray.init(**options, log_to_driver=False, configure_logging=False)
     except Exception as error:  # Ray raises a plain one where a node starts too slowly

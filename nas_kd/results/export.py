@@ -69,12 +69,21 @@ def export(network: nn.Module, folder: str | os.PathLike[str], card: Card = Card
             size = _write(network, whole, args, card)
             if onnx:
                 _write_onnx(network, size, whole, earlier=target)
-            if target.exists():
-                os.replace(target, Path(draft, "earlier"))
-            os.replace(whole, target)
+            _put(whole, target, aside=Path(draft, "earlier"))
     except OSError as error:
         raise OutputError(f"cannot write {target}: {error.strerror or error}; choose another folder") from error
     return target
+
+
+def _put(whole: Path, target: Path, aside: Path) -> None:
+    """Moves an export to its place; an earlier one goes `aside` first, and back where that is interrupted."""
+    try:
+        if target.exists():
+            os.replace(target, aside)
+        os.replace(whole, target)
+    finally:
+        if aside.exists() and not target.exists():
+            os.replace(aside, target)
 
 
 def _check_target(target: Path) -> None:

@@ -3,7 +3,7 @@
 All that workers share is the study's storage: no locks, but what one has written every later read finds. A trial writes
 its digest, then reads the others. Whoever finds an earlier trial with this digest, or one that trains it, leaves it;
 whoever finds a later, undecided one waits for it to decide, since that one may have read before the digest was written.
-The latest never waits, so some trial always goes on.
+The latest never waits, so some trial always goes on; one whose worker died before it decided is given up meanwhile.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
+
+from nas_kd.search.workers import Watch, retry_dead_trials
 
 CLAIM = "claim"  # the user attribute of a trial that may train its digest
 REUSED = "reused"  # the user attribute of a trial whose digest another has or trains: its number
@@ -29,6 +31,7 @@ def is_trained(trial: FrozenTrial) -> bool:
 
 def claim(trial: optuna.Trial, digest: str, *, sleep: Callable[[float], None] = time.sleep) -> FrozenTrial | None:
     """None when the trial, which has noted its `digest`, is the one to train it; else the trial that did or does."""
+    watch = Watch()
     while True:
         rivals = [other for other in trial.study.get_trials(deepcopy=False) if _is_rival(other, trial.number, digest)]
         for other in sorted(rivals, key=lambda other: (not is_trained(other), other.number)):
@@ -38,6 +41,8 @@ def claim(trial: optuna.Trial, digest: str, *, sleep: Callable[[float], None] = 
             trial.set_user_attr(CLAIM, True)
             return None
         sleep(_WAIT)
+        retry_dead_trials(trial.study)
+        watch.retry_silent_trials(trial.study)
 
 
 def _is_rival(other: FrozenTrial, number: int, digest: str) -> bool:

@@ -26,7 +26,7 @@ from nas_kd.search.budgets import noted_cost
 from nas_kd.search.claims import REUSED, RUNG, claim
 from nas_kd.search.claims import is_trained as is_trained
 from nas_kd.search.rungs import RungScore, deficit, rung_epochs, rung_scores
-from nas_kd.search.signals import held
+from nas_kd.search.signals import at_once, held
 from nas_kd.search.space import Space
 from nas_kd.search.storage import Direction
 from nas_kd.search.workers import WORKER, worker_name
@@ -109,7 +109,7 @@ class Objective:
                 trial.set_user_attr(WORKER, worker_name())
             genotype = self.space.suggest_genotype(trial)
             cost = self.space.admit(trial, genotype)
-            known = claim(trial, genotype.digest)
+            known = claim(trial, genotype.digest, sleep=_sleep)
             if known is not None:
                 return _reuse(trial, known)
         started = self.clock()
@@ -181,6 +181,12 @@ class Objective:
             reason = f"stopped after epoch {epoch} by Optuna's {type(trial.study.pruner).__name__}"
             _note_end(trial, reason, 0.0)
             raise optuna.TrialPruned(reason)
+
+
+def _sleep(seconds: float) -> None:
+    """Waits for another worker, which a signal may interrupt."""
+    with at_once():
+        time.sleep(seconds)
 
 
 def _note_end(trial: optuna.Trial, reason: str, behind: float) -> None:

@@ -107,25 +107,35 @@ class RetryingStudy(optuna.Study):
         return optuna.Trial(self, self._begin() if taken is None else taken)
 
     def _take(self) -> int | None:
-        """The storage's number of a trial that waited, None where none does."""
+        """The storage's number of a trial that waited, None where none does. It is signed before it is taken; of two
+        who sign the same one the later takes it, and the other one leaves it."""
         waiting = self.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        for trial in sorted(waiting, key=lambda trial: (RETRY not in trial.user_attrs, trial.number)):
+        for trial in sorted(waiting, key=_turn):
+            identity = trial._trial_id
             with suppress(UpdateFinishedTrialError):  # another worker was faster, and so it says False below
-                self._sign(trial._trial_id)
-                if self._storage.set_trial_state_values(trial._trial_id, state=TrialState.RUNNING):
-                    self._sign(trial._trial_id)
-                    return trial._trial_id
+                self._sign(identity)
+                if self._is_own(identity) and self._storage.set_trial_state_values(identity, state=TrialState.RUNNING):
+                    self._sign(identity)  # the rest of the race: it was signed once more as it was taken
+                    return identity
         return None
 
+    def _is_own(self, trial_id: int) -> bool:
+        return bool(self._storage.get_trial(trial_id).user_attrs.get(WORKER) == worker_name())
+
     def _sign(self, trial_id: int) -> None:
-        """Notes who takes a trial: before it is taken, and once more where another one wanted it at the same time."""
-        if self._storage.get_trial(trial_id).user_attrs.get(WORKER) != worker_name():
+        if not self._is_own(trial_id):
             self._storage.set_trial_user_attr(trial_id, WORKER, worker_name())
 
     def _begin(self) -> int:
         """A new trial, its worker noted in the same step."""
         signed = create_trial(state=TrialState.RUNNING, user_attrs={WORKER: worker_name()})
         return self._storage.create_new_trial(self._study_id, template_trial=signed)
+
+
+def _turn(trial: FrozenTrial) -> tuple[bool, bool, int]:
+    """In which order trials that wait are taken: those last that another living worker is about to take."""
+    is_wanted = _worker(trial) not in ("", worker_name()) and not _is_dead(trial)
+    return is_wanted, RETRY not in trial.user_attrs, trial.number
 
 
 def running(study: optuna.Study) -> list[FrozenTrial]:

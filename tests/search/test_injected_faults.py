@@ -12,7 +12,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from nas_kd.training.loop import Run, TrainResult
 from nas_kd.training.recipe import Recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")  # optuna: heartbeat
-TRIALS, EPOCHS = 3, 2
+EPOCHS = 2
 
 
 @pytest.fixture(scope="module")
@@ -91,12 +91,13 @@ def free_trials(tiny: Space[nn.Module], starts: list[Genotype], monkeypatch: pyt
 
 @dataclass(frozen=True)
 class Study:
-    """A study in a database, and the folder of its trials' states."""
+    """A study in a database that is to train so many `students`, and the folder of its trials' states."""
 
     name: str
     storage: BaseStorage
     folder: Path
     space: Space[nn.Module]
+    students: int = 3  # two starts and one that the sampler proposes
 
     def command(self) -> None:
         """What the main command does once all is built (`pipeline.search`)."""
@@ -115,7 +116,7 @@ class Study:
         self.space.enqueue(study, 2)
         nothing: Any = None
         proxy = Proxy(views=nothing, val=nothing, recipe=Recipe(epochs=EPOCHS), checkpoints=self.folder)
-        work.work(study, Objective(self.space, proxy), Limits(target=lambda: TRIALS, sleep=lambda seconds: None))
+        work.work(study, Objective(self.space, proxy), Limits(target=lambda: self.students, sleep=lambda seconds: None))
         settle(study, 120)
 
     def begin_with_a_retry(self) -> None:
@@ -160,7 +161,7 @@ class Study:
         assert not self.running()
         trained = [trial for trial in found if is_trained(trial)]
         assert len({trial.user_attrs["digest"] for trial in trained}) == len(trained)
-        assert TRIALS <= len(trained) <= TRIALS + 1
+        assert self.students <= len(trained) <= self.students + 1
         epochs = Counter((self.folder / "trained").read_text().splitlines())
         assert set(epochs.values()) == {1}
         assert not list(self.folder.glob("*.resume"))
@@ -273,7 +274,7 @@ def test_beside_a_worker_that_is_killed_after_any_write_another_goes_on(
     """Processes that write by turns, so that the other one sees every state that the first one leaves."""
     opened: RDBStorage = request.getfixturevalue(kind)
     for at in itertools.count(1):
-        study = new_study(get_storage(opened))
+        study = replace(new_study(get_storage(opened)), students=2)
         study.begin_with_a_retry()
         survived = two_workers(study, opened, at)
         study.goes_on(None)
