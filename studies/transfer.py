@@ -158,7 +158,7 @@ def theirs(ground: Ground, optimizer_name: str, lr: float) -> Scores:
     loader = create_loader(
         pictures,
         input_size=(3, arguments.img_size, arguments.img_size),
-        batch_size=64,
+        batch_size=min(64, len(pictures)),  # the last, smaller batch is dropped, as in timm
         is_training=True,
         use_prefetcher=False,
         mean=ground.splits.mean,
@@ -247,7 +247,7 @@ def page(rows: list[Scores]) -> str:
 _HEAD = [
     "# From ImageNet weights to a teacher on photos",
     "",
-    *(__doc__ or "").split("\n\n", 2)[2].strip().splitlines(),
+    *(__doc__ or "").split("\n\n", 1)[1].strip().splitlines(),
     "",
 ]
 
