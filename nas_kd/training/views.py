@@ -69,10 +69,9 @@ class Views:
 
     @property
     def bytes(self) -> int:
-        """The size of pixels, logits and shares."""
-        return sum(
-            part.numel() * part.element_size() for part in (self.pixels, self.logits, self.shares) if part is not None
-        )
+        """The size of all that is kept of them."""
+        parts = (self.pixels, self.logits, self.shares, self.plain)
+        return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
     def epoch(self, epoch: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """What `epoch` (from 0) sees: pixels N×C×H×W uint8, labels N, logits N×K or None: the view `epoch` mod V."""
