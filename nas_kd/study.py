@@ -42,9 +42,10 @@ def _conclude(summary: StudySummary, out: Path, settings: Settings, console: Con
     """Prints the table of models and where everything is."""
     from nas_kd.results.report import headline
     from nas_kd.results.table import render_table
+    from nas_kd.search.storage import sqlite_url
 
     console.print(render_table(summary.models, folder=out, kinds=kinds_of(summary.budget)), crop=False)
-    storage = without_password(settings.storage or f"sqlite:///{out / 'study.db'}")
+    storage = without_password(settings.storage or sqlite_url(out / "study.db"))
     artifacts = (
         "" if "://" in (settings.artifacts or "") else f" --artifact-dir {settings.artifacts or out / 'artifacts'}"
     )

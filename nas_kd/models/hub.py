@@ -11,6 +11,7 @@ import functools
 import os
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import timm
@@ -22,6 +23,7 @@ from torch import nn
 
 from nas_kd.errors import ModelError, NasKdError, PlanError, nearest
 from nas_kd.models.plan import Plan, apply_plan, plan_of
+from nas_kd.models.weights import weights_at_hand
 
 ENTRY_POINT = "nas_kd_student"
 # not arguments of the base: timm's, for the loading itself
@@ -188,7 +190,8 @@ def create_base(name: str, **kwargs: Any) -> nn.Module:
     if ":" not in name and not timm.is_model(stem):
         raise ModelError(f"timm knows no model {name!r}{nearest(stem, timm.list_models())}; see timm.list_models()")
     try:
-        model: nn.Module = timm.create_model(name, **kwargs)
+        with weights_at_hand(name) if kwargs.get("pretrained") else nullcontext():
+            model: nn.Module = timm.create_model(name, **kwargs)
     except NasKdError:
         raise
     except _FAILURES as error:

@@ -31,8 +31,13 @@ _CREATOR_SECONDS = 5.0  # to wait until who created a study has said what it is
 
 
 def sqlite_url(path: Path) -> str:
-    """The storage URL of a SQLite file."""
-    return f"sqlite:///{path}"
+    """The storage URL of a SQLite file. Raises OutputError for a path that no URL of SQLAlchemy's can say."""
+    plain = f"sqlite:///{path}"
+    for url in (plain, re.sub(r"[%?#{}]", lambda match: f"%{ord(match[0]):02X}", plain)):
+        with suppress(KeyError, ValueError, IndexError):  # Optuna writes its version where there are braces
+            if sqlalchemy.make_url(url.format(SCHEMA_VERSION="")).database == str(path):
+                return url
+    raise OutputError(f"SQLite cannot keep a study in {path}: choose an --out without ?, %, {{ and }}")
 
 
 def open_storage(url: str, *, grace: float = GRACE) -> BaseStorage:

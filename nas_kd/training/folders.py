@@ -260,7 +260,9 @@ def _has_images(folder: Path) -> bool:
 
 
 def _class_folders(folder: Path) -> list[Path]:
-    return [child for child in _folders_in(folder) if _has_images(child)]
+    """The folders of a split, or of what looks like one, that may be classes."""
+    found = [child for child in _folders_in(_unwrapped(folder)) if _has_images(child)]
+    return found if any(child.name.lower() not in _NO_CLASS for child in found) else []
 
 
 def _only_child(root: Path) -> Path | None:

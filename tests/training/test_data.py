@@ -3,17 +3,21 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from sklearn.datasets import load_digits
 from torchvision.datasets import FashionMNIST
 
 from nas_kd.errors import DataError, OutputError
 from nas_kd.training.data import DataSpec, load_splits
 from nas_kd.training.images import Images, normalise
+from nas_kd.training.preprocessing import Preprocessing
 
 Write = Callable[..., Path]
 
@@ -230,6 +234,162 @@ def test_an_unreadable_image_is_named(tmp_path: Path, write: Write) -> None:
     with pytest.raises(DataError, match=r"cannot read the image .*3\.png"):
         load_splits(folder_spec(root), tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_validation_and_test_of_its_own_are_both_used(tmp_path: Path, write: Write) -> None:
+    write("train", cat=8, dog=12)
+    write("val", cat=2, dog=3)
+    splits = load_splits(folder_spec(write("test", cat=1, dog=5)), tmp_path / "cache")
+    assert (len(splits.train), len(splits.val), len(splits.test)) == (20, 5, 6)
+    assert torch.bincount(splits.val.labels).tolist() == [2, 3]
+    assert splits.test.labels.tolist() == [0, 1, 1, 1, 1, 1]
+
+
+def test_all_unreadable_images_are_named_at_once(tmp_path: Path, write: Write) -> None:
+    write("train", cat=9, dog=9)
+    root = write("test", cat=4, dog=14)
+    broken = [root / "train/dog/3.png", root / "train/cat/1.png", *(root / f"test/dog/{n}.png" for n in range(1, 13))]
+    for path in broken[:2]:
+        path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(DataError, match=r"cannot read 2 images: .*\.png: .*\.png: .*--skip-unreadable"):
+        load_splits(folder_spec(root), tmp_path / "cache")
+    for path in broken[2:]:
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match=r"cannot read 14 images: .* and 4 more, all of them in .*unreadable\.txt"):
+        load_splits(folder_spec(root), tmp_path / "cache")
+    named = (tmp_path / "cache" / "unreadable.txt").read_text()
+    assert all(str(path) in named for path in broken)
+
+
+def test_one_can_go_on_without_unreadable_images(
+    tmp_path: Path, write: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    write("train", cat=9, dog=9)
+    root = write("test", cat=4, dog=4)
+    for name in ("train/dog/3.png", "test/cat/0.png"):
+        (root / name).write_bytes(b"")
+    spec = replace(folder_spec(root), skip_unreadable=True)
+    for _ in range(2):  # the second time from the cache
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            splits = load_splits(spec, tmp_path / "cache")
+        assert len(splits.train) + len(splits.val) == 17
+        assert splits.test.labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
+        assert "2 images of" in caplog.text
+        assert "are left out" in caplog.text
+    for index in range(9):
+        (root / f"train/dog/{index}.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"the class 'dog' of .* has no images in train"):
+        load_splits(spec, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("map.txt", "dog\nemu\ncat\n"),
+        ("map.json", '["dog", "emu", "cat"]'),
+        ("map.json", '{"cat": 2, "dog": 0, "emu": 1}'),
+    ],
+)
+def test_a_class_map_numbers_the_classes(tmp_path: Path, write: Write, name: str, text: str) -> None:
+    root = write("train", cat=8, dog=4)
+    (root / name).write_text(text)
+    for where in (name, str(root / name)):  # timm looks into the data folder too
+        splits = load_splits(replace(folder_spec(root), class_map=where), tmp_path / "cache")
+        assert (splits.class_names, splits.num_classes) == (("dog", "emu", "cat"), 3)
+        assert set(splits.train.labels.tolist()) == {0, 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("dog\n", "the class 'cat' of the images is not in the class map"),
+        ("dog\ncta\n", "did you mean 'cta'"),
+        ("dog\ndog\ncat", "each once"),
+        ("", "each once"),
+    ],
+)
+def test_a_class_map_that_does_not_fit_is_refused(tmp_path: Path, write: Write, text: str, said: str) -> None:
+    root = write("train", cat=8, dog=4)
+    (root / "map.txt").write_text(text)
+    with pytest.raises(DataError, match=said):
+        load_splits(replace(folder_spec(root), class_map="map.txt"), tmp_path / "cache")
+    with pytest.raises(DataError, match="there is no class map gone"):
+        load_splits(replace(folder_spec(root), class_map="gone"), tmp_path / "cache")
+    with pytest.raises(DataError, match="numbers the classes of image folders"):
+        load_splits(DataSpec(class_map="map.txt"), tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    "preprocessing",
+    [
+        Preprocessing(crop_pct=0.875, interpolation="bicubic"),
+        Preprocessing(crop_pct=0.9, interpolation="nearest", crop_mode="squash"),
+        Preprocessing(),
+    ],
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_are_what_timm_evaluates(
+    tmp_path: Path, write: Write, preprocessing: Preprocessing, channels: int
+) -> None:
+    write("train", cat=4, dog=4)
+    root = write("test", size=(40, 23), cat=2, dog=2)
+    spec = replace(folder_spec(root, img_size=14, in_chans=channels), preprocessing=preprocessing)
+    splits = load_splits(spec, tmp_path / "cache")
+    transform = timm.data.create_transform((channels, 14, 14), normalize=False, **asdict(preprocessing))
+    files = [root / "test" / name / f"{index}.png" for name in ("cat", "dog") for index in range(2)]
+    for pixels, file in zip(splits.test.pixels, files, strict=True):
+        assert torch.equal(pixels, transform(Image.open(file).convert("L" if channels == 1 else "RGB")))
+
+
+@pytest.mark.parametrize("side", [8, 16, 28, 32])
+def test_digits_are_resized_as_ever(tmp_path: Path, side: int) -> None:
+    splits = load_splits(DataSpec(img_size=side, in_chans=1, train_images=40), tmp_path)
+    seen = {image.numpy().tobytes() for image in splits.train.pixels}
+    pixels = (load_digits().images * (255 / 16)).round().astype(np.uint8)
+    fitted = (ImageOps.fit(Image.fromarray(p), (side, side), Image.Resampling.BILINEAR) for p in pixels)
+    assert len(seen & {np.asarray(image).tobytes() for image in fitted}) == len(seen) == 40
+
+
+def test_images_of_one_colour_are_told(tmp_path: Path, write: Write, caplog: pytest.LogCaptureFixture) -> None:
+    root = write("", cat=6, dog=6)
+    for index in range(6):
+        Image.new("RGB", (9, 9), (index, 7, 7)).save(root / "dog" / f"{index}.png")
+    Image.new("L", (9, 9), 0).save(root / "cat" / "0.png")
+    with caplog.at_level(logging.WARNING):
+        load_splits(folder_spec(root), tmp_path / "cache")
+    (line,) = caplog.messages
+    assert "7 of 12 images have one colour alone, among them all of the class 'dog'" in line
+
+
+def test_originals_are_the_training_images_whole(tmp_path: Path, write: Write) -> None:
+    write("train", size=(60, 40), cat=5, dog=3)
+    root = write("train", size=(400, 20), emu=3)
+    splits = load_splits(replace(folder_spec(root, img_size=16), originals=1.5), tmp_path / "cache")
+    assert splits.originals is not None
+    assert len(splits.originals) == len(splits.train)
+    sizes = {name: set() for name in splits.class_names}
+    for index, label in enumerate(splits.train.labels.tolist()):
+        image = splits.originals.image(index)
+        sizes[splits.class_names[label]].add(image.size)
+        # in the order of the training images: cropped and resized, an original is nearly the image
+        again = ImageOps.fit(image, (16, 16), Image.Resampling.BILINEAR)
+        pixels = splits.train.pixels[index].permute(1, 2, 0)
+        assert np.corrcoef(np.asarray(again).flatten(), pixels.flatten())[0, 1] > 0.6
+    assert sizes == {"cat": {(36, 24)}, "dog": {(36, 24)}, "emu": {(40, 20)}}
+    assert splits.originals.bytes == sum(
+        3 * int(np.prod(splits.originals.image(index).size)) for index in range(len(splits.originals))
+    )
+
+
+def test_originals_are_smaller_or_left_out_where_memory_ends(tmp_path: Path, write: Write) -> None:
+    root = write("train", size=(60, 60), cat=9, dog=9)
+    spec = replace(folder_spec(root, img_size=20, in_chans=1), originals=2.0)
+    sides = []
+    for limit in (1 << 20, 10 * 4 * 30 * 30 // 3 + 1, 1000):
+        originals = load_splits(replace(spec, originals_bytes=limit), tmp_path / "cache").originals
+        sides.append(originals and originals.image(0).size)
+    assert sides == [(40, 40), (30, 30), None]
 
 
 def test_images_of_sixteen_bits_keep_their_greys(tmp_path: Path) -> None:
