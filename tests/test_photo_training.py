@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter
+from safetensors.torch import load_file
 
 from nas_kd.distill import main
-from nas_kd.errors import DataError
 from nas_kd.pipeline.kit import Kit, images_of
 from nas_kd.study import main as study_main
 from nas_kd.training.augment import PhotoAugmentation
@@ -58,11 +58,13 @@ def test_crops_come_from_originals_and_mixed_views_are_cached(run: Callable[...,
 
 
 def test_without_a_cache_the_same_model_comes_out(run: Callable[..., Path], tmp_path: Path) -> None:
-    accuracies = []
-    for views in (1, 0):
-        run(tmp_path / str(views), f"--views={views}", "--cutmix=1", "--smoothing=0.1")
-        accuracies.append(json.loads((tmp_path / str(views) / "distill.json").read_text())["test accuracy"])
-    assert accuracies[0] == accuracies[1]
+    weights = []
+    for out in (tmp_path / "1", tmp_path / "0"):
+        run(out, f"--views={out.name}", "--cutmix=1", "--smoothing=0.1")
+        path = json.loads((out / "distill.json").read_text())["path"]
+        weights.append(load_file(out / path / "model.safetensors"))
+    for name, tensor in weights[0].items():  # logits are cached in 16 bits
+        torch.testing.assert_close(tensor, weights[1][name], rtol=1e-2, atol=1e-3)
 
 
 def spec(photos: Path, **form: float) -> DataSpec:
@@ -115,5 +117,3 @@ def test_a_policy_that_timm_cannot_read_is_told_before_any_work(
     assert error == (
         "nas_kd: timm cannot read auto_augment 'best': write it like rand-m9-mstd0.5, augmix-m3, original, v0 or 3a\n"
     )
-    with pytest.raises(DataError, match="timm cannot read"):
-        PhotoAugmentation(auto_augment="best")

@@ -51,9 +51,14 @@ class AugmentOptions:
         return any(name in _CROPPING for name in self.given)
 
     @property
+    def mixes(self) -> bool:
+        """Whether images are mixed."""
+        return bool(self.mixup or self.cutmix)
+
+    @property
     def softens(self) -> bool:
         """Whether labels become shares of several classes."""
-        return bool(self.mixup or self.cutmix or self.smoothing)
+        return self.mixes or bool(self.smoothing)
 
     @classmethod
     def restore(cls, noted: Mapping[str, Any] | None) -> AugmentOptions:
@@ -111,7 +116,7 @@ def _check(options: AugmentOptions, soft_loss: str) -> None:
         raise NasKdError(f"--no-aug does not go with {_option(given[0])}: leave one of them out")
     if options.remode is not None and not options.reprob:
         raise NasKdError("--remode says what fills an erased part: give --reprob above 0 too")
-    if options.color_jitter is not None and options.aa is not None and "3a" not in options.aa:
+    if options.color_jitter and options.aa is not None and "3a" not in options.aa:
         raise NasKdError("--color-jitter does not go with --aa, beside which timm leaves it out: give one of them")
     for name, others in (("mixup_prob", ("mixup", "cutmix")), ("mixup_switch_prob", ("mixup", "cutmix"))):
         needed = all if name == "mixup_switch_prob" else any

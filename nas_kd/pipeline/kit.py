@@ -76,8 +76,9 @@ class Kit:
         yield self.weights
         yield from (f"{self.images}/{name}" for name in ("meta.json", *(f"{part}.npy" for part in self.parts)))
         if self.views:
-            shares = ("shares.npy",) if AugmentOptions.restore(self.settings.get("augment")).softens else ()
-            yield from (f"{self.views}/{name}" for name in ("meta.json", "pixels.npy", "logits.npy", *shares))
+            augment = AugmentOptions.restore(self.settings.get("augment"))
+            more = ("shares.npy",) * augment.softens + ("plain.npy",) * augment.mixes
+            yield from (f"{self.views}/{name}" for name in ("meta.json", "pixels.npy", "logits.npy", *more))
         if self.library:
             yield f"{self.library}.zip"
 

@@ -77,7 +77,7 @@ class PhotoAugmentation:
                 f"timm cannot read auto_augment {self.auto_augment!r}: write it like rand-m9-mstd0.5, augmix-m3, "
                 "original, v0 or 3a"
             ) from error
-        if self.color_jitter is not None and "3a" not in self.auto_augment:
+        if self.color_jitter and "3a" not in self.auto_augment:
             raise DataError(
                 f"timm leaves color_jitter out beside auto_augment {self.auto_augment!r}: leave one of them out"
             )

@@ -62,9 +62,12 @@ class Portions:
         return _join([self._of_pass(number, positions[passes == number]) for number in sorted(set(passes.tolist()))])
 
     def sample(self, count: int) -> Images:
-        """The first `count` images of the first pass, e.g. to recalibrate batch norms."""
+        """The first `count` images of the first pass, e.g. to recalibrate batch norms; where images are mixed, those of
+        the views, unmixed."""
         batch = self._of_pass(0, torch.arange(min(count, len(self.views))))
-        return Images(batch.pixels, batch.classes, self.mean, self.std)
+        if batch.labels.ndim > 1:
+            return self.views.sample(count)
+        return Images(batch.pixels, batch.labels, self.mean, self.std)
 
     def _of_pass(self, number: int, positions: Tensor) -> Batch:
         if number not in self._orders:

@@ -17,7 +17,7 @@ from nas_kd.errors import DataError, TrainingError
 from nas_kd.training.arrays import Array, ArrayFile, finish, load, writing
 from nas_kd.training.augment import AnyAugmentation, Augmentation
 from nas_kd.training.images import AugmentedImages, Batch, Images
-from nas_kd.training.loop import predict_logits
+from nas_kd.training.loop import CALIBRATION, predict_logits
 from nas_kd.training.mixing import Mixing
 
 MAX_BYTES = 16 << 30  # of one cache; larger data wants `OnlineViews`
@@ -46,7 +46,8 @@ class ViewSpec:
 @dataclass(frozen=True, slots=True, eq=False)
 class Views:
     """V augmented views of N images: `pixels` V×N×C×H×W uint8, `labels` N int64, the teacher's `logits` V×N×K float16
-    (None without a teacher), and `shares` V×N×K float32 of the classes where images are mixed or labels smoothed.
+    (None without a teacher), and `shares` V×N×K float32 of the classes where images are mixed or labels smoothed. Of
+    mixed images `plain` holds the first ones of the first view unmixed, as many as a calibration takes.
     Memory-mapped from `folder` and shared by every process that opens them."""
 
     pixels: Tensor
@@ -56,6 +57,7 @@ class Views:
     std: tuple[float, ...]
     folder: Path | None = None
     shares: Tensor | None = None
+    plain: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -67,10 +69,9 @@ class Views:
 
     @property
     def bytes(self) -> int:
-        """The size of pixels, logits and shares."""
-        return sum(
-            part.numel() * part.element_size() for part in (self.pixels, self.logits, self.shares) if part is not None
-        )
+        """The size of all that is kept of them."""
+        parts = (self.pixels, self.logits, self.shares, self.plain)
+        return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
     def epoch(self, epoch: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """What `epoch` (from 0) sees: pixels N×C×H×W uint8, labels N, logits N×K or None: the view `epoch` mod V."""
@@ -86,13 +87,19 @@ class Views:
         return Batch(pixels[indices], labels[indices], None if logits is None else logits[indices].float())
 
     def sample(self, count: int) -> Images:
-        """The first `count` images of the first view, e.g. to recalibrate batch norms."""
-        return Images(self.pixels[0, :count], self.labels[:count], self.mean, self.std)
+        """The first `count` images of the first view, unmixed, e.g. to recalibrate batch norms; at most 512 of images
+        that are mixed."""
+        pixels = (self.pixels[0] if self.plain is None else self.plain)[:count]
+        return Images(pixels, self.labels[: len(pixels)], self.mean, self.std)
 
     def to(self, device: torch.device) -> Views:
         """The same views on `device`."""
-        logits, shares = (None if part is None else part.to(device) for part in (self.logits, self.shares))
-        return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device), logits=logits, shares=shares)
+        there = {
+            name: tensor.to(device)
+            for name in ("pixels", "labels", "logits", "shares", "plain")
+            if (tensor := getattr(self, name)) is not None
+        }
+        return replace(self, **there)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -160,14 +167,17 @@ def open_views(path: Path, labels: Tensor, mean: tuple[float, ...], std: tuple[f
 def _views(
     path: Path, arrays: Mapping[str, Array], labels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Views:
-    logits, shares = (torch.from_numpy(arrays[name]) if name in arrays else None for name in ("logits", "shares"))
-    return Views(torch.from_numpy(arrays["pixels"]), labels, logits, mean, std, path, shares)
+    found = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return Views(found["pixels"], labels, found.get("logits"), mean, std, path, found.get("shares"), found.get("plain"))
 
 
 def views_bytes(train: Images, spec: ViewSpec, classes: int) -> int:
     """What the views of `train` take on disk, with a teacher's logits over so many classes."""
-    shares = 0 if spec.mixing is None else 4 * spec.mixing.num_classes
-    return spec.count * (train.bytes + (2 * classes + shares) * len(train))
+    whole = spec.count * (train.bytes + 2 * classes * len(train))
+    if spec.mixing is None:
+        return whole
+    plain = min(CALIBRATION, len(train)) * train.pixels[0].numel() if spec.mixing.mixes else 0
+    return whole + spec.count * 4 * spec.mixing.num_classes * len(train) + plain
 
 
 def _build(train: Images, teacher: nn.Module | None, spec: ViewSpec, path: Path) -> None:
@@ -185,9 +195,14 @@ def _build(train: Images, teacher: nn.Module | None, spec: ViewSpec, path: Path)
             files["logits"] = ArrayFile(draft / "logits.npy", (spec.count, count, classes), "<f2")
         if spec.mixing is not None:
             files["shares"] = ArrayFile(draft / "shares.npy", (spec.count, count, spec.mixing.num_classes), "<f4")
+        plain = _plain(train, spec)
+        if plain is not None:
+            files["plain"] = ArrayFile(draft / "plain.npy", tuple(plain.shape), "|u1")
         with ExitStack() as stack:
             for file in files.values():
                 stack.enter_context(file)
+            if plain is not None:
+                files["plain"].write(plain.cpu().numpy())
             for batch in _augmented(train, spec):
                 files["pixels"].write(batch.pixels.cpu().numpy())
                 if "shares" in files:
@@ -196,6 +211,13 @@ def _build(train: Images, teacher: nn.Module | None, spec: ViewSpec, path: Path)
                     images = Images(batch.pixels, batch.classes, train.mean, train.std)
                     files["logits"].write(_half(predict_logits(teacher, images)))
         finish(draft, files)
+
+
+def _plain(train: Images, spec: ViewSpec) -> Tensor | None:
+    """What calibrates batch norms where the views are mixed: the first images as they are before that."""
+    if spec.mixing is None or not spec.mixing.mixes:
+        return None
+    return AugmentedImages(train, spec.augmentation, spec.seed).sample(CALIBRATION).pixels
 
 
 def _augmented(train: Images, spec: ViewSpec) -> Iterator[Batch]:
