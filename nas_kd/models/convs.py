@@ -111,8 +111,10 @@ class Shift2d(nn.Module):
         return torch.tensor([tap for tap, share in enumerate(self.shares) for _ in range(share)])
 
     def forward(self, image: Tensor) -> Tensor:
-        taps = torch.arange(self.kernel_size * self.kernel_size, device=self.taps.device)
-        kernels = (self.taps[:, None] == taps).to(image.dtype).view(-1, 1, self.kernel_size, self.kernel_size)
+        # made each time, in a tenth of the convolution's own: there is nothing to go stale
+        one_hot = torch.zeros(self.taps.shape[0], self.kernel_size * self.kernel_size, device=self.taps.device)
+        one_hot = one_hot.scatter_(1, self.taps.view(-1, 1), 1.0).to(image.dtype)
+        kernels = one_hot.view(-1, 1, self.kernel_size, self.kernel_size)
         padding = self.padding
         if self.same and self.stride > 1:  # as TensorFlow pads: so much as the last stride needs, more of it after
             reach, padding = self.dilation * (self.kernel_size - 1), 0
