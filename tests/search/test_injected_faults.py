@@ -94,7 +94,7 @@ def free_trials(tiny: Space[nn.Module], starts: list[Genotype], monkeypatch: pyt
 class Nap:
     """Waits for what another worker does; a trial that nobody ends is no reason to wait for ever."""
 
-    left = 3_000
+    left = 500
 
     def __call__(self, seconds: float) -> None:
         self.left -= 1
