@@ -44,7 +44,8 @@ def command(out: Path, *more: str) -> list[str]:
 
 
 def start(module: str, arguments: list[str], **more: Any) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # Ray's tasks give way to others by default, and would starve beside a busy process
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
     return subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
         env=environment,
@@ -67,7 +68,7 @@ def trials(url: str) -> list[FrozenTrial]:
 
 
 def stop_a_worker(
-    url: str, process: subprocess.Popen[str], besides: tuple[int, ...] = (), patience: float = 600
+    url: str, process: subprocess.Popen[str], besides: tuple[int, ...] = (), patience: float = 1800
 ) -> int:
     """The process number of a worker, besides those, whose trial has come to its first rung: it is stopped, so that
     its trial runs for as long as it takes to look. The caller kills it or lets it go on."""
