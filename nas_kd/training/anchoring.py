@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nas_kd.errors import DataError
 from nas_kd.training.images import Images, normalise
-from nas_kd.training.loop import device_of, eval_mode, memory_layout, suits_channels_last
+from nas_kd.training.loop import (
+    device_of,
+    eval_mode,
+    evaluate,
+    is_below,
+    memory_layout,
+    recalibrate,
+    suits_channels_last,
+)
 
-# median over the norms of `_divergence`: 0.0001 of a network on its own images, 0.004 at 20 instead of 32 pixels, which
-# recalibration does not hurt; 0.05 of an ImageNet network on photos of 96, which it costs 30 to 40 points
-_FOREIGN = 0.01
 _logger = logging.getLogger(__name__)
 
 
@@ -49,23 +54,7 @@ def anchor(network: nn.Module, images: Images, *, batch_size: int = 64) -> tuple
     share them with another norm, and those that no image reaches. Modes and gradients stay. Raises DataError for fewer
     than 2 images.
     """
-    return _anchor(network, input_moments(network, images, batch_size=batch_size))
-
-
-def anchor_where_foreign(network: nn.Module, images: Images) -> bool:
-    """Anchors a network of which nobody says where its weights come from, if its statistics are clearly not those of
-    these images; says so in the log. Gives whether it did."""
-    moments, norms = input_moments(network, images), dict(_anchorable(network))
-    apart = [_divergence(norms[name], moments[name]) for name in norms if name in moments]
-    foreign = bool(apart) and median(apart) > _FOREIGN
-    if foreign:
-        anchored = _anchor(network, moments)
-        _logger.info("%d batch norms had the statistics of other images and were anchored to these", len(anchored))
-    return foreign
-
-
-def _anchor(network: nn.Module, moments: Mapping[str, Moments]) -> tuple[str, ...]:
-    own = dict(_anchorable(network))
+    moments, own = input_moments(network, images, batch_size=batch_size), dict(_anchorable(network))
     norms = [name for name, module in network.named_modules() if isinstance(module, _BatchNorm)]
     anchored = tuple(name for name in own if name in moments and _move(own[name], moments[name]))
     if left := [name for name in norms if name not in anchored]:
@@ -73,13 +62,18 @@ def _anchor(network: nn.Module, moments: Mapping[str, Moments]) -> tuple[str, ..
     return anchored
 
 
-def _divergence(norm: _BatchNorm, moments: Moments) -> float:
-    """How far a norm's statistics are from these: the median over channels of KL(these ‖ its own), as Gaussians."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    own, here = norm.running_var.double() + norm.eps, moments.variance + norm.eps
-    apart = (moments.mean - norm.running_mean.double()).square()
-    return float((((here + apart) / own - 1 - (here / own).log()) / 2).median())
+def anchor_where_foreign(network: nn.Module, images: Images) -> bool:
+    """Anchors a network of which nobody says where its weights come from, where recalibration on these labelled images
+    would make it worse; says so in the log. Gives whether it did. Statistics that merely lag behind a short training
+    are left to recalibration, which makes such a network better."""
+    recalibrated = copy.deepcopy(network)
+    recalibrate(recalibrated, images)
+    before, after = (evaluate(candidate, images) for candidate in (network, recalibrated))
+    foreign = is_below(after, before, len(images))
+    if foreign:
+        anchored = anchor(network, images)
+        _logger.info("%d batch norms had the statistics of other images and were anchored to these", len(anchored))
+    return foreign
 
 
 def input_moments(network: nn.Module, images: Images, *, batch_size: int = 64) -> Mapping[str, Moments]:

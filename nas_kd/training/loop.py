@@ -27,6 +27,7 @@ _CHECK_STEPS = 50  # between two looks at the loss: each look makes a GPU wait
 CALIBRATION = 512  # images are enough to recalibrate batch norms on
 LOOK_CALIBRATION = 256  # and these before a look at a student whose training has not ended
 _RESIDENT = 0.25  # of the free device memory may hold the training data
+_ERRORS = 2  # standard errors of an accuracy that are no accident
 _logger = logging.getLogger(__name__)
 
 
@@ -232,6 +233,12 @@ def evaluate(model: nn.Module, images: Images, *, batch_size: int = 64) -> float
     """The accuracy (fraction 0–1) of `model` on `images`, on the model's device, in eval mode; the mode is restored."""
     logits = predict_logits(model, images, batch_size=batch_size)
     return (logits.argmax(1) == images.labels.cpu()).double().mean().item()
+
+
+def is_below(accuracy: float, other: float, images: int) -> bool:
+    """Whether an accuracy on so many images is below another one by more than accident has it."""
+    variance = accuracy * (1 - accuracy) + other * (1 - other)
+    return other - accuracy > _ERRORS * math.sqrt(max(variance / images, 1e-4))
 
 
 def predict_logits(model: nn.Module, images: Images, *, batch_size: int = 64) -> Tensor:

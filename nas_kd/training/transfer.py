@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from nas_kd.training.anchoring import anchor
 from nas_kd.training.data import Splits
 from nas_kd.training.images import Images
-from nas_kd.training.loop import evaluate
+from nas_kd.training.loop import evaluate, is_below
 from nas_kd.training.probe import (
     Features,
     Head,
@@ -29,7 +28,6 @@ from nas_kd.training.probe import (
 )
 
 _LOOK = 2048  # training images that a head which came with the weights is judged by
-_ERRORS = 2  # standard errors of an accuracy that are no accident
 _NEAR_PROBE = 0.1  # an order of classes explains a checkpoint when it comes as near to its linear probe
 HeadOrigin = Literal["new", "own", "better"]
 _logger = logging.getLogger(__name__)
@@ -69,12 +67,6 @@ def settle(network: nn.Module, splits: Splits, seen: Images, *, head: HeadOrigin
     if head == "new" or (head == "better" and evaluate(network, splits.val) < probe.accuracy):
         install(layer, probe)
     return Settled(accuracy=evaluate(network, splits.val), probe=probe.accuracy)
-
-
-def is_below(accuracy: float, other: float, images: int) -> bool:
-    """Whether an accuracy on so many images is below another one by more than accident has it."""
-    variance = accuracy * (1 - accuracy) + other * (1 - other)
-    return other - accuracy > _ERRORS * math.sqrt(max(variance / images, 1e-4))
 
 
 def _order(head: Head, train: Features, val: Features, probe: Probe, names: tuple[str, ...]) -> None:

@@ -22,11 +22,11 @@ from nas_kd.study import main as study
 from nas_kd.training.augment import Augmentation
 from nas_kd.training.data import Splits
 from nas_kd.training.images import AugmentedImages, Images
-from nas_kd.training.loop import evaluate, predict_logits, train
+from nas_kd.training.loop import evaluate, is_below, predict_logits, train
 from nas_kd.training.probe import Features, features_of, find_head, fit_probe, install
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.teacher import Renormalised, TeacherCache, TeacherResult, Teaching, adopt_teacher, prepare_teacher
-from nas_kd.training.transfer import HeadOrigin, is_below, settle
+from nas_kd.training.transfer import HeadOrigin, settle
 
 MakeNetwork = Callable[..., nn.Module]
 AUGMENTATION = Augmentation(flip=False)
