@@ -64,7 +64,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
         type=number(0.01, float, 1),
         default=0.2,
         metavar="F",
-        help="cut from train to select on (0.2)",
+        help="cut from train to select on, where the data has not both val and test (0.2)",
     )
 
 

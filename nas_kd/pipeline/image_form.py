@@ -14,7 +14,7 @@ from nas_kd.arguments.study import Settings
 from nas_kd.pipeline.augmenting import augmentation_of
 from nas_kd.training.augment import PhotoAugmentation
 from nas_kd.training.class_maps import warn_of_order
-from nas_kd.training.data import DataSpec
+from nas_kd.training.data import DataSpec, check_source
 from nas_kd.training.dataset_names import FOLDER
 from nas_kd.training.preprocessing import CROP_MODES, PHOTO, Preprocessing
 from nas_kd.training.sources import Source
@@ -34,12 +34,12 @@ def data_spec(
     """The images, in the form that `network` wants. When it is `weighted`, it brings weights from elsewhere and with
     them its normalisation; else that is taken from the training images.
 
-    Raises DataError for an augmentation that timm cannot read.
+    Raises DataError for too few images, and for an augmentation that timm cannot read.
     """
     config = _timm_config(network)
     channels, side, _ = input_size
     mean, std = (_for_channels(config.get(name, ()), channels) if weighted else None for name in ("mean", "std"))
-    return DataSpec(
+    spec = DataSpec(
         dataset=settings.dataset,
         data_dir=settings.data_dir,
         img_size=side,
@@ -57,6 +57,8 @@ def data_spec(
         originals=_DETAIL if isinstance(augmentation_of(settings, side), PhotoAugmentation) else None,
         originals_bytes=_ORIGINALS_BYTES,
     )
+    check_source(source, spec)
+    return spec
 
 
 def _timm_config(network: nn.Module) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def load_splits(spec: DataSpec, cache_dir: Path) -> Splits:
     and OutputError when the cache cannot be written.
     """
     source = sources.open_source(spec.dataset, spec.data_dir, spec.class_map)
-    _check_classes(source, spec)
+    check_source(source, spec)
     key = _digest(spec, source)
     folder = cache_dir / f"images-{key[:16]}"
     loaded = load(folder)
@@ -149,7 +149,7 @@ def _decode(source: Source, spec: DataSpec, folder: Path) -> None:
                 raise error.explain(folder.parent) from error
             skipped += [reason for part in error.failures.values() for reason in part.values()]
             source = source.without(error.failures)
-            _check_classes(source, spec)
+            check_source(source, spec)
 
 
 def _originals_side(spec: DataSpec, count: int, cache_dir: Path) -> tuple[int | None, list[str]]:
@@ -210,7 +210,8 @@ def _digest(spec: DataSpec, source: Source) -> str:
     return hashlib.sha256(json.dumps([2, source.fingerprint, form]).encode()).hexdigest()
 
 
-def _check_classes(source: Source, spec: DataSpec) -> None:
+def check_source(source: Source, spec: DataSpec) -> None:
+    """Raises DataError for whatever is wrong with labels and classes; decodes nothing."""
     classes, known = len(source.class_names), spec.num_classes
     if classes < 2:
         raise DataError(f"{source.name} has {classes} class: there is nothing to tell apart")

@@ -17,7 +17,7 @@ from PIL import Image
 
 from nas_kd.errors import DataError
 from nas_kd.training.arrays import Array, ArrayFile, finish, writing
-from nas_kd.training.originals import OriginalsWriter, shrunk
+from nas_kd.training.originals import OriginalsWriter, originals_bytes, shrunk
 from nas_kd.training.preprocessing import Preprocessing
 from nas_kd.training.sources import Part
 
@@ -86,6 +86,8 @@ def decode(
     """
     count = sum(len(split.indices) for split in chosen.values())
     needed = count * (int(np.prod(form.row)) + 8)
+    if form.original_side is not None:
+        needed += originals_bytes(len(chosen["train"].indices), form.channels, form.original_side)
     _logger.info("decoding %d images to %d×%d×%d", count, *form.row)
     with writing(folder, needed) as draft:
         watch = _Watch(form.channels)

@@ -232,7 +232,7 @@ def _images_below(folder: Path, notes: _Notes, *, deep: bool = True, above: tupl
                 yield from _images_below(path, notes, above=(*above, place))
         elif path.suffix.lower() in suffixes:
             yield path
-        elif not path.name.endswith("annotations.txt"):
+        elif deep:  # beside the classes there may be lists and descriptions
             notes.skipped[f"{path.suffix.lower() or 'other'} files"] += 1
 
 

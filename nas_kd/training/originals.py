@@ -60,6 +60,11 @@ def original_side(img_size: int, ratio: float, images: tuple[int, int], most_byt
     return side if side >= _LEAST * img_size else None
 
 
+def originals_bytes(count: int, channels: int, side: int) -> int:
+    """What so many originals take, about."""
+    return round(count * channels * side**2 * _USUAL)
+
+
 def shrunk(image: Image.Image, side: int) -> Array:
     """A whole image H×W×C (uint8) with the shorter side `side`, or as large as it is; of a long one the middle."""
     width, height = image.size
