@@ -75,7 +75,13 @@ def add_augmentation(parser: argparse.ArgumentParser) -> None:
         "flip for smaller images, no flip for digits and letters)"
     ).add_argument
     add("--no-aug", action="store_true", help="train on the images as they are")
-    add("--scale", nargs=2, type=_SHARE, metavar="F", help="share of the image's area that a random crop has (0.35 1)")
+    add(
+        "--scale",
+        nargs=2,
+        type=_SHARE,
+        metavar="F",
+        help="share of the area that a random crop has (0.7 1; timm's 0.08 1 takes long trainings)",
+    )
     add("--ratio", nargs=2, type=number(1e-3, float), metavar="F", help="its aspect ratio (0.75 1.33)")
     add("--train-interpolation", choices=INTERPOLATIONS, help="how it is resized (random: bilinear or bicubic)")
     add("--hflip", type=_SHARE, metavar="P", help="probability of a horizontal flip (0.5; digits and letters: 0)")

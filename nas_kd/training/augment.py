@@ -21,6 +21,7 @@ from nas_kd.training.augmentation_names import ERASE_MODES, INTERPOLATIONS
 PADDINGS = ("zero", "reflect")
 # a mirrored digit or letter is another sign; clothes, animals and things stay what they are
 _NO_FLIP = frozenset({"digits", "torch/mnist", "torch/kmnist", "torch/qmnist", "torch/svhn"})
+SCALE = (0.7, 1.0)  # not timm's (0.08, 1): after three epochs of distillation 61 % instead of 49 at (0.35, 1)
 PHOTO_SIZE = 64  # pixels from which on an image is taken for a photo: below, a crop leaves too little
 _PHOTOS = frozenset({"", "folder", "imagefolder", "image_folder", "torch/folder", "torch/image_folder",
                      "torch/imagenet", "torch/places365"})  # fmt: skip
@@ -54,7 +55,7 @@ class PhotoAugmentation:
     the mean colour, rand one colour, pixel noise). Raises DataError for a value outside its range.
     """
 
-    scale: tuple[float, float] = (0.35, 1.0)
+    scale: tuple[float, float] = SCALE
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: float = 0.5
     vflip: float = 0.0
