@@ -95,11 +95,13 @@ def test_narrower_hurts_more(library: Library, analysis: Analysis) -> None:
         assert list(damages[plain]) == sorted(damages[plain]), block.name  # choices go from wide to narrow
 
 
-def test_training_goes_to_the_unbeaten_and_is_kept_where_it_helps(library: Library) -> None:
+def test_training_goes_to_the_unbeaten_and_is_kept_where_it_helps(library: Library, analysis: Analysis) -> None:
     trained = [entry for entry in library.entries.values() if entry.steps]
     assert 0 < len(trained) < len(library.entries)
     assert all(entry.nmse <= entry.errors[0][1] for entry in trained)
-    assert all(entry.kl is not None for entry in library.entries.values() if entry.steps == 8)
+    for block in analysis.blocks:  # others may be beaten after their last round: which, is a matter of rounding
+        closest = min((e for e in library.entries.values() if e.block == block.name), key=lambda entry: entry.nmse)
+        assert closest.kl is not None
 
 
 def test_training_brings_a_frame_closer(teacher: nn.Module, analysis: Analysis, images: Images) -> None:
