@@ -141,7 +141,12 @@ def _add_mode(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("offline distillation").add_argument
     add("--teacher-pretrained", action="store_true", help="take timm's weights")
     add("--teacher-checkpoint", metavar="FILE", help="take these weights; without any, the teacher is trained here")
-    add("--teacher-epochs", type=number(1), metavar="N", help="epochs of a teacher trained here (by the data's size)")
+    add(
+        "--teacher-epochs",
+        type=number(1),
+        metavar="N",
+        help="epochs of the teacher (by the data's size; few from given weights)",
+    )
     add("--views", type=number(0), default=8, metavar="N", help="augmented views with cached logits; 0: always new (8)")
     add(
         "--distill-weight",

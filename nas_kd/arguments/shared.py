@@ -112,7 +112,12 @@ def add_library(add: Callable[..., object]) -> None:
 
 def add_recipe(add: Callable[..., object]) -> None:
     """The arguments that say how networks are trained."""
-    add("--teacher-epochs", type=number(1), metavar="N", help="epochs of a teacher trained here (by the data's size)")
+    add(
+        "--teacher-epochs",
+        type=number(1),
+        metavar="N",
+        help="epochs of the teacher (by the data's size; few from given weights)",
+    )
     add("--batch-size", type=number(2), default=64, metavar="N", help="images per step (64)")
     add(
         "--lr",

@@ -43,7 +43,7 @@ DIGITS_SIZE = 16  # at the base's own stride: measured, docs/decisions.md
 TEACHER, REFINE = (60_000, 20), (60_000, 15)
 _GPU = 10
 TEACHER_LR = 0.03
-# of a teacher whose weights come from elsewhere: 4 epochs were as good as more, docs/results/transfer.md
+# of a teacher whose weights come from elsewhere: more epochs were no better, nor AdamW at 3e-4
 TRANSFER, TRANSFER_LR = (60_000, 4), 0.005
 _FEW, _MORE = 4000, 20  # images that a small data set is seen for, in at most so many epochs
 _PROXY_RATE = 0.4  # of the refinement's: gentler short trainings rank better, docs/results/rank_check.md
