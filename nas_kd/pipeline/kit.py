@@ -133,7 +133,8 @@ def read_kit(study: optuna.Study) -> Kit | None:
 
 def settings_of(kit: Kit) -> Settings:
     """The settings of the study's command."""
-    return Settings(**{**kit.settings, "pin": tuple(kit.settings["pin"])})
+    tuples = {name: tuple(kit.settings.get(name, ())) for name in ("pin", "left_open")}
+    return Settings(**{**kit.settings, **tuples})
 
 
 def locate(kit: Kit, out: str | None, artifacts: str | None) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -125,17 +125,24 @@ class OnlineViews:
         return replace(self, data=self.data.to(device))
 
 
-def build_views(train: Images, teacher: nn.Module | None, spec: ViewSpec, folder: Path) -> Views:
+def build_views(
+    train: Images,
+    teacher: nn.Module | None,
+    spec: ViewSpec,
+    folder: Path,
+    report: Callable[[str], None] = lambda words: None,
+) -> Views:
     """The views of `train` that `spec` describes, from `folder` if they were built before, by any process.
 
     The teacher is asked in eval mode on its own device. Its logits are kept in float16 (rounded by less than 0.05 %).
-    A damaged cache is built again with a warning. Raises DataError when it would need more than `max_bytes` or than
-    the disk has, TrainingError when the teacher's logits are not finite.
+    `report` is called after each view that is made. A damaged cache is built again with a warning. Raises DataError
+    when it would need more than `max_bytes` or than the disk has, TrainingError when the teacher's logits are not
+    finite.
     """
     path = folder / f"views-{_digest(train, teacher, spec)[:16]}"
     loaded = load(path)
     if loaded is None:
-        _build(train, teacher, spec, path)
+        _build(train, teacher, spec, path, report)
         loaded = load(path)
         if loaded is None:
             raise DataError(f"the views in {path} were damaged while they were written: check the disk")
@@ -161,7 +168,7 @@ def views_bytes(train: Images, spec: ViewSpec, classes: int) -> int:
     return spec.count * (train.bytes + 2 * classes * len(train))
 
 
-def _build(train: Images, teacher: nn.Module | None, spec: ViewSpec, path: Path) -> None:
+def _build(train: Images, teacher: nn.Module | None, spec: ViewSpec, path: Path, report: Callable[[str], None]) -> None:
     classes = 0 if teacher is None else predict_logits(teacher, train[:2]).shape[1]
     count, needed = len(train), views_bytes(train, spec, classes)
     if needed > spec.max_bytes:
@@ -177,10 +184,14 @@ def _build(train: Images, teacher: nn.Module | None, spec: ViewSpec, path: Path)
         with ExitStack() as stack:
             for file in files.values():
                 stack.enter_context(file)
+            made = 0
             for images in _augmented(train, spec):
                 files["pixels"].write(images.pixels.numpy())
                 if teacher is not None:
                     files["logits"].write(_half(predict_logits(teacher, images)))
+                made += len(images)
+                if made % count == 0:
+                    report(f"{made // count} of {spec.count} views of {count} images")
         finish(draft, files)
 
 
