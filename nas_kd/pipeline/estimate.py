@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from nas_kd.models.forward_time import STEP, forward_seconds
 from nas_kd.pipeline.effort import STUDENT
 from nas_kd.pipeline.job import Job
+from nas_kd.training.frame_training import MOST_IMAGES
 from nas_kd.training.library import made_choices
+from nas_kd.training.library_effort import ENTRY, PASSES, UNBEATEN
 from nas_kd.training.loop import LOOK_CALIBRATION, memory_layout, suits_channels_last
 
 BASELINES = 3  # that are refined beside the front
 PROBE = 0.4  # of an epoch does it take to anchor a network from elsewhere and to fit its head
 _LOOK_SECONDS = 0.5  # that one pass may take while the machine is timed
-_ENTRY, _ENTRY_PASS, _UNBEATEN = 0.06, 0.04, 0.4  # of a library: see `training.library_effort`
+_FIT, _DAMAGE = 0.04, 0.4  # that a pass through a frame, and one through the base, take for a library at most
 _KINDS = ("teacher", "views", "library", "search", "refine")
 
 
@@ -66,7 +68,8 @@ def predicted_seconds(job: Job, teacher_epochs: int, refine_epochs: int) -> Mapp
     proxy = min(settings.proxy_images, images)
     views = min(settings.views, settings.proxy_epochs) * proxy + min(settings.views, refine_epochs) * images
     entries = sum(len(made_choices(block)) for block in job.space.blocks)
-    library = entries * (_ENTRY + 5 * _ENTRY_PASS + _UNBEATEN * (_ENTRY + 0.2))
+    once = min(_FIT, MOST_IMAGES * each / len(job.space.blocks))
+    library = entries * (ENTRY + PASSES * once + UNBEATEN * (ENTRY + min(_DAMAGE, MOST_IMAGES * each) / 2))
     trial = settings.proxy_epochs * proxy * STUDENT * step + STUDENT * each * (val + LOOK_CALIBRATION)
     model = refine_epochs * STUDENT * (images * step + val * each)
     transfer = PROBE * images * step if job.transferred else 0.0

@@ -10,9 +10,9 @@ from nas_kd.training.damages import Damages
 from nas_kd.training.library import made_choices
 from nas_kd.training.recorder import Recorder
 
-_ENTRY = 0.06  # seconds to build a student of a mobile network and to keep its tensors
-_PASSES = 5  # of a frame for an entry: up to the layers that are fitted, batch norms recalibrated, errors measured
-_UNBEATEN = 0.4  # of a block's entries
+ENTRY = 0.06  # seconds to build a student of a mobile network and to keep its tensors
+PASSES = 5  # of a frame for an entry: up to the layers that are fitted, batch norms recalibrated, errors measured
+UNBEATEN = 0.4  # of a block's entries
 _RATE = 20e9  # multiply-accumulates a second of linear algebra
 _ROWS = 6  # samples per unknown of a fit
 
@@ -49,9 +49,9 @@ class Effort:
             once = recorder.seconds[name] * recorder.fitted(name)
             fit = _ROWS * widest[name] ** 3 / _RATE
             self.seconds["rank", name] = 2 * once + fit
-            self.seconds["inherit", name] = once + entries * (_ENTRY + _PASSES * once + 0.3 * fit)
-            self.seconds["train", name] = _UNBEATEN * entries * STEP * recorder.seconds[name] * trained.get(name, 0)
-            self.seconds["measure", name] = _UNBEATEN * entries * (_ENTRY + damages.seconds(name))
+            self.seconds["inherit", name] = once + entries * (ENTRY + PASSES * once + 0.3 * fit)
+            self.seconds["train", name] = UNBEATEN * entries * STEP * recorder.seconds[name] * trained.get(name, 0)
+            self.seconds["measure", name] = UNBEATEN * entries * (ENTRY + damages.seconds(name))
 
     @property
     def total(self) -> float:
