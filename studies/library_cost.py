@@ -198,7 +198,7 @@ def measure(arguments: argparse.Namespace, cache: Path) -> Row:
     teacher = make_teacher(arguments, splits)
     space = Space(teacher, img_size=arguments.pixels, options=parse_options(arguments.space), name=arguments.model)
     rounds = tuple(arguments.steps)
-    spec = LibrarySpec(rounds=rounds, seed=arguments.seed)
+    spec = LibrarySpec(rounds=rounds, seed=arguments.seed, anchor=False)
     images = augmented(splits, arguments).sample(spec.images + spec.holdout)
     before, watch, started = forget_peak(), Stopwatch(), time.monotonic()
     library = build_library(teacher, space.analysis, images, spec, cache, watch.report)
