@@ -52,7 +52,7 @@ class Bench:
         that looking through all modules takes."""
         if self._shell is None or self._shell[0] != block.name:
             nothing = {id(module): nn.Identity() for module in self._outside[block.name]}
-            self._shell = block.name, copy.deepcopy(self.base, nothing)  # type: ignore[arg-type]
+            self._shell = block.name, copy.deepcopy(self.base, nothing)
         return self._shell[1]
 
     def inside(self, student: nn.Module, block: Block) -> nn.Module:
