@@ -86,14 +86,13 @@ def plan_line(job: Job, teacher_epochs: int, refine_epochs: int) -> str:
     """One line: what the study does and about how long each stage takes on this machine."""
     settings, factor = job.settings, slowness(job)
     seconds = {kind: factor * own for kind, own in predicted_seconds(job, teacher_epochs, refine_epochs).items()}
-    epochs = f"{settings.proxy_epochs} epoch{'s' if settings.proxy_epochs > 1 else ''}"
     proxy = min(settings.proxy_images, job.train_images)
     does = {
-        "teacher": f"teacher {teacher_epochs} epochs" if teacher_epochs else "teacher as it is",
+        "teacher": f"teacher {_count(teacher_epochs, 'epoch')}" if teacher_epochs else "teacher as it is",
         "views": "views",
         "library": "library",
-        "search": f"{settings.trials} trials of {epochs} on {proxy} images",
-        "refine": f"{settings.front} models and their baselines {refine_epochs} epochs each",
+        "search": f"{_count(settings.trials, 'trial')} of {_count(settings.proxy_epochs, 'epoch')} on {proxy} images",
+        "refine": f"{_count(settings.front, 'model')} and baselines {_count(refine_epochs, 'epoch')} each",
     }
     parts = [f"{does[kind]} ({_duration(seconds[kind])})" for kind in _KINDS if seconds[kind]]
     size = "×".join(map(str, job.space.input_size[1:]))
@@ -101,6 +100,10 @@ def plan_line(job: Job, teacher_epochs: int, refine_epochs: int) -> str:
         f"plan: {settings.model} on about {job.train_images} images of {size}: {', '.join(parts)}; "
         f"about {_duration(sum(seconds.values()))} here, less where something is kept from before"
     )
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' if number > 1 else ''}"
 
 
 def _duration(seconds: float) -> str:

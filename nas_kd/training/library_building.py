@@ -245,7 +245,8 @@ class _Builder:
             for name in names:
                 for number in range(len(self.spec.rounds)) if name in due else ():
                     self._round(self.analysis.block(name), number, seen[name][: room[name]], held[name])
-                report(self.effort.step("train", name, "choices trained"))
+                if name in self.trained:
+                    report(self.effort.step("train", name, "choices trained"))
 
     def _trained_on(self, name: str) -> int:
         """How many images a block's entries may be trained on: as many as its memory holds, or at least two batches."""
