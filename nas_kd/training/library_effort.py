@@ -31,10 +31,9 @@ class Step(str):
 
 
 class Effort:
-    """Predicted seconds of every step of a library, by stage (`prepare`, `rank`, `inherit`, `train`, `measure`) and block.
-
-    `widest` has by block the unknowns of its largest fit, `trained` the blocks whose entries are trained for `steps`
-    with batches of `batch_size`."""
+    """Predicted seconds of every step of a library, by stage (`prepare`, `rank`, `inherit`, `train`, `measure`) and
+    block. `widest` has by block the unknowns of its largest fit, `trained` how many images an entry is trained on, of
+    the blocks where that is done."""
 
     def __init__(
         self,
