@@ -24,11 +24,16 @@ from rich.progress import (
 )
 
 _PIPE_WIDTH = 400  # columns: nothing is cut where no terminal sets a width
+_ROUNDING = 1e-6  # of a step
 _QUIET_SECONDS = 5.0  # between two plain lines of one stage
 
 _WORKERS_SECONDS = 30.0  # between two plain lines of one worker
 
-Advance = Callable[[str], None]
+
+class Advance(Protocol):
+    """Called after some work of a stage, with a few words on it and how many of its steps it was."""
+
+    def __call__(self, words: str, steps: float = 1, /) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +64,7 @@ class Stages:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def stage(self, name: str, total: int = 1) -> Iterator[Advance]:
+    def stage(self, name: str, total: float = 1) -> Iterator[Advance]:
         """One stage of `total` steps; the block calls what it gets after each step, with a few words on it."""
         started = self.clock()
         show = self._bar if self.console.is_terminal and not self.quiet else self._lines
@@ -82,10 +87,14 @@ class Stages:
         self.seconds[name] = self.seconds.get(name, 0.0) + self.clock() - started
 
     @contextmanager
-    def _bar(self, name: str, total: int) -> Iterator[Advance]:
+    def _bar(self, name: str, total: float) -> Iterator[Advance]:
         with self._progress() as progress:
             task = progress.add_task(name, total=total, words="")
-            yield lambda words: progress.update(task, advance=1, words=words)
+
+            def advance(words: str, steps: float = 1, /) -> None:
+                progress.update(task, advance=steps, words=words)
+
+            yield advance
             progress.update(task, completed=total)
 
     def _progress(self) -> Progress:
@@ -101,22 +110,26 @@ class Stages:
         return Progress(*columns, console=self.console)
 
     @contextmanager
-    def _lines(self, name: str, total: int) -> Iterator[Advance]:
+    def _lines(self, name: str, total: float) -> Iterator[Advance]:
         started = last = self.clock()
-        done = 0
-        self._print(f"{name}: {total} step{'s' if total > 1 else ''}")
+        done = 0.0
+        self._print(f"{name}: {total:.0f} step{'s' if total > 1 else ''}")
 
-        def advance(words: str) -> None:
+        def advance(words: str, steps: float = 1, /) -> None:
             nonlocal done, last
-            done += 1
+            done += steps
             now = self.clock()
-            if now - last >= _QUIET_SECONDS or done == total:
+            if done > 0 and (now - last >= _QUIET_SECONDS or done >= total - _ROUNDING):
                 left = (now - started) / done * max(0, total - done)
-                self._print(f"{name}: {done}/{total}, {words + ', ' if words else ''}about {left:.0f} s left")
+                self._print(f"{name}: {done:.0f}/{total:.0f}, {words + ', ' if words else ''}about {left:.0f} s left")
                 last = now
 
         yield advance
         self._print(f"{name}: done in {self.clock() - started:.0f} s")
+
+    def say(self, line: str) -> None:
+        """One line between the stages."""
+        self._print(line)
 
     def _print(self, line: str) -> None:
         if not self.quiet:
@@ -130,8 +143,8 @@ class _BarBoard:
         self.progress, self.task = progress, task
         self.lines: dict[str, TaskID] = {}
 
-    def advance(self, words: str) -> None:
-        self.progress.update(self.task, advance=1, words=words)
+    def advance(self, words: str, steps: float = 1, /) -> None:
+        self.progress.update(self.task, advance=steps, words=words)
 
     def show(self, workers: Mapping[str, WorkerLine]) -> None:
         for name in self.lines.keys() - workers.keys():

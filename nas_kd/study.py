@@ -32,8 +32,9 @@ def run_study(settings: Settings) -> int:
 
     from nas_kd import pipeline
 
-    job = pipeline.prepare(settings)
-    summary = pipeline.run(job, Stages(console, quiet=settings.quiet))
+    stages = Stages(console, quiet=settings.quiet)
+    job = pipeline.prepare(settings, stages=stages)
+    summary = pipeline.run(job, stages)
     _conclude(summary, job.out, settings, console_for(sys.stdout))
     return 0
 

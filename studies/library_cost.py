@@ -110,7 +110,8 @@ def anchor(network: nn.Module, images: Images) -> None:
     for norm in norms:
         mean, square = torch.stack(sums[norm]).mean(0).clone()
         variance = (square - mean.square()).clamp_min(1e-10)
-        assert norm.running_mean is not None and norm.running_var is not None
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
         gain = norm.weight / (norm.running_var + norm.eps).sqrt()
         norm.bias += gain * (mean - norm.running_mean)
         norm.weight.copy_(gain * (variance + norm.eps).sqrt())
@@ -197,7 +198,7 @@ def measure(arguments: argparse.Namespace, cache: Path) -> Row:
     teacher = make_teacher(arguments, splits)
     space = Space(teacher, img_size=arguments.pixels, options=parse_options(arguments.space), name=arguments.model)
     rounds = tuple(arguments.steps)
-    spec = LibrarySpec(rounds=rounds, seed=arguments.seed)
+    spec = LibrarySpec(rounds=rounds, seed=arguments.seed, anchor=False)
     images = augmented(splits, arguments).sample(spec.images + spec.holdout)
     before, watch, started = forget_peak(), Stopwatch(), time.monotonic()
     library = build_library(teacher, space.analysis, images, spec, cache, watch.report)

@@ -32,6 +32,7 @@ STORAGE = "NAS_KD_STORAGE"  # environment variable: a URL with a password is not
 DISTILLATIONS = ("kd", "dkd", "online")
 RUNTIMES = ("torch", "onnx")  # that time a network
 SAMPLERS = ("knapsack", "tpe", "nsgaii", "nsgaiii", "random")
+OPEN = {"proxy_epochs": 4, "proxy_images": 10_000, "front": 8}  # the most that is done by default
 PRUNERS = {False: ("front", "none"), True: ("sha", "hyperband", "median", "none")}  # with one objective: Optuna's own
 
 
@@ -100,6 +101,7 @@ class Settings:
     teacher: str | None = None
     teacher_pretrained: bool = False
     teacher_checkpoint: str | None = None
+    left_open: tuple[str, ...] = ()  # of `OPEN`: chosen by what the images cost, in `pipeline.effort`
 
     @property
     def name(self) -> str:
@@ -163,7 +165,12 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="begin with the genotype in this file too: structure.json of nas_kd.structure (repeatable)",
     )
-    add("--front", type=number(1), default=8, metavar="N", help="refine at most so many students of the front (8)")
+    add(
+        "--front",
+        type=number(1),
+        metavar="N",
+        help="refine at most so many students of the front (8; 5 where images are dear)",
+    )
 
 
 def _sampler(text: str) -> str:
@@ -191,8 +198,18 @@ def _add_latency(add: Callable[..., object]) -> None:
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("training").add_argument
-    add("--proxy-epochs", type=number(1), default=4, metavar="N", help="epochs of a trial, at most (4)")
-    add("--proxy-images", type=number(2), default=10_000, metavar="N", help="training images of a trial (10000)")
+    add(
+        "--proxy-epochs",
+        type=number(1),
+        metavar="N",
+        help="epochs of a trial, at most (4; fewer where they would take minutes)",
+    )
+    add(
+        "--proxy-images",
+        type=number(2),
+        metavar="N",
+        help="training images of a trial (10000; fewer where they would take minutes)",
+    )
     add_proxy_rate(add)
     add("--refine-epochs", type=number(1), metavar="N", help="epochs of the front's models (by the data's size)")
     add(
@@ -234,6 +251,8 @@ def settings_from(arguments: dict[str, Any]) -> Settings:
     check_teacher(arguments)
     arguments = {**arguments, **{name: tuple(arguments[name]) for name in ("pin", "start_from")}}
     arguments["dataset"] = choose_dataset(arguments["dataset"], arguments["data_dir"])
+    arguments["left_open"] = tuple(name for name in OPEN if arguments[name] is None)
+    arguments |= {name: OPEN[name] for name in arguments["left_open"]}
     arguments["pruner"] = _pruner(arguments["pruner"], bool(arguments["maximize"]))
     arguments["augment"] = augment_options(arguments, arguments["distill"])
     return Settings(**{field.name: arguments[field.name] for field in fields(Settings)})

@@ -243,8 +243,8 @@ def _teacher_epochs(job: DistillJob, splits: Splits) -> int:
     if job.teacher_head == "own":
         return given or 0
     if job.teacher_head == "new":
-        return transfer_epochs(given, splits, job.device)
-    return epochs_of(given or job.settings.epochs, TEACHER, splits, job.device)
+        return transfer_epochs(given, len(splits.train), job.device)
+    return epochs_of(given or job.settings.epochs, TEACHER, len(splits.train), job.device)
 
 
 _Data = AugmentedImages | Views | OnlineViews
@@ -271,7 +271,7 @@ def _training_data(job: DistillJob, splits: Splits, teacher: TeacherResult | Non
 
 def _train(job: DistillJob, splits: Splits, teacher: TeacherResult | None, stages: Stages) -> Refined:
     settings = job.settings
-    epochs = epochs_of(settings.epochs, TEACHER, splits, job.device)
+    epochs = epochs_of(settings.epochs, TEACHER, len(splits.train), job.device)
     data = _training_data(job, splits, teacher, epochs)
     recipe = _recipe(settings, epochs)
 

@@ -23,8 +23,10 @@ from nas_kd.genotype import Genotype
 from nas_kd.models.hub import create_base
 from nas_kd.models.reduction import reduce_stride
 from nas_kd.models.trace import meta_image, without_storage
+from nas_kd.pipeline.effort import Effort, choose_effort, training_images, with_effort
 from nas_kd.pipeline.image_form import data_spec, warn_of_other_order
-from nas_kd.pipeline.latency import latency_facts, make_meter
+from nas_kd.pipeline.latency import latency_facts, make_meter, measure_latency
+from nas_kd.progress import Stages
 from nas_kd.search.options import parse_options
 from nas_kd.search.own_sampler import check_own_sampler
 from nas_kd.search.space import Space
@@ -32,7 +34,8 @@ from nas_kd.search.storage import check_study, close_storage, open_storage, set_
 from nas_kd.search.trials import objectives
 from nas_kd.training.augment import derive_seed
 from nas_kd.training.checkpoint import load_checkpoint
-from nas_kd.training.data import DIGITS, DataSpec, Splits
+from nas_kd.training.data import DIGITS, DataSpec
+from nas_kd.training.images import Images
 from nas_kd.training.loop import LOOK_CALIBRATION
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.sources import open_source
@@ -67,6 +70,8 @@ class Job:
     transferred: bool
     trained_elsewhere: bool
     storage: BaseStorage
+    effort: Effort
+    train_images: int  # about: more is known when they are decoded
     other_teacher: nn.Module | None = None
     other_head: HeadOrigin | None = None
 
@@ -88,10 +93,11 @@ class Job:
         return self.out / "cache"
 
 
-def prepare(settings: Settings, storage: BaseStorage | None = None) -> Job:
+def prepare(settings: Settings, storage: BaseStorage | None = None, stages: Stages | None = None) -> Job:
     """Checks everything that can be checked before an image is decoded or a network trained.
 
-    `storage` holds the study instead of the one that the settings name.
+    `storage` holds the study instead of the one that the settings name; `stages` shows what takes long, the measuring
+    of latencies. What the settings leave open is decided here, or as the study began.
     Raises a NasKdError for each mistake that a user can make.
     """
     device = choose_device(settings.device)
@@ -103,7 +109,7 @@ def prepare(settings: Settings, storage: BaseStorage | None = None) -> Job:
     whole = brings_head(base) if settings.pretrained else False
     if settings.initial_checkpoint:
         whole = load_checkpoint(base, Path(settings.initial_checkpoint))
-    space = make_space(settings, base)
+    space = make_space(settings, base, stages)
     assert space.budget is not None
     if other is not None:
         try_out(other, space.input_size)
@@ -115,6 +121,9 @@ def prepare(settings: Settings, storage: BaseStorage | None = None) -> Job:
     try:
         if settings.new_study and (kept := set_aside(storage, settings.name)):
             _logger.warning("the study that was %r is now %r", settings.name, kept)
+        images = training_images(source.train_labels, settings)
+        effort = choose_effort(settings, base, space.analysis, images, storage, gpu=device.type != "cpu")
+        settings = with_effort(settings, effort)
         check_study(storage, settings.name, choices_made(settings, space.budget))
     except NasKdError:
         close_storage(storage)
@@ -133,6 +142,8 @@ def prepare(settings: Settings, storage: BaseStorage | None = None) -> Job:
         transferred=weighted,
         trained_elsewhere=whole,
         storage=storage,
+        effort=effort,
+        train_images=images,
         other_teacher=other,
         other_head=other_head,
     )
@@ -148,16 +159,17 @@ def storage_url(settings: Settings, out: Path) -> str:
     return settings.storage or sqlite_url(out / "study.db")
 
 
-def make_space(settings: Settings, base: nn.Module) -> Space[nn.Module]:
+def make_space(settings: Settings, base: nn.Module, stages: Stages | None = None) -> Space[nn.Module]:
     """What the base may become within the budget. Raises as `Space` does."""
     space = Space(
         base,
-        budget=settings.budget,
         img_size=settings.img_size or (DIGITS_SIZE if settings.dataset == DIGITS else None),
         options=parse_options(settings.space, settings.pin, search_stages=settings.search_stages),
         name=settings.model,
-        meter=make_meter(settings) if LATENCY in parse_budget(settings.budget) else None,
     )
+    if LATENCY in parse_budget(settings.budget):
+        measure_latency(space, make_meter(settings), stages)
+    space.set_budget(settings.budget)
     space.set_levels(parse_levels(settings.levels))
     return space
 
@@ -293,16 +305,21 @@ def proxy_recipe_of(settings: Settings) -> Recipe:
     )
 
 
-def transfer_epochs(given: int | None, splits: Splits, device: torch.device) -> int:
+def transfer_epochs(given: int | None, images: int, device: torch.device) -> int:
     """The epochs of a teacher whose weights come from elsewhere: as given, or few, and more of small data."""
-    images, most = len(splits.train), TRANSFER[1]
-    most = max(most, min(_MORE, round(_FEW / images)))
+    most = max(TRANSFER[1], min(_MORE, round(_FEW / images)))
     return given or max(1, min(most, round(TRANSFER[0] * (1 if device.type == "cpu" else _GPU) / images)))
 
 
-def epochs_of(given: int | None, default: tuple[int, int], splits: Splits, device: torch.device) -> int:
-    """The epochs of a training: as given, or by the size of the data and the device."""
-    images, most = default
+def epochs_of(given: int | None, default: tuple[int, int], images: int, device: torch.device) -> int:
+    """The epochs of a training on so many images: as given, or by their number and the device."""
+    seen, most = default
     if device.type != "cpu":
-        images, most = _GPU * images, _GPU * most
-    return given or max(1, min(most, round(images / len(splits.train))))
+        seen, most = _GPU * seen, _GPU * most
+    return given or max(1, min(most, round(seen / images)))
+
+
+def refine_epochs(job: Job, images: Images | int) -> int:
+    """The epochs that a model of the results is trained for on these images, or on so many."""
+    count = images if isinstance(images, int) else len(images)
+    return epochs_of(job.settings.refine_epochs, (job.effort.refine_images, REFINE[1]), count, job.device)

@@ -145,7 +145,8 @@ def read_kit(study: optuna.Study) -> Kit | None:
 def settings_of(kit: Kit) -> Settings:
     """The settings of the study's command."""
     augment = AugmentOptions.restore(kit.settings.get("augment"))
-    return Settings(**{**kit.settings, "pin": tuple(kit.settings["pin"]), "augment": augment})
+    tuples = {name: tuple(kit.settings.get(name, ())) for name in ("pin", "left_open")}
+    return Settings(**{**kit.settings, **tuples, "augment": augment})
 
 
 def locate(kit: Kit, out: str | None, artifacts: str | None) -> Path:

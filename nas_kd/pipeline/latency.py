@@ -5,12 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from nas_kd.arguments.study import Settings
 from nas_kd.budget import LATENCY, Budget
 from nas_kd.errors import OutputError
 from nas_kd.models.latency_table import Meter, store_key
 from nas_kd.models.runtimes import LatencySpec, Runtime
 from nas_kd.pipeline.records import Records
+from nas_kd.progress import Stages
+from nas_kd.search.space import Space
+
+_WHOLE = 30  # choices of blocks take about as long as the whole students of the correction
 
 
 def latency_spec(settings: Settings) -> LatencySpec:
@@ -34,6 +40,20 @@ def make_meter(settings: Settings) -> Meter:
     except OSError as error:
         raise OutputError(f"cannot write {folder}: {error.strerror or error}; choose another --out") from error
     return Meter(spec, store=Records(folder / f"latency-{store_key(spec)}.jsonl"))
+
+
+def measure_latency(space: Space[nn.Module], meter: Meter, stages: Stages | None) -> None:
+    """Measures the latency of every choice of every block of a space, and shows how far that is."""
+    if stages is None:
+        space.measure_latency(meter)
+        return
+    choices = {block.name: len(block.choices) for block in space.blocks}
+    with stages.stage("latencies", sum(choices.values()) + _WHOLE) as advance:
+
+        def report(name: str) -> None:
+            advance(name, choices.get(name, _WHOLE))
+
+        space.measure_latency(meter, report)
 
 
 def latency_facts(settings: Settings, budget: Budget) -> dict[str, Any]:

@@ -10,17 +10,19 @@ from typing import Any
 from torch import nn
 
 from nas_kd.pipeline.augmenting import augmentation_of, fresh_images
+from nas_kd.pipeline.effort import STUDENT
+from nas_kd.pipeline.estimate import BASELINES, PROBE, plan_line
 from nas_kd.pipeline.job import (
-    REFINE,
     TEACHER,
     TEACHER_LR,
     TRANSFER_LR,
     Job,
     epochs_of,
     recipe_of,
+    refine_epochs,
     transfer_epochs,
 )
-from nas_kd.progress import Stages
+from nas_kd.progress import Advance, Stages
 from nas_kd.training.data import Splits, load_splits
 from nas_kd.training.images import AugmentedImages, Images
 from nas_kd.training.library import Library
@@ -37,9 +39,8 @@ from nas_kd.training.teacher import (
 from nas_kd.training.transfer import HeadOrigin
 from nas_kd.training.views import OnlineViews, Views, ViewSpec, build_views, views_bytes
 
+_PERCENT = 100  # steps of a stage that says how far it is
 _STEP = 3  # a training step costs about three forward passes
-_STUDENT = 0.5  # and a student's about half of its base's: small operations are slow for their MACs
-_BASELINES = 3  # that are refined beside the front
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -64,17 +65,16 @@ class Materials:
 def gather(job: Job, stages: Stages) -> Materials:
     """Images, the teacher, and its logits on augmented views: everything that is paid for once."""
     settings = job.settings
+    stages.say(plan_line(job, _teacher_epochs(job, job.train_images), refine_epochs(job, job.train_images)))
     with stages.stage("data"):
         splits = load_splits(job.data, job.cache)
     base = _base(job, splits, stages)
     teacher = base if job.other_teacher is None else _other_teacher(job, splits, stages)
-    refine_epochs = epochs_of(settings.refine_epochs, REFINE, splits, job.device)
-    with stages.stage("views", 2) as advance:
-        subset = splits.train[: settings.proxy_images]
-        proxy_views = _views(job, splits, teacher, min(settings.views, settings.proxy_epochs), subset)
-        advance("for trials")
-        whole = _views(job, splits, teacher, min(settings.views, refine_epochs), splits.train)
-        advance("for refinement")
+    subset = splits.train[: settings.proxy_images]
+    short, long = (min(settings.views, epochs) for epochs in (settings.proxy_epochs, refine_epochs(job, splits.train)))
+    with stages.stage("views", short + long) as advance:
+        proxy_views = _views(job, splits, teacher, short, subset, advance)
+        whole = _views(job, splits, teacher, long, splits.train, advance)
     if settings.library_budget:
         job.space.library = _library(job, splits, base, stages)
     return Materials(splits=splits, base=base, teacher=teacher, proxy_views=proxy_views, refine_views=whole)
@@ -87,8 +87,9 @@ def gather_whole(job: Job, epochs: Callable[[Splits], int], stages: Stages) -> M
         splits = load_splits(job.data, job.cache)
     base = _base(job, splits, stages)
     teacher = base if job.other_teacher is None else _other_teacher(job, splits, stages)
-    with stages.stage("views"):
-        views = _views(job, splits, teacher, min(settings.views, epochs(splits)), splits.train)
+    count = min(settings.views, epochs(splits))
+    with stages.stage("views", count) as advance:
+        views = _views(job, splits, teacher, count, splits.train, advance)
     return Materials(splits=splits, base=base, teacher=teacher, proxy_views=views, refine_views=views)
 
 
@@ -100,29 +101,33 @@ def _library(job: Job, splits: Splits, base: TeacherResult, stages: Stages) -> L
         LibrarySpec(seed=job.settings.seed, anchor=False), job.space.analysis, _library_images(job, splits)
     )
     images = augmented.sample(spec.images + spec.holdout)
-    with stages.stage("library", 3 * len(job.space.blocks)) as advance:
-        return build_library(base.network, job.space.analysis, images, spec, job.cache, advance)
+    with stages.stage("library", _PERCENT) as advance:
+
+        def report(words: str) -> None:
+            advance(words, _PERCENT * getattr(words, "share", 0.0))
+
+        return build_library(base.network, job.space.analysis, images, spec, job.cache, report)
 
 
 def _library_images(job: Job, splits: Splits) -> float:
     """How much the library may cost, in images that the base would see in the meantime (forward alone)."""
     settings = job.settings
     share = settings.library_budget / (1 - settings.library_budget)  # of everything else
-    teacher = _teacher_epochs(job, splits)
-    refine = epochs_of(settings.refine_epochs, REFINE, splits, job.device) * (settings.front + _BASELINES)
+    teacher = _teacher_epochs(job, len(splits.train))
+    refine = refine_epochs(job, splits.train) * (settings.front + BASELINES)
     trials = settings.trials * settings.proxy_epochs * min(settings.proxy_images, len(splits.train))
-    students = _STUDENT * (trials + refine * len(splits.train))
+    students = STUDENT * (trials + refine * len(splits.train))
     return share * _STEP * (teacher * len(splits.train) + students)
 
 
-def _teacher_epochs(job: Job, splits: Splits) -> int:
+def _teacher_epochs(job: Job, images: int) -> int:
     """0 for a base that teaches as it is."""
     given = job.settings.teacher_epochs
     if job.trained_elsewhere:
         return given or 0
     if job.transferred:
-        return transfer_epochs(given, splits, job.device)
-    return epochs_of(given, TEACHER, splits, job.device)
+        return transfer_epochs(given, images, job.device)
+    return epochs_of(given, (job.effort.teacher_images, TEACHER[1]), images, job.device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -142,7 +147,7 @@ def _base(job: Job, splits: Splits, stages: Stages) -> TeacherResult:
     pupil = _Pupil(
         network=job.space.base,
         head=job.head_origin,
-        epochs=_teacher_epochs(job, splits),
+        epochs=_teacher_epochs(job, len(splits.train)),
         key=f"{settings.model} {settings.pretrained} {settings.seed}",
     )
     return _taught(job, splits, pupil, stages, "teacher" if job.other_teacher is None else "base")
@@ -150,11 +155,11 @@ def _base(job: Job, splits: Splits, stages: Stages) -> TeacherResult:
 
 def _other_teacher(job: Job, splits: Splits, stages: Stages) -> TeacherResult:
     """Another network, for the same images and in the same way as the base."""
-    settings, head = job.settings, job.other_head
+    settings, head, images = job.settings, job.other_head, len(splits.train)
     assert job.other_teacher is not None
-    epochs = epochs_of(settings.teacher_epochs, TEACHER, splits, job.device)
+    epochs = epochs_of(settings.teacher_epochs, TEACHER, images, job.device)
     if head is not None:
-        epochs = 0 if head == "own" else transfer_epochs(settings.teacher_epochs, splits, job.device)
+        epochs = 0 if head == "own" else transfer_epochs(settings.teacher_epochs, images, job.device)
     network = job.other_teacher if head is None else _as_it_wants(job.other_teacher, splits)
     pupil = _Pupil(network=network, head=head, epochs=epochs, key=f"{settings.teacher} {settings.seed}")
     return _taught(job, splits, pupil, stages, "teacher")
@@ -172,12 +177,13 @@ def _taught(job: Job, splits: Splits, pupil: _Pupil, stages: Stages, stage: str)
     """A network, trained for these classes; of weights from elsewhere it is first made what suits the images."""
     network, settings = pupil.network.to(job.device), job.settings
     augmentation = augmentation_of(settings, job.space.input_size[1])
-    with stages.stage(stage, pupil.epochs + (pupil.head is not None)) as advance:
+    with stages.stage(stage, pupil.epochs + (0 if pupil.head is None else PROBE) or 1) as advance:
         if not pupil.epochs:
             return adopt_teacher(network, splits, augmentation=augmentation, seed=settings.seed)
 
         def report(epoch: int, accuracy: float) -> None:
-            advance(f"{'' if epoch else 'before training: '}val accuracy {100 * accuracy:.1f} %")
+            words = f"{'' if epoch else 'before training: '}val accuracy {100 * accuracy:.1f} %"
+            advance(words, 1 if epoch else PROBE)
 
         lr = TEACHER_LR if pupil.head is None else TRANSFER_LR
         recipe = dataclasses.replace(recipe_of(settings, pupil.epochs), distill_weight=0.0, lr=lr)
@@ -190,7 +196,9 @@ def _taught(job: Job, splits: Splits, pupil: _Pupil, stages: Stages, stage: str)
         )
 
 
-def _views(job: Job, splits: Splits, teacher: TeacherResult, count: int, images: Images) -> Views | OnlineViews:
+def _views(
+    job: Job, splits: Splits, teacher: TeacherResult, count: int, images: Images, advance: Advance
+) -> Views | OnlineViews:
     """Cached views, or the teacher beside the student in every step where they would be too large to keep."""
     fresh = fresh_images(job.settings, images, splits.num_classes)
     spec = ViewSpec(
@@ -202,4 +210,4 @@ def _views(job: Job, splits: Splits, teacher: TeacherResult, count: int, images:
     )
     if views_bytes(images, spec, splits.num_classes) > spec.max_bytes:
         return OnlineViews(fresh, Teacher(teacher.network))
-    return build_views(images, teacher.network, spec, job.cache)
+    return build_views(images, teacher.network, spec, job.cache, advance)

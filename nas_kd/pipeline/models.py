@@ -21,7 +21,7 @@ from nas_kd.models.latency_table import LatencyTable, Meter
 from nas_kd.models.onnx import is_installed
 from nas_kd.models.student import build_student
 from nas_kd.pipeline.augmenting import fresh_images, images_key
-from nas_kd.pipeline.job import REFINE, TEACHER_LR, Job, epochs_of, make_base, recipe_of
+from nas_kd.pipeline.job import TEACHER_LR, Job, make_base, recipe_of, refine_epochs
 from nas_kd.pipeline.latency import latency_spec, make_meter
 from nas_kd.pipeline.materials import Materials
 from nas_kd.progress import Advance, Stages
@@ -79,7 +79,7 @@ def take_home(job: Job, study: optuna.Study, materials: Materials, stages: Stage
 
     What turns out slower than the budget allows is left out before it is refined.
     """
-    epochs = epochs_of(job.settings.refine_epochs, REFINE, materials.splits, job.device)
+    epochs = refine_epochs(job, materials.splits.train)
     chosen = choose_front(study, job.settings.front, job.budget, job.space.levels)
     plan = [Wanted(role="front", genotype=genotype, space=job.space, epochs=epochs) for genotype in chosen]
     return make_models(job, [*plan, *_baselines(job, chosen[0], epochs)], materials, stages)
@@ -87,8 +87,8 @@ def take_home(job: Job, study: optuna.Study, materials: Materials, stages: Stage
 
 def make_models(job: Job, plan: Sequence[Wanted], materials: Materials, stages: Stages) -> list[ModelRow]:
     """Measures the latency of each model of a plan and of the teacher, refines, tests each once, and exports."""
-    with stages.stage("latency"):
-        latencies = _latencies(job, plan)
+    with stages.stage("latency", 1 + len(plan)) as advance:
+        latencies = _latencies(job, plan, advance)
     models = [_timed(_teacher_model(job, materials), latencies[0])]
     with stages.stage("refine", sum(wanted.epochs for wanted in plan)) as advance:
         for wanted, latency in zip(plan, latencies[1:], strict=True):
@@ -108,14 +108,18 @@ def _timed(model: Model, nanoseconds: int) -> Model:
     return dataclasses.replace(model, cost=dataclasses.replace(model.cost, latency=nanoseconds))
 
 
-def _latencies(job: Job, plan: Sequence[Wanted]) -> list[int]:
+def _latencies(job: Job, plan: Sequence[Wanted], advance: Advance) -> list[int]:
     """The latency (nanoseconds) of the teacher and of each model of the plan, as it was measured first, now or in an
     earlier run."""
     spaces = {id(wanted.space): wanted.space for wanted in plan}
     meter = job.space.latency.meter if job.space.latency is not None else make_meter(job.settings)
     tables = {key: whole_models(space, meter) for key, space in {**spaces, id(job.space): job.space}.items()}
     wholes = [tables[id(job.space)].whole(job.space.analysis.identity)]
-    return wholes + [tables[id(wanted.space)].whole(wanted.genotype) for wanted in plan]
+    advance("teacher")
+    for wanted in plan:
+        wholes.append(tables[id(wanted.space)].whole(wanted.genotype))
+        advance(wanted.role)
+    return wholes
 
 
 def whole_models(space: Space[nn.Module], meter: Meter) -> LatencyTable:

@@ -7,6 +7,7 @@ from typing import Any
 import optuna
 
 from nas_kd.pipeline.crew import advance_by, crew_of, run_crew
+from nas_kd.pipeline.effort import note_effort
 from nas_kd.pipeline.job import Job, choices_made, proxy_recipe_of
 from nas_kd.pipeline.kit import checkpoints, publish
 from nas_kd.pipeline.materials import Materials
@@ -62,6 +63,7 @@ def _open(job: Job, materials: Materials) -> optuna.Study:
         pruner=make_pruner(settings.pruner, settings.proxy_epochs),
     )
     study.set_metric_names(list(wanted))
+    note_effort(study, job.effort)
     return study
 
 

@@ -23,7 +23,7 @@ from nas_kd.models.inherit import inherit_student
 from nas_kd.models.scale_factors import FILTERS, ScaleFactors
 from nas_kd.models.structure import Analysis
 from nas_kd.pipeline.augmenting import images_key
-from nas_kd.pipeline.job import REFINE, Job, epochs_of, prepare, recipe_of
+from nas_kd.pipeline.job import Job, prepare, recipe_of, refine_epochs
 from nas_kd.pipeline.materials import Materials, gather_whole
 from nas_kd.pipeline.models import Start, Wanted, make_models, plain_baselines
 from nas_kd.progress import Stages
@@ -112,7 +112,7 @@ def _check_learnable(analysis: Analysis) -> None:
 
 def _epochs(job: Job, settings: StructureSettings, splits: Splits) -> tuple[int, int]:
     """Of the learning, and of the training of the narrow network after it."""
-    refining = epochs_of(settings.study.refine_epochs, REFINE, splits, job.device)
+    refining = refine_epochs(job, splits.train)
     return settings.learn_epochs or max(1, refining // 2), refining
 
 

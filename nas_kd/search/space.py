@@ -112,7 +112,8 @@ class Space(Generic[Network]):
 
     def measure_latency(self, meter: Meter, report: Callable[[str], None] = lambda words: None) -> None:
         """Measures every choice of every block, and some whole students to correct their sums by; `report` is told of
-        each block. Costs hold a latency from then on. Raises a NasKdError when something cannot be measured."""
+        each block and, at the end, of "whole students". Costs hold a latency from then on. Raises a NasKdError when
+        something cannot be measured."""
         latency = LatencyTable(self.base, self.analysis, self.input_size, meter)
         latency.measure_blocks(report)
         self.latency = latency
@@ -120,6 +121,7 @@ class Space(Generic[Network]):
         for genotype in calibration(self.table):
             self._measure(genotype)
         self._measure(self.table.cheapest(LATENCY))
+        report("whole students")
 
     def _measure(self, genotype: Genotype) -> int:
         """The latency of a whole student, which corrects the table when it is new."""

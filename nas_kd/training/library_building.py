@@ -71,6 +71,7 @@ def build_library(
     if spec.anchor:
         anchor_where_foreign(base, images[:CALIBRATION])
     builder = _Builder(base, analysis, images, spec, folder)
+    report(builder.effort.step("prepare", "", "frames found"))
     builder.rank(report)
     builder.inherit(report)
     builder.train(report)
@@ -198,6 +199,7 @@ class _Builder:
                 report(self.effort.step("inherit", name, f"{len(made_choices(block))} choices inherited"))
                 if name not in self.trained:
                     self._measure(block, held[name], modules)
+                    report(self.effort.step("measure", name, "damages measured"))
                 del held[name], modules
 
     def _inherit_block(self, block: Block, reference: Reference, held: Passage) -> dict[int, nn.Module]:
@@ -245,7 +247,8 @@ class _Builder:
             for name in names:
                 for number in range(len(self.spec.rounds)) if name in due else ():
                     self._round(self.analysis.block(name), number, seen[name][: room[name]], held[name])
-                report(self.effort.step("train", name, "choices trained"))
+                if name in self.trained:
+                    report(self.effort.step("train", name, "choices trained"))
 
     def _trained_on(self, name: str) -> int:
         """How many images a block's entries may be trained on: as many as its memory holds, or at least two batches."""
@@ -302,7 +305,8 @@ class _Builder:
 
     def measure(self, report: Report) -> None:
         """The KL of the logits with each unbeaten entry swapped in, where it is not known yet."""
-        for names in self._groups(dict.fromkeys(self.recorder.frames, 0)):
+        for group in self._groups(dict.fromkeys(self.recorder.frames, 0)):
+            names = [name for name in group if name in self.trained]
             left = [name for name in names if self._unmeasured(self.analysis.block(name))]
             held = self._record_held(left) if left else {}
             for name in names:

@@ -10,9 +10,10 @@ from nas_kd.training.damages import Damages
 from nas_kd.training.library import made_choices
 from nas_kd.training.recorder import Recorder
 
-_ENTRY = 0.06  # seconds to build a student of a mobile network and to keep its tensors
-_PASSES = 5  # of a frame for an entry: up to the layers that are fitted, batch norms recalibrated, errors measured
-_UNBEATEN = 0.4  # of a block's entries
+ENTRY = 0.06  # seconds to build a student of a mobile network and to keep its tensors
+PASSES = 5  # of a frame for an entry: up to the layers that are fitted, batch norms recalibrated, errors measured
+UNBEATEN = 0.4  # of a block's entries
+_PREPARED = 512  # images that pass the base while its frames are found and its batch norms looked at
 _RATE = 20e9  # multiply-accumulates a second of linear algebra
 _ROWS = 6  # samples per unknown of a fit
 
@@ -30,10 +31,9 @@ class Step(str):
 
 
 class Effort:
-    """Predicted seconds of every step of a library, by stage (`rank`, `inherit`, `train`, `measure`) and block.
-
-    `widest` has by block the unknowns of its largest fit, `trained` the blocks whose entries are trained for `steps`
-    with batches of `batch_size`."""
+    """Predicted seconds of every step of a library, by stage (`prepare`, `rank`, `inherit`, `train`, `measure`) and
+    block. `widest` has by block the unknowns of its largest fit, `trained` how many images an entry is trained on, of
+    the blocks where that is done."""
 
     def __init__(
         self,
@@ -43,15 +43,16 @@ class Effort:
         widest: Mapping[str, int],
         trained: Mapping[str, int],
     ) -> None:
-        self.seconds: dict[tuple[str, str], float] = {}
+        passes = _PREPARED * sum(recorder.seconds[name] for name in recorder.frames) / 2
+        self.seconds = {("prepare", ""): 2 * ENTRY * len(blocks) + passes}
         for block in blocks:
             name, entries = block.name, len(made_choices(block))
             once = recorder.seconds[name] * recorder.fitted(name)
             fit = _ROWS * widest[name] ** 3 / _RATE
             self.seconds["rank", name] = 2 * once + fit
-            self.seconds["inherit", name] = once + entries * (_ENTRY + _PASSES * once + 0.3 * fit)
-            self.seconds["train", name] = _UNBEATEN * entries * STEP * recorder.seconds[name] * trained.get(name, 0)
-            self.seconds["measure", name] = _UNBEATEN * entries * (_ENTRY + damages.seconds(name))
+            self.seconds["inherit", name] = once + entries * (ENTRY + PASSES * once + 0.3 * fit)
+            self.seconds["train", name] = UNBEATEN * entries * STEP * recorder.seconds[name] * trained.get(name, 0)
+            self.seconds["measure", name] = UNBEATEN * entries * (ENTRY + damages.seconds(name))
 
     @property
     def total(self) -> float:
@@ -60,4 +61,4 @@ class Effort:
 
     def step(self, stage: str, name: str, words: str) -> Step:
         """A step that has been done."""
-        return Step(f"{name}: {words}", self.seconds[stage, name] / max(1e-9, self.total))
+        return Step(f"{name}: {words}" if name else words, self.seconds[stage, name] / max(1e-9, self.total))

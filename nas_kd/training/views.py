@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -140,17 +140,24 @@ class OnlineViews:
         return replace(self, data=self.data.to(device))
 
 
-def build_views(train: Images, teacher: nn.Module | None, spec: ViewSpec, folder: Path) -> Views:
+def build_views(
+    train: Images,
+    teacher: nn.Module | None,
+    spec: ViewSpec,
+    folder: Path,
+    report: Callable[[str], None] = lambda words: None,
+) -> Views:
     """The views of `train` that `spec` describes, from `folder` if they were built before, by any process.
 
     The teacher is asked in eval mode on its own device. Its logits are kept in float16 (rounded by less than 0.05 %).
-    A damaged cache is built again with a warning. Raises DataError when it would need more than `max_bytes` or than
-    the disk has, TrainingError when the teacher's logits are not finite.
+    `report` is called after each view that is made. A damaged cache is built again with a warning. Raises DataError
+    when it would need more than `max_bytes` or than the disk has, TrainingError when the teacher's logits are not
+    finite.
     """
     path = folder / f"views-{_digest(train, teacher, spec)[:16]}"
     loaded = load(path)
     if loaded is None:
-        _build(train, teacher, spec, path)
+        _build(train, teacher, spec, path, report)
         loaded = load(path)
         if loaded is None:
             raise DataError(f"the views in {path} were damaged while they were written: check the disk")
@@ -180,7 +187,7 @@ def views_bytes(train: Images, spec: ViewSpec, classes: int) -> int:
     return whole + spec.count * 4 * spec.mixing.num_classes * len(train) + plain
 
 
-def _build(train: Images, teacher: nn.Module | None, spec: ViewSpec, path: Path) -> None:
+def _build(train: Images, teacher: nn.Module | None, spec: ViewSpec, path: Path, report: Callable[[str], None]) -> None:
     classes = 0 if teacher is None else predict_logits(teacher, train[:2]).shape[1]
     count, needed = len(train), views_bytes(train, spec, classes)
     if needed > spec.max_bytes:
@@ -190,19 +197,14 @@ def _build(train: Images, teacher: nn.Module | None, spec: ViewSpec, path: Path)
         )
     _logger.info("building %d views of %d images (%.0f MiB)", spec.count, count, needed / 2**20)
     with writing(path, needed) as draft:
-        files = {"pixels": ArrayFile(draft / "pixels.npy", (spec.count, *train.pixels.shape), "|u1")}
-        if teacher is not None:
-            files["logits"] = ArrayFile(draft / "logits.npy", (spec.count, count, classes), "<f2")
-        if spec.mixing is not None:
-            files["shares"] = ArrayFile(draft / "shares.npy", (spec.count, count, spec.mixing.num_classes), "<f4")
         plain = _plain(train, spec)
-        if plain is not None:
-            files["plain"] = ArrayFile(draft / "plain.npy", tuple(plain.shape), "|u1")
+        files = _files(draft, train, spec, classes, plain)
         with ExitStack() as stack:
             for file in files.values():
                 stack.enter_context(file)
             if plain is not None:
                 files["plain"].write(plain.cpu().numpy())
+            made = 0
             for batch in _augmented(train, spec):
                 files["pixels"].write(batch.pixels.cpu().numpy())
                 if "shares" in files:
@@ -210,7 +212,23 @@ def _build(train: Images, teacher: nn.Module | None, spec: ViewSpec, path: Path)
                 if teacher is not None:
                     images = Images(batch.pixels, batch.classes, train.mean, train.std)
                     files["logits"].write(_half(predict_logits(teacher, images)))
+                made += len(batch.classes)
+                if made % count == 0:
+                    report(f"{made // count} of {spec.count} views of {count} images")
         finish(draft, files)
+
+
+def _files(draft: Path, train: Images, spec: ViewSpec, classes: int, plain: Tensor | None) -> dict[str, ArrayFile]:
+    """The files of views, empty; with a teacher, its logits over so many classes."""
+    count = (spec.count, len(train))
+    files = {"pixels": ArrayFile(draft / "pixels.npy", (spec.count, *train.pixels.shape), "|u1")}
+    if classes:
+        files["logits"] = ArrayFile(draft / "logits.npy", (*count, classes), "<f2")
+    if spec.mixing is not None:
+        files["shares"] = ArrayFile(draft / "shares.npy", (*count, spec.mixing.num_classes), "<f4")
+    if plain is not None:
+        files["plain"] = ArrayFile(draft / "plain.npy", tuple(plain.shape), "|u1")
+    return files
 
 
 def _plain(train: Images, spec: ViewSpec) -> Tensor | None:

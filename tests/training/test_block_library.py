@@ -37,10 +37,11 @@ from nas_kd.training.frame_training import (
 from nas_kd.training.images import AugmentedImages, Images, normalise
 from nas_kd.training.library import Library
 from nas_kd.training.library_building import LibrarySpec, build_library, plan_library
+from nas_kd.training.library_effort import Step
 from nas_kd.training.loop import predict_logits, recalibrate, train
 from nas_kd.training.recipe import Recipe
 
-Build = Callable[[Path], Library]
+Build = Callable[..., Library]
 SPEC = LibrarySpec(images=64, holdout=32, rounds=(4, 4), batch_size=16)
 
 
@@ -71,7 +72,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def build(teacher: nn.Module, analysis: Analysis, images: Images) -> Build:
-    return lambda folder: build_library(teacher, analysis, images, SPEC, folder)
+    return lambda folder, report=print: build_library(teacher, analysis, images, SPEC, folder, report)
 
 
 @pytest.fixture(scope="module")
@@ -162,9 +163,12 @@ def test_library_students_begin_better_than_inherited_ones(
 
 def test_a_second_build_makes_nothing_again(library: Library, build: Build, folder: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    again = build(folder)
+    steps: list[str] = []
+    again = build(folder, steps.append)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     assert again.entries == library.entries
+    assert sum(step.share for step in steps if isinstance(step, Step)) == pytest.approx(1)
+    assert len(steps) > 3 * len(again.analysis.blocks)
 
 
 @pytest.mark.parametrize("after", [3, 60])
