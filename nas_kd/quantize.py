@@ -12,7 +12,7 @@ from nas_kd.arguments.augment import AugmentOptions
 from nas_kd.arguments.parsing import Parser, guarded, number
 from nas_kd.arguments.shared import add_data
 from nas_kd.budget import short
-from nas_kd.errors import ModelError, NasKdError
+from nas_kd.errors import ModelError
 from nas_kd.training.dataset_names import choose_dataset
 
 if TYPE_CHECKING:
@@ -101,11 +101,6 @@ def parse_quantize(argv: Sequence[str]) -> QuantizeSettings:
     arguments = vars(parser.parse_args(argv))
     if Path(arguments["model"], "config.json").is_file():
         arguments["model"] = f"{_LOCAL}{arguments['model']}"
-    has_weights = arguments["pretrained"] or arguments["initial_checkpoint"] or arguments["model"].startswith(_LOCAL)
-    if not has_weights:
-        raise NasKdError(
-            f"{arguments['model']} has no weights: name an exported folder, --pretrained or --initial-checkpoint"
-        )
     arguments["keep_float"] = tuple(arguments["keep_float"])
     arguments["dataset"] = choose_dataset(arguments["dataset"], arguments["data_dir"])
     names = [own.name for own in fields(QuantizeSettings) if own.name in arguments]
@@ -165,6 +160,13 @@ def _prepare(settings: QuantizeSettings) -> tuple[nn.Module, DataSpec]:
     from nas_kd.training.checkpoint import load_checkpoint
     from nas_kd.training.sources import open_source
 
+    has_weights = settings.pretrained or settings.initial_checkpoint or settings.model.startswith(_LOCAL)
+    if not has_weights and "/" in settings.model:
+        raise ModelError(f"there is no exported model in {settings.model}: name a folder that a study wrote")
+    if not has_weights:
+        raise ModelError(
+            f"{settings.model} has no weights: name an exported folder, --pretrained or --initial-checkpoint"
+        )
     source = open_source(settings.dataset, settings.data_dir, settings.class_map)
     checkpoint = settings.initial_checkpoint
     given = {} if checkpoint is None else {"num_classes": len(source.class_names)}

@@ -20,13 +20,15 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision.datasets import CIFAR10
 
-from nas_kd import distill, rank_check, space, structure, study, worker
+from nas_kd import distill, quantize, rank_check, space, structure, study, worker
 from nas_kd.arguments.distill import parse_distill
 from nas_kd.arguments.rank_check import parse_rank_check
 from nas_kd.arguments.space import parse_space
 from nas_kd.arguments.structure import parse_structure
 from nas_kd.arguments.study import parse_study
 from nas_kd.arguments.worker import parse_worker
+from nas_kd.quantize import parse_quantize
+from nas_kd.results.export import Card, export
 
 ROOT = Path(__file__).parent.parent
 PARSE: dict[str, Callable[[Sequence[str]], Any]] = {
@@ -36,6 +38,7 @@ PARSE: dict[str, Callable[[Sequence[str]], Any]] = {
     "structure": parse_structure,
     "rank_check": parse_rank_check,
     "worker": parse_worker,
+    "quantize": parse_quantize,
 }
 MAIN: dict[str, Callable[[Sequence[str]], int]] = {
     "study": study.main,
@@ -44,6 +47,7 @@ MAIN: dict[str, Callable[[Sequence[str]], int]] = {
     "structure": structure.main,
     "rank_check": rank_check.main,
     "worker": worker.main,
+    "quantize": quantize.main,
 }
 # what makes a command short, and changes nothing of what it is about
 _SEARCH = "--trials 1 --proxy-epochs 1 --front 1 --library-budget 0 --no-onnx"
@@ -55,6 +59,7 @@ SHORT = {
     "structure": f"{_TRAIN} --learn-epochs 1 --refine-epochs 1 --no-onnx --no-baselines",
     "rank_check": f"{_TRAIN} --library-budget 0 --genotypes 3 --truth-images 24 --proxy-images 8 --val-images 8",
     "worker": "--wait 0 -q --device cpu",
+    "quantize": "--train-images 12 -q",
 }
 BLOCK = re.compile(r"```(?:bash|sh)\n(.*?)```", re.DOTALL)
 COMMAND = re.compile(r"python -m nas_kd\.(\w+)(.*)")
@@ -158,7 +163,11 @@ def make_what_they_name(words: list[str], place: Path, monkeypatch: pytest.Monke
         write_hub(place / "hub", options["--model"])
     if "FILE" in words:
         torch.save(timm.create_model(options["--model"], num_classes=2).state_dict(), place / "weights.pth")
+    result = place / "result"
+    if "results/STUDY/MODEL" in words and not result.exists():
+        export(timm.create_model("test_resnet", num_classes=2), result, Card(input_size=(3, 64, 64)))
     names = {
+        "results/STUDY/MODEL": str(result),
         "my_images": str(data),
         "DIR": str(data),
         "FILE": str(place / "weights.pth"),
