@@ -94,6 +94,6 @@ def warn_of_other_order(source: Source, settings: Settings | DistillSettings, ne
     config: Any = getattr(network, "pretrained_cfg", None) or {}
     names = config.get("label_names") or ()
     known = names if isinstance(names, (list, tuple)) and len(names) == getattr(network, "num_classes", 0) else ()
-    told = settings.dataset != FOLDER or settings.class_map is not None or weights.startswith("timm")
+    told = settings.dataset != FOLDER or settings.class_map is not None or weights.startswith("timm's ")
     if known or not told:
         warn_of_order(source.class_names, known, weights)
