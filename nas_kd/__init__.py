@@ -9,15 +9,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nas_kd.analysis.stride_reduction import reduce_stride as reduce_stride
     from nas_kd.budget import Budget as Budget
     from nas_kd.budget import Cost as Cost
     from nas_kd.budget import parse_budget as parse_budget
+    from nas_kd.costs.verification import analyse as analyse
     from nas_kd.errors import NasKdError as NasKdError
     from nas_kd.genotype import Choice as Choice
     from nas_kd.genotype import Genotype as Genotype
-    from nas_kd.models.blocks import analyse as analyse
-    from nas_kd.models.hub import create_base as create_base
-    from nas_kd.models.reduction import reduce_stride as reduce_stride
+    from nas_kd.library.building import LibrarySpec as LibrarySpec
+    from nas_kd.library.building import build_library as build_library
+    from nas_kd.library.library import Library as Library
+    from nas_kd.networks.hub import create_base as create_base
     from nas_kd.results.export import Card as Card
     from nas_kd.results.export import export as export
     from nas_kd.results.export import load as load
@@ -26,9 +29,6 @@ if TYPE_CHECKING:
     from nas_kd.search.space import Space as Space
     from nas_kd.training.anchoring import anchor as anchor
     from nas_kd.training.images import Images as Images
-    from nas_kd.training.library import Library as Library
-    from nas_kd.training.library_building import LibrarySpec as LibrarySpec
-    from nas_kd.training.library_building import build_library as build_library
     from nas_kd.training.loop import recalibrate as recalibrate
     from nas_kd.training.losses import distillation_loss as distillation_loss
     from nas_kd.training.losses import ensemble_loss as ensemble_loss
@@ -46,14 +46,14 @@ _HOMES = {
     "Genotype": "nas_kd.genotype",
     "Images": "nas_kd.training.images",
     "KnapsackSampler": "nas_kd.search.sampler",
-    "Library": "nas_kd.training.library",
-    "LibrarySpec": "nas_kd.training.library_building",
+    "Library": "nas_kd.library.library",
+    "LibrarySpec": "nas_kd.library.building",
     "NasKdError": "nas_kd.errors",
     "Space": "nas_kd.search.space",
-    "analyse": "nas_kd.models.blocks",
+    "analyse": "nas_kd.costs.verification",
     "anchor": "nas_kd.training.anchoring",
-    "build_library": "nas_kd.training.library_building",
-    "create_base": "nas_kd.models.hub",
+    "build_library": "nas_kd.library.building",
+    "create_base": "nas_kd.networks.hub",
     "distillation_loss": "nas_kd.training.losses",
     "ensemble_loss": "nas_kd.training.losses",
     "export": "nas_kd.results.export",
@@ -63,7 +63,7 @@ _HOMES = {
     "parse_budget": "nas_kd.budget",
     "parse_options": "nas_kd.search.options",
     "recalibrate": "nas_kd.training.loop",
-    "reduce_stride": "nas_kd.models.reduction",
+    "reduce_stride": "nas_kd.analysis.stride_reduction",
     "soft_loss": "nas_kd.training.losses",
 }
 __all__ = ["__version__", *sorted(_HOMES)]

@@ -119,10 +119,10 @@ def run_quantize(settings: QuantizeSettings) -> int:
     console = console_for(sys.stderr)
     configure(console, quiet=settings.quiet, debug=settings.debug)
 
-    from nas_kd.models.onnx import need
-    from nas_kd.pipeline.augmenting import fresh_images
-    from nas_kd.pipeline.job import open_folder
+    from nas_kd.networks.onnx import need
     from nas_kd.pipeline.quantisation import Int8Spec, quantise_network
+    from nas_kd.preparation.augmenting import fresh_images
+    from nas_kd.preparation.job import open_folder
     from nas_kd.training.data import load_splits
 
     need("onnx", "onnxruntime")
@@ -154,8 +154,8 @@ def run_quantize(settings: QuantizeSettings) -> int:
 
 def _prepare(settings: QuantizeSettings) -> tuple[nn.Module, DataSpec]:
     """The network, and the images in the form that it wants. Raises ModelError when it has not the data's classes."""
-    from nas_kd.models.hub import create_base
-    from nas_kd.pipeline.image_form import data_spec
+    from nas_kd.networks.hub import create_base
+    from nas_kd.preparation.image_form import data_spec
     from nas_kd.search.space import input_size_of
     from nas_kd.training.checkpoint import load_checkpoint
     from nas_kd.training.sources import open_source

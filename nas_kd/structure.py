@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from nas_kd.arguments.parsing import guarded
-from nas_kd.arguments.structure import StructureSettings, parse_structure
 from nas_kd.budget import kinds_of
+from nas_kd.learnt_widths.arguments import StructureSettings, parse_structure
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from nas_kd.pipeline.structure_learning import Structure
+    from nas_kd.learnt_widths.pipeline import Structure
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +29,7 @@ def run_structure(settings: StructureSettings) -> int:
     console = console_for(sys.stderr)
     configure(console, quiet=study.quiet, debug=study.debug)
 
-    from nas_kd.pipeline.structure_learning import FILE, learn_structure
+    from nas_kd.learnt_widths.pipeline import FILE, learn_structure
     from nas_kd.results.table import render_table
 
     result = learn_structure(settings, Stages(console, quiet=study.quiet))

@@ -26,7 +26,7 @@ def run_worker(settings: WorkerSettings) -> int:
     if settings.leash:
         threading.Thread(target=_follow_parent, daemon=True).start()
 
-    from nas_kd.pipeline.joining import join
+    from nas_kd.workers.joining import join
 
     trials = join(settings, Stages(console, quiet=settings.quiet))
     if not settings.quiet:

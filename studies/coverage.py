@@ -21,10 +21,9 @@ from torch import nn
 
 import nas_kd.models  # noqa: F401  registers the models for small images
 from nas_kd.budget import KINDS, short
+from nas_kd.costs.cost_table import cost_table
+from nas_kd.costs.verification import analyse, measure
 from nas_kd.errors import ModelError
-from nas_kd.models.blocks import analyse
-from nas_kd.models.costs import cost_table
-from nas_kd.models.verify import measure
 
 MODELS = """
 resnet18 resnet50 resnet26d seresnet50 resnext50_32x4d wide_resnet50_2 res2net50_26w_4s resnest26d skresnet18
@@ -48,7 +47,7 @@ networks the attention stays as it is (edgenext: the convolutional blocks change
 (`cifar_resnet56_cheap` with `conv="shift"`) are refused, since a shift's order of channels is fixed: the same network
 is a genotype of `conv="depthwise"`, every convolution a shift. Transformers and MLPs are refused too.
 Re-parameterised networks (RepVGG, MobileOne, FastViT) are searched in their training form;
-`nas_kd.models.fuse.fused(student)` gives the inference form, in which blocks with a replaced convolution stay."""
+`nas_kd.networks.fuse.fused(student)` gives the inference form, in which blocks with a replaced convolution stay."""
 
 
 def row(name: str, published: dict[str, dict[str, str]]) -> tuple[str, float]:

@@ -24,13 +24,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
-from nas_kd.models.frames import find_frames, joined, recording
-from nas_kd.models.importance import reconstruction_importance, unit_importance
-from nas_kd.models.inherit import inherit_student
-from nas_kd.models.refit import layer_inputs, patch_rows, reference_of, refit
-from nas_kd.models.structure import Analysis
+from nas_kd.analysis.structure import Analysis
+from nas_kd.library.importance import reconstruction_importance
+from nas_kd.library.refit import layer_inputs, patch_rows, reference_of, refit
 from nas_kd.search.space import Space
 from nas_kd.search.starts import uniform_genotype
+from nas_kd.students.frames import find_frames, joined, recording
+from nas_kd.students.inheritance import inherit_student
+from nas_kd.students.unit_importance import unit_importance
 from nas_kd.training.augment import Augmentation
 from nas_kd.training.checkpoint import load_checkpoint
 from nas_kd.training.data import DataSpec, load_splits

@@ -22,11 +22,11 @@ import torch
 from scipy.stats import kendalltau
 
 import nas_kd.models  # noqa: F401  # registers cifar_resnet20
+from nas_kd.costs.cost_table import CostTable, cost_table
+from nas_kd.costs.latency_table import LatencyTable, Meter
+from nas_kd.costs.runtimes import LatencySpec
+from nas_kd.costs.verification import analyse
 from nas_kd.genotype import Genotype
-from nas_kd.models.blocks import analyse
-from nas_kd.models.costs import CostTable, cost_table
-from nas_kd.models.latency_table import LatencyTable, Meter
-from nas_kd.models.runtimes import LatencySpec
 from nas_kd.search.options import parse_options, restrict
 
 SIZES = {"resnet18": 64, "mobilenetv2_100": 64, "cifar_resnet20": 32}

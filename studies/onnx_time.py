@@ -22,7 +22,7 @@ import torch
 from paper_tables import hardware
 from torch import nn
 
-from nas_kd.models.onnx import _export, difference, write_model
+from nas_kd.networks.onnx import _export, difference, write_model
 
 MODELS = ("resnet18", "mobilenetv2_100", "mobilenetv3_small_100", "efficientnet_b0", "regnetx_002", "densenet121")
 COLUMNS = ("model", "older s", "newer s", "newer / older", "operators", "newer's", "outputs apart", "newer's")

@@ -19,8 +19,8 @@ from torch import nn
 
 import nas_kd
 from nas_kd.budget import parse_budget
+from nas_kd.learnt_widths.learning import Goal, WidthLearner
 from nas_kd.search.options import parse_options
-from nas_kd.training.learnt_widths import Goal, WidthLearner
 
 STEPS, BATCH = 10, 64
 BASES = (("cifar_resnet20", None, 32), ("mobilenetv2_100", 8, 32), ("mobilenetv2_100", 8, 16))

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch_pruning.pruner import importance as importances
 
 from nas_kd.budget import Budget
-from nas_kd.models.cifar import _PadShortcut
-from nas_kd.models.verify import measure
+from nas_kd.costs.verification import measure
+from nas_kd.networks.cifar import _PadShortcut
 from nas_kd.training.images import Images, normalise
 
 STEPS = 50

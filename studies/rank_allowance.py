@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from nas_kd.rank_check.statistics import agreement
 from nas_kd.results.rank_rows import GroupRows, RankCheck, ScoreRow, read_check, share
-from nas_kd.search.ranking import agreement
 
 POWERS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
 LOSSES = ("accuracy", "distillation loss")  # of an accuracy, the error

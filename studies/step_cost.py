@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import nas_kd.models  # noqa: F401  # registers the CIFAR bases
-from nas_kd.models.reduction import reduce_stride
+from nas_kd.analysis.stride_reduction import reduce_stride
 from nas_kd.search.space import Space
 from nas_kd.search.starts import uniform_genotype
 from nas_kd.training.augment import Augmentation

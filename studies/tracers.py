@@ -26,7 +26,7 @@ LIMIT_S = 30
 
 
 def ours(network: object, size: tuple[int, ...]) -> str:
-    from nas_kd.models.trace import trace
+    from nas_kd.analysis.trace import trace
 
     return f"{len(trace(network, size).calls)} calls"
 

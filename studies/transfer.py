@@ -39,7 +39,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
-from nas_kd.pipeline.job import TRANSFER_LR, transfer_epochs
+from nas_kd.preparation.job import TRANSFER_LR, transfer_epochs
 from nas_kd.training.anchoring import anchor
 from nas_kd.training.augment import default_augmentation
 from nas_kd.training.data import DataSpec, Splits, load_splits

@@ -43,8 +43,8 @@ from versus_arms import FASTNAS, FRESH, OURS, PLAIN, PRUNED, Bench, Ours
 from versus_page import write_page
 
 from nas_kd.arguments.parsing import guarded
+from nas_kd.rank_check.portions import Portions
 from nas_kd.training.loop import evaluate, train
-from nas_kd.training.portions import Portions
 from nas_kd.training.recipe import Recipe
 
 GROUP_NORM, WHOLE, SCALE, TAYLOR = (

@@ -20,19 +20,19 @@ from torch import nn
 from nas_kd import Space
 from nas_kd.arguments.study import parse_study
 from nas_kd.budget import Cost
-from nas_kd.models.verify import measure
-from nas_kd.pipeline.job import prepare
-from nas_kd.pipeline.materials import gather
+from nas_kd.costs.verification import measure
+from nas_kd.library.building import LibrarySpec, build_library
+from nas_kd.library.library import Library
 from nas_kd.pipeline.models import choose_front
-from nas_kd.pipeline.records import Records
 from nas_kd.pipeline.search import search
+from nas_kd.preparation.job import prepare
+from nas_kd.preparation.materials import gather
+from nas_kd.preparation.records import Records
 from nas_kd.progress import Stages
 from nas_kd.search.options import parse_options
 from nas_kd.search.solver import solve
 from nas_kd.training.augment import derive_seed
 from nas_kd.training.images import Images
-from nas_kd.training.library import Library
-from nas_kd.training.library_building import LibrarySpec, build_library
 from nas_kd.training.loop import CALIBRATION, evaluate, recalibrate
 from nas_kd.training.views import Views
 

@@ -22,7 +22,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from versus_arms import FASTNAS, PLAIN, TIMM
 
-from nas_kd.pipeline.records import Records
+from nas_kd.preparation.records import Records
 
 Row = dict[str, Any]
 COLUMNS = ("arm", "test", "seeds", "MACs", "params", "lr", "images", "library s", "search s", "training s", "total s")

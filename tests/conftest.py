@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from nas_kd.models import latency_table
+from nas_kd.costs import latency_table
 
 # the same examples on every machine, however slow
 settings.register_profile(
@@ -22,6 +22,7 @@ settings.register_profile(
 )
 settings.load_profile("anywhere")
 
+pytest_plugins = ("shared_analyses", "training_fixtures")
 _LOGGERS = ("nas_kd", "timm", "huggingface_hub")
 
 

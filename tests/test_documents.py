@@ -22,13 +22,13 @@ from torchvision.datasets import CIFAR10
 
 from nas_kd import distill, quantize, rank_check, space, structure, study, worker
 from nas_kd.arguments.distill import parse_distill
-from nas_kd.arguments.rank_check import parse_rank_check
-from nas_kd.arguments.space import parse_space
-from nas_kd.arguments.structure import parse_structure
 from nas_kd.arguments.study import parse_study
 from nas_kd.arguments.worker import parse_worker
+from nas_kd.learnt_widths.arguments import parse_structure
 from nas_kd.quantize import parse_quantize
+from nas_kd.rank_check.arguments import parse_rank_check
 from nas_kd.results.export import Card, export
+from nas_kd.space import parse_space
 
 ROOT = Path(__file__).parent.parent
 PARSE: dict[str, Callable[[Sequence[str]], Any]] = {
@@ -207,3 +207,21 @@ def test_there_are_commands_of_all_kinds() -> None:
 def test_what_is_linked_is_there(document: str) -> None:
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / document).read_text(encoding="utf-8"))
     assert [link for link in links if not ((ROOT / document).parent / link).exists()] == []
+
+
+def test_the_map_names_every_file_once() -> None:
+    """The table of docs/design.md: `room/`: `file`, …; a file with its folder, or a path, stands for itself."""
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    table = text.split("| you want to change | look in |")[1].split("\n\n")[0]
+    named = []
+    for row in table.splitlines()[2:]:
+        for part in row.split("|")[2].split(";"):
+            room = ""
+            for word in re.findall(r"`([^`]+)`", part):
+                if word.endswith("/"):
+                    room = word
+                else:
+                    named.append(word if word.endswith(".py") else f"{room}{word}.py")
+    package = ROOT / "nas_kd"
+    files = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if path.name != "__init__.py"}
+    assert sorted(named) == sorted(files - {"rank_check/__main__.py"})

@@ -11,8 +11,8 @@ import timm
 import torch
 from torch import nn
 
+from nas_kd.costs.verification import measure
 from nas_kd.errors import GenotypeError
-from nas_kd.models.verify import measure
 from nas_kd.search.options import Options, parse_options
 from nas_kd.search.sampler import KnapsackSampler
 from nas_kd.search.space import Space

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import nas_kd
 from nas_kd import distill, study
 from nas_kd.arguments.study import parse_study
-from nas_kd.pipeline.job import prepare
+from nas_kd.preparation.job import prepare
 from nas_kd.search.storage import close_storage
 from nas_kd.training.data import DataSpec, load_splits
 from nas_kd.training.preprocessing import Preprocessing

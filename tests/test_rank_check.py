@@ -26,7 +26,7 @@ SMALL = "--genotypes 3 --truth-images 64 --proxy-images 32 --val-images 20 --bat
 # a command in a process that is sent a signal as soon as so many records are written
 SIGNALLED = """
 import os, signal, sys
-from nas_kd.pipeline.records import Records
+from nas_kd.preparation.records import Records
 from nas_kd.rank_check import main
 
 sent, count, write, written = signal.Signals[sys.argv[1]], int(sys.argv[2]), Records.__setitem__, []

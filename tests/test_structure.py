@@ -14,13 +14,13 @@ import timm
 from nas_kd.__main__ import main as nas_kd_main
 from nas_kd.arguments.study import parse_study
 from nas_kd.budget import parse_budget
+from nas_kd.costs.verification import measure
 from nas_kd.genotype import Genotype
-from nas_kd.models.verify import measure
-from nas_kd.pipeline.job import prepare
+from nas_kd.learnt_widths import learning as learnt_widths
+from nas_kd.preparation.job import prepare
 from nas_kd.results.front import read_front_csv
 from nas_kd.results.rows import ModelRow
 from nas_kd.structure import main
-from nas_kd.training import learnt_widths
 
 SMALL = "--model test_resnet --img-size 32 --train-images 120 --teacher-epochs 1 --refine-epochs 1 --learn-epochs 2"
 SMALL += " --batch-size 32 --views 2 --no-onnx -q"

@@ -13,7 +13,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from nas_kd.models.verify import measure
+from nas_kd.costs.verification import measure
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE, CLASSES = (1, 16, 16), 10

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import timm
 import torch
-from models.families import CIFAR, COVERED
+from families import CIFAR, COVERED
 
 from nas_kd.budget import COUNTED
-from nas_kd.models.blocks import analyse
-from nas_kd.models.costs import cost_table
+from nas_kd.costs.cost_table import cost_table
+from nas_kd.costs.verification import analyse
 
 GOLDEN = Path(__file__).parent / "golden" / "costs.json"
 

@@ -5,13 +5,13 @@ Each stage is a function from values to values, made of the package's public pie
 
 from __future__ import annotations
 
-from nas_kd.pipeline.job import Job as Job
-from nas_kd.pipeline.job import prepare as prepare
-from nas_kd.pipeline.materials import gather
 from nas_kd.pipeline.models import take_home
 from nas_kd.pipeline.search import search
 from nas_kd.pipeline.showcase import show
 from nas_kd.pipeline.summary import summarise
+from nas_kd.preparation.job import Job as Job
+from nas_kd.preparation.job import prepare as prepare
+from nas_kd.preparation.materials import gather
 from nas_kd.progress import Stages
 from nas_kd.results.front import write_front_csv
 from nas_kd.results.report import write_report

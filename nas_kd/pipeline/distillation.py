@@ -14,18 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from nas_kd.analysis.stride_reduction import reduce_stride
 from nas_kd.arguments.distill import DistillSettings
 from nas_kd.budget import COUNTED, Cost
-from nas_kd.models.blocks import analyse
-from nas_kd.models.cheap import cheap_genotype
-from nas_kd.models.hub import create_base
-from nas_kd.models.inherit import inherit_student
-from nas_kd.models.reduction import reduce_stride
-from nas_kd.models.student import build_student
-from nas_kd.models.verify import measure
-from nas_kd.pipeline.augmenting import augmentation_of, fresh_images, images_key
-from nas_kd.pipeline.image_form import data_spec, warn_of_other_order
-from nas_kd.pipeline.job import (
+from nas_kd.costs.verification import analyse, measure
+from nas_kd.networks.hub import create_base
+from nas_kd.preparation.augmenting import augmentation_of, fresh_images, images_key
+from nas_kd.preparation.image_form import data_spec, warn_of_other_order
+from nas_kd.preparation.job import (
     DIGITS_SIZE,
     TEACHER,
     TEACHER_LR,
@@ -43,6 +39,9 @@ from nas_kd.progress import Stages
 from nas_kd.results.export import Card, export
 from nas_kd.results.refine import Candidate, Refined, Refinement, refine
 from nas_kd.search.space import input_size_of
+from nas_kd.students.building import build_student
+from nas_kd.students.cheap import cheap_genotype
+from nas_kd.students.inheritance import inherit_student
 from nas_kd.training.augment import derive_seed
 from nas_kd.training.checkpoint import load_checkpoint
 from nas_kd.training.data import DIGITS, DataSpec, Splits, load_splits

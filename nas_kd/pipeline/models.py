@@ -15,15 +15,14 @@ from torch import nn
 
 from nas_kd.arguments.study import Settings
 from nas_kd.budget import COUNTED, LATENCY, Budget, Cost, amount
+from nas_kd.costs.latency_table import LatencyTable, Meter
 from nas_kd.errors import ModelError, TrainingError
 from nas_kd.genotype import Genotype
-from nas_kd.models.latency_table import LatencyTable, Meter
-from nas_kd.models.onnx import is_installed
-from nas_kd.models.student import build_student
-from nas_kd.pipeline.augmenting import fresh_images, images_key
-from nas_kd.pipeline.job import TEACHER_LR, Job, make_base, recipe_of, refine_epochs
-from nas_kd.pipeline.latency import latency_spec, make_meter
-from nas_kd.pipeline.materials import Materials
+from nas_kd.networks.onnx import is_installed
+from nas_kd.preparation.augmenting import fresh_images, images_key
+from nas_kd.preparation.job import TEACHER_LR, Job, make_base, recipe_of, refine_epochs
+from nas_kd.preparation.latency import latency_spec, make_meter
+from nas_kd.preparation.materials import Materials
 from nas_kd.progress import Advance, Stages
 from nas_kd.results.export import Card, export
 from nas_kd.results.front import front
@@ -35,6 +34,7 @@ from nas_kd.search.space import Space
 from nas_kd.search.starts import random_genotype, uniform_width_student, uniform_width_students
 from nas_kd.search.trials import cost_of, values_of
 from nas_kd.search.workers import GENOTYPE
+from nas_kd.students.building import build_student
 from nas_kd.training.augment import derive_seed
 from nas_kd.training.loop import CALIBRATION, evaluate, recalibrate
 from nas_kd.training.recipe import Recipe

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nas_kd.models.int8 import LayerError, quantise
-from nas_kd.models.latency import Timing, take_turns
-from nas_kd.models.onnx import open_session, write_model
+from nas_kd.costs.latency import Timing, take_turns
+from nas_kd.networks.int8 import LayerError, quantise
+from nas_kd.networks.onnx import open_session, write_model
 from nas_kd.training.data import Splits
 from nas_kd.training.fake_quantisation import fake_quantised
 from nas_kd.training.images import AugmentedImages, Images, normalise

@@ -6,12 +6,10 @@ from typing import Any
 
 import optuna
 
-from nas_kd.pipeline.crew import advance_by, crew_of, run_crew
-from nas_kd.pipeline.effort import note_effort
-from nas_kd.pipeline.job import Job, choices_made, proxy_recipe_of
-from nas_kd.pipeline.kit import checkpoints, publish
-from nas_kd.pipeline.materials import Materials
 from nas_kd.pipeline.showcase import announce
+from nas_kd.preparation.effort import note_effort
+from nas_kd.preparation.job import Job, choices_made, proxy_recipe_of
+from nas_kd.preparation.materials import Materials
 from nas_kd.progress import Stages
 from nas_kd.search.budgets import note_budget
 from nas_kd.search.rungs import make_pruner
@@ -20,6 +18,8 @@ from nas_kd.search.storage import open_study, storage_errors
 from nas_kd.search.trials import Objective, Proxy, count_trained, objectives
 from nas_kd.search.work import Limits, settle, work
 from nas_kd.search.workers import retry_dead_trials, retry_lost_trials
+from nas_kd.workers.crew import advance_by, crew_of, run_crew
+from nas_kd.workers.kit import checkpoints, publish
 
 
 def search(job: Job, materials: Materials, stages: Stages) -> optuna.Study:

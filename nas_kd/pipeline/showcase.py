@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from nas_kd.budget import kinds_of
 from nas_kd.errors import OutputError
-from nas_kd.pipeline.job import Job
+from nas_kd.preparation.job import Job
 from nas_kd.results.export import ONNX
 from nas_kd.results.front_figure import front_panel
 from nas_kd.results.note import command_note, study_note

@@ -1,0 +1,1 @@
+"""What a user takes home: choosing, refinement, export, report."""

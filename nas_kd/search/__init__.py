@@ -1,0 +1,1 @@
+"""Spaces, solver, sampler, trials and storage; Optuna lives here."""

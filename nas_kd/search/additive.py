@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nas_kd.budget import KINDS
+from nas_kd.costs.cost_table import CostTable
 from nas_kd.genotype import Choice
-from nas_kd.models.costs import CostTable
 
 Array = NDArray[np.float64]
 _SCALES = (0.003, 0.01, 0.03, 0.1, 0.3)  # standard deviations of one block's term, in units of the score (0–1)

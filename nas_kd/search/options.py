@@ -7,9 +7,9 @@ import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from nas_kd.analysis.structure import Analysis, Block
 from nas_kd.errors import GenotypeError, nearest
 from nas_kd.genotype import Choice, is_conv_kind
-from nas_kd.models.blocks import Analysis, Block
 
 DEFAULT = ("width", "kernel", "conv")  # what is open when nothing is said
 DIMENSIONS = (*DEFAULT, "keep")

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from nas_kd.analysis.structure import Analysis, Block
 from nas_kd.budget import KINDS, Budget, Cost
-from nas_kd.models.costs import CostTable
-from nas_kd.models.structure import Analysis, Block
+from nas_kd.costs.cost_table import CostTable
 from nas_kd.search.starts import draw
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nas_kd.budget import Budget
-from nas_kd.models.costs import CostTable
+from nas_kd.costs.cost_table import CostTable
 from nas_kd.search.additive import Belief, Features, fit
 from nas_kd.search.goals import Array, Box, Goals, holders
 from nas_kd.search.starts import solve_in_time, tightness

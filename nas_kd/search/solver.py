@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from nas_kd.budget import Budget
+from nas_kd.costs.cost_table import CostTable, is_sum
+from nas_kd.costs.peak_memory import Part
 from nas_kd.genotype import Genotype
-from nas_kd.models.costs import CostTable, is_sum
-from nas_kd.models.memory import Part
 
 _INFEASIBLE = 2  # scipy's status
 Row = tuple[NDArray[np.float64], float]  # coefficients, and what their sum may be at most

@@ -13,22 +13,23 @@ import optuna
 from numpy.typing import NDArray
 from torch import nn
 
+from nas_kd.analysis.structure import Block
 from nas_kd.budget import LATENCY, Budget, Cost, amount, kinds_of, parse_budget
+from nas_kd.costs.cost_table import cost_table
+from nas_kd.costs.latency_table import LatencyTable, Meter
+from nas_kd.costs.runtimes import LatencySpec
+from nas_kd.costs.verification import analyse
 from nas_kd.errors import BudgetError, GenotypeError
 from nas_kd.genotype import Choice, Genotype
-from nas_kd.models.blocks import Block, analyse
-from nas_kd.models.costs import cost_table
-from nas_kd.models.hub import input_channels
-from nas_kd.models.inherit import inherit_student
-from nas_kd.models.latency_table import LatencyTable, Meter
-from nas_kd.models.plain import plain, tell_of_hooks, unwrapped
-from nas_kd.models.rebuilt import check_exportable
-from nas_kd.models.runtimes import LatencySpec
+from nas_kd.library.library import Library
+from nas_kd.networks.hub import input_channels
+from nas_kd.networks.plain import plain, tell_of_hooks, unwrapped
+from nas_kd.networks.rebuilt import check_exportable
 from nas_kd.search.options import Options, parse_options, restrict
 from nas_kd.search.solver import solve
 from nas_kd.search.starts import calibration, feasible_starts, mixed_starts, prior_damages
 from nas_kd.search.workers import GENOTYPE
-from nas_kd.training.library import Library
+from nas_kd.students.inheritance import inherit_student
 
 _MEASURING = threading.RLock()  # of one process: trials in threads take turns, or each would slow the other's timing
 Network = TypeVar("Network", bound=nn.Module)

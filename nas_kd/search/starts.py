@@ -8,10 +8,11 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from nas_kd.analysis.blocks import WIDTHS
+from nas_kd.analysis.structure import Block
 from nas_kd.budget import KINDS, LATENCY, Budget, Cost, kinds_of
+from nas_kd.costs.cost_table import CostTable
 from nas_kd.genotype import CONV_KINDS, Choice, Genotype, group_count
-from nas_kd.models.blocks import WIDTHS, Block
-from nas_kd.models.costs import CostTable
 from nas_kd.search.additive import total
 from nas_kd.search.goals import Box, Goals
 from nas_kd.search.solver import solve

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from nas_kd.models.costs import CostTable
+from nas_kd.costs.cost_table import CostTable
 
 Rows = NDArray[np.int64]
 

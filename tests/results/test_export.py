@@ -19,16 +19,16 @@ from timm.models.resnet import BasicBlock, ResNet
 from timm.utils import reparameterize_model
 from torch import nn
 
+from nas_kd.analysis.stride_reduction import reduce_stride
+from nas_kd.costs.cost_table import cost_table
+from nas_kd.costs.verification import analyse
 from nas_kd.errors import ModelError, OutputError, PlanError
-from nas_kd.models.blocks import analyse
-from nas_kd.models.convs import Shift2d
-from nas_kd.models.costs import cost_table
-from nas_kd.models.fuse import fused
-from nas_kd.models.hub import create_base
-from nas_kd.models.inherit import inherit_student
-from nas_kd.models.onnx import run_onnx
-from nas_kd.models.reduction import reduce_stride
+from nas_kd.networks.convolutions import Shift2d
+from nas_kd.networks.fuse import fused
+from nas_kd.networks.hub import create_base
+from nas_kd.networks.onnx import run_onnx
 from nas_kd.results.export import Card, export, load
+from nas_kd.students.inheritance import inherit_student
 from nas_kd.training.tensor_files import write_tensors
 
 FAMILIES = ("test_resnet", "mobilenetv2_050", "test_efficientnet", "test_byobnet", "vgg11_bn", "regnetx_002")
@@ -459,7 +459,7 @@ def test_onnx_beside_the_weights_is_written_once(
     export(networks["test_resnet"], folder, Card(input_size=(3, 32, 32), title="again"), onnx=True)
     assert (folder / "model.onnx").read_bytes() == written
     monkeypatch.undo()
-    monkeypatch.setattr("nas_kd.models.onnx.difference", lambda *_: 0.5)
+    monkeypatch.setattr("nas_kd.networks.onnx.difference", lambda *_: 0.5)
     with pytest.raises(ModelError, match=r"ResNet differs by 0\.5 as ONNX: use its timm form"):
         export(networks["test_resnet"], folder, Card(input_size=(3, 64, 64)), onnx=True)  # other images
     assert (folder / "model.onnx").read_bytes() == written  # the earlier export stays

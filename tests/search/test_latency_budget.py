@@ -12,10 +12,10 @@ from torch import nn
 
 import nas_kd.models  # noqa: F401  # registers cifar_resnet20
 from nas_kd.budget import LATENCY
+from nas_kd.costs.latency import Timing
+from nas_kd.costs.latency_table import WHOLE, Meter
+from nas_kd.costs.runtimes import LatencySpec, Subject
 from nas_kd.errors import BudgetError
-from nas_kd.models.latency import Timing
-from nas_kd.models.latency_table import WHOLE, Meter
-from nas_kd.models.runtimes import LatencySpec, Subject
 from nas_kd.search.options import parse_options
 from nas_kd.search.sampler import KnapsackSampler
 from nas_kd.search.space import Space

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nas_kd.budget import Budget
 from nas_kd.errors import BudgetError
 from nas_kd.genotype import Genotype
-from nas_kd.models.convs import Shift2d
+from nas_kd.networks.convolutions import Shift2d
 from nas_kd.search.options import parse_options
 from nas_kd.search.sampler import make_sampler
 from nas_kd.search.solver import solve

@@ -5,8 +5,8 @@ import timm
 import torch
 from torch import nn
 
+from nas_kd.analysis.structure import Analysis
 from nas_kd.errors import GenotypeError
-from nas_kd.models.blocks import Analysis
 from nas_kd.search.options import Options, Pin, parse_options, restrict
 from nas_kd.search.space import Space
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nas_kd.budget import KINDS, Budget, parse_budget
-from nas_kd.models import memory
-from nas_kd.models.blocks import analyse
-from nas_kd.models.costs import CostTable, cost_table
+from nas_kd.costs import peak_memory as memory
+from nas_kd.costs.cost_table import CostTable, cost_table
+from nas_kd.costs.verification import analyse
 from nas_kd.search.options import parse_options, restrict
 from nas_kd.search.solver import solve
 from nas_kd.search.space import Space

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nas_kd.budget import Budget, Cost, parse_budget
 from nas_kd.errors import BudgetError, GenotypeError, ModelError
 from nas_kd.genotype import Genotype
-from nas_kd.models.convs import Shift2d
+from nas_kd.networks.convolutions import Shift2d
 from nas_kd.search.space import Space, input_size_of
 
 Within = Callable[[Space[nn.Module], str | Budget], Space[nn.Module]]

@@ -1,0 +1,67 @@
+"""One way to see the ATen operators that a network runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from nas_kd.analysis.labels import tensors
+from nas_kd.analysis.schedule import Activations
+from nas_kd.analysis.shapes import run_on_meta
+from nas_kd.networks.convolutions import Shift2d
+
+
+class OperatorHook(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Calls `hook(operator, arguments, keywords, output)` after each ATen operator that runs inside."""
+
+    def __init__(self, hook: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._hook = hook
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = run_on_meta(func, args, kwargs or {})
+        self._hook(func, args, kwargs or {}, output)
+        return output
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What one forward pass makes: its outputs, the activations in between, and twice its MACs."""
+
+    outputs: tuple[Tensor, ...]
+    activations: Activations
+    flops: int
+
+
+def followed(network: nn.Module, image: Tensor) -> Run:
+    """Run a network and follow its activations; flops are by torch's own formulas (`FlopCounterMode` adds up the same
+    and also keeps a tree of modules). Shifts, which multiply by one and zero alone, have none."""
+    activations, flops, shifting = Activations(), 0, False
+    activations.begin(image)
+
+    def hook(operator: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+        nonlocal flops
+        formula = flop_registry.get(operator._overloadpacket)
+        if formula is not None and not shifting:
+            flops += formula(*arguments, **keywords, out_val=output)
+        activations.record("", tensors([*arguments, keywords]), tensors(output))
+
+    def turn(*_: Any) -> None:
+        nonlocal shifting
+        shifting = not shifting
+
+    shifts = [module for module in network.modules() if isinstance(module, Shift2d)]
+    handles = [add(turn) for shift in shifts for add in (shift.register_forward_pre_hook, shift.register_forward_hook)]
+    try:
+        with torch.no_grad(), OperatorHook(hook):
+            outputs = tuple(tensors(network(image)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Run(outputs=outputs, activations=activations, flops=flops)

@@ -1,0 +1,1 @@
+"""What a genotype costs: params, MACs, size, peak memory, latency; and the check that it is so."""

@@ -1,0 +1,137 @@
+"""Exact costs in closed form, from tables made once per base.
+
+The polynomials of `cost_terms` multiply the choices of two blocks at most. One table per block and one per pair where
+the width of one is an input width of another give the cost of any genotype by looking up and adding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from nas_kd.analysis.structure import Analysis, Block
+from nas_kd.budget import COUNTED, LATENCY, Cost
+from nas_kd.costs.cost_terms import Counts, cost_polynomials
+from nas_kd.costs.peak_memory import MemoryTable, memory_table
+from nas_kd.costs.polynomial import Vector
+from nas_kd.genotype import Choice, Genotype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CostTable:
+    """Costs of every genotype of a base: per kind of sum a constant, a vector per block, and a matrix per pair of
+    blocks; and `memory`, the moments whose largest is the peak. Latency is a sum too, where it was measured.
+
+    Vectors and matrices are indexed by the position of a choice in `block.choices`.
+    """
+
+    blocks: tuple[Block, ...]
+    constants: Mapping[str, int]
+    single: Mapping[str, tuple[Vector, ...]]
+    pairs: Mapping[str, Mapping[tuple[int, int], Vector]]
+    memory: MemoryTable
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of cost that this table tells."""
+        return (*COUNTED, LATENCY) if LATENCY in self.single else COUNTED
+
+    def with_latency(self, constant: int, single: Sequence[Vector]) -> CostTable:
+        """Add a latency (nanoseconds) to this table: a constant plus a number per choice of each block."""
+        return replace(
+            self,
+            constants={**self.constants, LATENCY: constant},
+            single={**self.single, LATENCY: tuple(single)},
+            pairs={**self.pairs, LATENCY: {}},
+        )
+
+    def indices(self, genotype: Mapping[str, Choice]) -> Vector:
+        """Return the position of each block's choice: one row for `many`."""
+        return np.array([block.choices.index(genotype[block.name]) for block in self.blocks], dtype=np.int64)
+
+    def genotype(self, indices: Sequence[int] | Vector) -> Genotype:
+        """Return the genotype of a row of positions; the inverse of `indices`."""
+        chosen = zip(self.blocks, indices, strict=True)
+        return Genotype.of({block.name: block.choices[index] for block, index in chosen})
+
+    def cost(self, genotype: Mapping[str, Choice]) -> Cost:
+        """Return the cost of one genotype, equal to what the built student counts; a latency is expected."""
+        totals = self.many(self.indices(genotype)[None])
+        return Cost(**{kind: int(total[0]) for kind, total in totals.items()})
+
+    def many(self, indices: Vector, kinds: Iterable[str] | None = None) -> dict[str, Vector]:
+        """Return the costs of N genotypes, given as N × blocks positions: per kind, by default all, an array of N."""
+        return {kind: self._total(kind, indices) for kind in (self.kinds if kinds is None else kinds)}
+
+    def priced(self, indices: Vector, kinds: Sequence[str]) -> NDArray[np.float64]:
+        """Return the costs of N genotypes (N × blocks positions) as N × kinds."""
+        totals = self.many(indices, kinds)
+        return np.stack([totals[kind] for kind in kinds], axis=1).astype(np.float64)
+
+    def _total(self, kind: str, indices: Vector) -> Vector:
+        if not is_sum(kind):
+            return self.memory.many(indices)
+        total = np.full(len(indices), self.constants[kind], dtype=np.int64)
+        for column, vector in enumerate(self.single[kind]):
+            total += vector[indices[:, column]]
+        for (one, two), matrix in self.pairs[kind].items():
+            total += matrix[indices[:, one], indices[:, two]]
+        return np.maximum(total, 1) if kind == LATENCY else total  # a sum of differences may be none
+
+    def base(self) -> Cost:
+        """Return the cost of the base itself."""
+        return self.cost({block.name: block.default for block in self.blocks})
+
+    def cheapest(self, kind: str) -> Genotype:
+        """Return the genotype of the smallest reachable cost of this kind.
+
+        Every cost grows with every width, and at given widths each block's kernel and kind count for themselves, so
+        the narrowest choice of each block that is cheapest beside the narrowest others is the cheapest of all. Of a
+        peak the moments in which a block's own kinds run count alone: others may hide them. A latency is a sum over
+        blocks, each of which counts for itself.
+        """
+        if kind == LATENCY:
+            return self.genotype([int(vector.argmin()) for vector in self.single[kind]])
+        narrowest = [block.narrowest for block in self.blocks]
+        chosen = list(narrowest)
+        for column, block in enumerate(self.blocks):
+            rows = np.tile(np.array(narrowest), (len(block.choices), 1))
+            rows[:, column] = np.arange(len(block.choices))
+            totals = self._total(kind, rows) if is_sum(kind) else self._own_peak(column, rows)
+            chosen[column] = int(totals.argmin())
+        return self.genotype(chosen)
+
+    def _own_peak(self, column: int, rows: Vector) -> Vector:
+        """Return the peak of a block's own moments for each of its choices; wider ones than the narrowest are out."""
+        choices = self.blocks[column].choices
+        least = min(choice.width for choice in choices)
+        totals = self.memory.many(rows, owner=column)
+        wide = np.array([choice.width > least and choice.keep for choice in choices])
+        return np.where(wide, np.iinfo(np.int64).max, totals)
+
+
+def is_sum(kind: str) -> bool:
+    """Say whether a kind of cost is a sum over blocks and pairs of blocks."""
+    return kind != "peak_memory"
+
+
+def cost_table(analysis: Analysis, network: nn.Module) -> CostTable:
+    """Write the costs of an analysed base out by the choices of its blocks. Takes a fraction of a second."""
+    counts = Counts(analysis)
+    polynomials = cost_polynomials(analysis, network, counts)
+    costs = {kind: counts.variables.by_choices(polynomial) for kind, polynomial in polynomials.items()}
+    nothing = [np.zeros(len(block.choices), dtype=np.int64) for block in analysis.blocks]
+    return CostTable(
+        blocks=analysis.blocks,
+        constants={kind: cost.constant for kind, cost in costs.items()},
+        single={
+            kind: tuple(cost.single.get(index, zeros) for index, zeros in enumerate(nothing))
+            for kind, cost in costs.items()
+        },
+        pairs={kind: cost.pairs() for kind, cost in costs.items()},
+        memory=memory_table(analysis, counts),
+    )

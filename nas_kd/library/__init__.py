@@ -1,0 +1,1 @@
+"""Every choice of every block, distilled once."""

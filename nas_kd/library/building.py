@@ -1,0 +1,326 @@
+"""Building a block library: every choice of every block distilled once, on its own, against the teacher's block.
+
+An entry is inherited in closed form, fitted by least squares (`models.refit`), then, if no cheaper choice is better
+already, trained for some steps to write what the teacher's block writes when it reads what the teacher's block reads.
+Nothing here looks at labels.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from nas_kd.analysis.structure import Analysis, Block
+from nas_kd.errors import DataError, TrainingError
+from nas_kd.library.bench import Bench
+from nas_kd.library.damages import Damages
+from nas_kd.library.effort import Effort
+from nas_kd.library.entries import Entry, EntryFile, as_kept
+from nas_kd.library.frame_training import FrameRecipe, distil_frame
+from nas_kd.library.importance import rank_block
+from nas_kd.library.library import Library, made_choices
+from nas_kd.library.recorder import Recorder
+from nas_kd.library.refit import LARGEST as LARGEST_FIT
+from nas_kd.library.refit import Reference, reference_of, refit
+from nas_kd.library.spec import LibrarySpec as LibrarySpec
+from nas_kd.library.spec import plan_library as plan_library
+from nas_kd.networks.plain import plain
+from nas_kd.students.frames import Passage
+from nas_kd.students.unit_importance import unit_importance
+from nas_kd.training.anchoring import anchor_where_foreign
+from nas_kd.training.augment import derive_seed
+from nas_kd.training.images import Images
+from nas_kd.training.loop import CALIBRATION, predict_logits
+from nas_kd.training.resume import replace_file
+from nas_kd.training.views import weights_digest
+
+_VERSION = 4  # of what the entries hold
+_MODULES_BYTES = 128 << 20  # of a block's entries that stay in memory until their damages are measured
+
+Report = Callable[[str], None]
+
+
+def build_library(
+    base: nn.Module,
+    analysis: Analysis,
+    images: Images,
+    spec: LibrarySpec,
+    folder: Path,
+    report: Report = lambda words: None,
+) -> Library:
+    """The library of a trained `base`; entries that `folder` has already are taken from there.
+
+    The base's batch norms are anchored to the images first, in place, where they have the statistics of others.
+    `images` went through the training augmentation; `spec.images + spec.holdout` of them are used. `report` is called
+    after each block of each stage, with a `library_effort.Step`: words that know their share of the work. A damaged
+    file is made again with a warning. Raises DataError for images that are too few or do not fit the base,
+    TrainingError when the base's logits are not finite.
+    """
+    base = plain(base)
+    _check_base(base, images)
+    if spec.anchor:
+        anchor_where_foreign(base, images[:CALIBRATION])
+    builder = _Builder(base, analysis, images, spec, folder)
+    report(builder.effort.step("prepare", "", "frames found"))
+    builder.rank(report)
+    builder.inherit(report)
+    builder.train(report)
+    builder.measure(report)
+    return Library(base, analysis, builder.folder, builder.bench.order, builder.bench.entries)
+
+
+def _check_base(base: nn.Module, images: Images) -> None:
+    """A look at two images: later the same mistakes would be errors of the linear algebra."""
+    try:
+        logits = predict_logits(base, images[:2])
+    except RuntimeError as error:
+        form = "×".join(map(str, images.pixels.shape[1:]))
+        raise DataError(f"images of {form} do not fit the base: {str(error).splitlines()[0]}") from error
+    if not logits.isfinite().all():
+        raise TrainingError(
+            "the logits of the base are not finite: its weights are damaged, or it was trained too fast"
+        )
+
+
+class _Builder:
+    """The state of a library that is being built."""
+
+    def __init__(self, base: nn.Module, analysis: Analysis, images: Images, spec: LibrarySpec, folder: Path) -> None:
+        self.base, self.analysis = base.eval(), analysis
+        holdout = min(spec.holdout, len(images) // 3)
+        if holdout < 2:
+            raise DataError(f"a library needs at least 6 images, got {len(images)}")
+        self.spec = replace(spec, images=min(spec.images, len(images) - holdout))
+        self.images = images[: self.spec.images + holdout]
+        self.recorder = Recorder(base, analysis, self.images, holdout)
+        self.damages = Damages(base, analysis, self.recorder)
+        self.folder = folder / f"library-{self._digest()}"
+        self.spec = replace(self.spec, rounds=self._rounds())
+        self.bench = Bench(base, analysis, self.recorder, self.folder)
+        self.held_out = {
+            name: self.recorder.held_out(max(self.damages.images, self.recorder.fitted(name)))
+            for name in self.recorder.frames
+        }
+        trainable = {block.name for block in analysis.blocks if self._is_trainable(block)}
+        self.trained = trainable if self.spec.rounds else set[str]()
+        self.effort = Effort(analysis.blocks, self.recorder, self.damages, self._unknowns(), self._trained_images())
+
+    def _digest(self) -> str:
+        spec = replace(self.spec, rounds=())
+        teacher = f"{weights_digest(self.base)} {self.analysis.input_size}"
+        choices = [(block.name, block.choices) for block in self.analysis.blocks]
+        facts = f"{_VERSION} {teacher} {spec} {self.images.mean} {self.images.std} {choices}"
+        digest = hashlib.sha256(facts.encode())
+        digest.update(np.ascontiguousarray(self.images.pixels.cpu().numpy()).data)
+        return digest.hexdigest()[:16]
+
+    def _rounds(self) -> tuple[int, ...]:
+        """The rounds with which this library was begun: it stays the same when more is spent on its study later."""
+        plan = self.folder / "rounds.json"
+        try:
+            return tuple(int(steps) for steps in json.loads(plan.read_text()))
+        except (OSError, ValueError, TypeError):
+            replace_file(plan, lambda draft: draft.write_text(json.dumps(self.spec.rounds)))
+            return self.spec.rounds
+
+    def _unknowns(self) -> dict[str, int]:
+        """By block the most unknowns that an output of its dense layers has, of those that can be fitted."""
+        layers = {name: map(self.base.get_submodule, frame.edited) for name, frame in self.recorder.frames.items()}
+        sizes = {
+            name: [layer.weight[0].numel() for layer in own if isinstance(layer, nn.Conv2d | nn.Linear)]
+            for name, own in layers.items()
+        }
+        return {name: max((size for size in own if size <= LARGEST_FIT), default=0) for name, own in sizes.items()}
+
+    def _trained_images(self) -> dict[str, int]:
+        """By block the images that an entry of it is trained on, one after the other."""
+        steps, frames = sum(self.spec.rounds), self.recorder.frames
+        return {name: steps * self.spec.batch_size for name in frames if name in self.trained}
+
+    def _groups(self, counts: Mapping[str, int]) -> Iterator[list[str]]:
+        """Blocks, in the base's order, whose passages for so many images, and those held out, fit the memory."""
+        together = {name: count + self.damages.images for name, count in counts.items()}
+        return self.recorder.groups(together, self.spec.max_bytes)
+
+    def _fitted(self) -> dict[str, int]:
+        return {name: self.recorder.fitted(name) for name in self.recorder.frames}
+
+    def _record(self, names: Sequence[str]) -> dict[str, Passage]:
+        """What passes through frames for the images that their layers are fitted on."""
+        most = max(self.recorder.fitted(name) for name in names)
+        seen = self.recorder.record(names, slice(0, min(most, self.spec.images)))
+        return {name: passage[: self.recorder.fitted(name)] for name, passage in seen.items()}
+
+    def _record_held(self, names: Sequence[str]) -> dict[str, Passage]:
+        """What passes through frames for held out images."""
+        return self.recorder.record(names, max((self.held_out[name] for name in names), key=lambda part: part.stop))
+
+    # which channels matter
+
+    def rank(self, report: Report) -> None:
+        """The order of the channels."""
+        file = EntryFile(self.folder / "importance.safetensors")
+        kept = file.read()
+        if kept is not None:
+            self.bench.order = kept[1]["order"].numpy()
+        order = unit_importance(self.base, self.analysis) if kept is None else self.bench.order
+        for names in self._groups(self._fitted()):
+            seen = self._record(names) if kept is None else {}
+            for name in names:
+                if kept is None:
+                    block = self.analysis.block(name)
+                    rank_block(order, self.base, self.analysis, block, self.recorder.frames[name], seen.pop(name))
+                report(self.effort.step("rank", name, "channels ranked by importance"))
+        if kept is None:
+            self.bench.order = order
+            file.write(Entry(), {"order": torch.from_numpy(order)})
+
+    # closed forms
+
+    def inherit(self, report: Report) -> None:
+        """Every entry in closed form; with its damage, where it is not trained and stays what it is."""
+        for names in self._groups(self._fitted()):
+            seen, held = self._record(names), self._record_held(names)
+            for name in names:
+                block = self.analysis.block(name)
+                frame = self.recorder.frames[name]
+                reference = reference_of(self.base, self.analysis, frame, seen.pop(name))
+                modules = self._inherit_block(block, reference, held[name])
+                report(self.effort.step("inherit", name, f"{len(made_choices(block))} choices inherited"))
+                if name not in self.trained:
+                    self._measure(block, held[name], modules)
+                    report(self.effort.step("measure", name, "damages measured"))
+                del held[name], modules
+
+    def _inherit_block(self, block: Block, reference: Reference, held: Passage) -> dict[int, nn.Module]:
+        """Makes the entries of a block that there are none of; their frames, where memory allows to keep them."""
+        modules = {}
+        fits = self.bench.entry_bytes(block) <= _MODULES_BYTES and block.name not in self.trained
+        for index in made_choices(block):
+            entry = self.bench.read(block, index)
+            if entry is not None:
+                self.bench.entries[block.name, index] = entry
+                continue
+            module = self._inherit(block, index, reference, held)
+            if fits:
+                modules[index] = module
+        return modules
+
+    def _inherit(self, block: Block, index: int, reference: Reference, held: Passage) -> nn.Module:
+        started = time.monotonic()
+        student = self.bench.student(block, index)
+        module = self.bench.inside(student, block)
+        if block.choices[index].keep:
+            refit(student, self.bench.mask(block, index), reference)
+            self.bench.recalibrate(module, block, reference.passage)
+        tensors = self.bench.own_tensors(module, block)
+        entry = Entry(block=block.name, errors=((0, self.bench.nmse(module, block, held)),))
+        if not self._fits_disk(block):
+            entry, tensors = replace(entry, kl=self.damages.kl(block.name, module, held)), {}
+        self.bench.keep(block, index, replace(entry, seconds=time.monotonic() - started), tensors)
+        student.load_state_dict(as_kept(tensors), strict=False)
+        return module
+
+    def _fits_disk(self, block: Block) -> bool:
+        """Whether the weights of a block's entries may be kept; else they are measured and inherited again."""
+        return self.bench.entry_bytes(block) <= 2 * self.spec.max_block_bytes
+
+    # training
+
+    def train(self, report: Report) -> None:
+        """Trains the entries that are worth it, fewer of them in each round."""
+        room = {name: self._trained_on(name) for name in self.recorder.frames}
+        for names in self._groups(room):
+            due = [name for name in names if name in self.trained and self._due(self.analysis.block(name))]
+            seen = self.recorder.record(due, slice(0, max(room[name] for name in due))) if due else {}
+            held = self._record_held(due) if due else {}
+            for name in names:
+                for number in range(len(self.spec.rounds)) if name in due else ():
+                    self._round(self.analysis.block(name), number, seen[name][: room[name]], held[name])
+                if name in self.trained:
+                    report(self.effort.step("train", name, "choices trained"))
+
+    def _trained_on(self, name: str) -> int:
+        """How many images a block's entries may be trained on: as many as its memory holds, or at least two batches."""
+        room = self.spec.max_bytes // max(1, self.recorder.bytes[name]) - self.damages.images
+        return min(self.spec.images, max(room, 2 * self.spec.batch_size))
+
+    def _is_trainable(self, block: Block) -> bool:
+        """Whether what runs in a frame is small enough to be trained on its own."""
+        paths, calls = self.recorder.frames[block.name].paths(self.base), self.analysis.trace.calls
+        macs = [call.factor * math.prod(map(len, call.axes)) for call in calls]
+        inside = sum(own for own, call in zip(macs, calls, strict=True) if call.module in paths)
+        return self._fits_disk(block) and inside <= self.spec.largest * sum(macs)
+
+    def _due(self, block: Block) -> bool:
+        """Whether some entry of a block is still to be trained."""
+        return any(self._left(block, number) for number in range(len(self.spec.rounds)))
+
+    def _left(self, block: Block, number: int) -> list[int]:
+        """The entries that a round still has to train; who is in it was decided by the errors before it."""
+        before, after = sum(self.spec.rounds[:number]), sum(self.spec.rounds[: number + 1])
+        return [
+            index
+            for index in self.bench.unbeaten(block, before)
+            if block.choices[index].keep and self.bench.entries[block.name, index].steps < after
+        ]
+
+    def _round(self, block: Block, number: int, seen: Passage, held: Passage) -> None:
+        steps = sum(self.spec.rounds[: number + 1])
+        for index in self._left(block, number):
+            old, started = self.bench.entries[block.name, index], time.monotonic()
+            module = self.bench.restored(block, index)
+            before = copy.deepcopy(self.bench.own_tensors(module, block))
+            self._distil(module, block, index, number, seen)
+            self.bench.recalibrate(module, block, seen[: self.recorder.fitted(block.name)])
+            error, tensors = self.bench.nmse(module, block, held), self.bench.own_tensors(module, block)
+            if not error < old.nmse:  # what was nearly perfect may get worse
+                error, tensors = old.nmse, before
+            seconds = old.seconds + time.monotonic() - started
+            entry = replace(old, errors=(*old.errors, (steps, error)), seconds=seconds, kl=None)
+            self.bench.keep(block, index, entry, tensors)
+
+    def _distil(self, module: nn.Module, block: Block, index: int, number: int, seen: Passage) -> None:
+        """Trains what an entry has of its own; a shift has nothing."""
+        prefix, names = self.recorder.frames[block.name].prefix, self.bench.own_tensors(module, block)
+        own = [parameter for name, parameter in module.named_parameters() if f"{prefix}{name}" in names]
+        seed = derive_seed(self.spec.seed, f"{block.name} {index}", number)
+        if own:
+            recipe = FrameRecipe(
+                steps=self.spec.rounds[number], batch_size=self.spec.batch_size, lr=self.spec.lr, seed=seed
+            )
+            distil_frame(module, own, seen, recipe)
+
+    # damages
+
+    def measure(self, report: Report) -> None:
+        """The KL of the logits with each unbeaten entry swapped in, where it is not known yet."""
+        for group in self._groups(dict.fromkeys(self.recorder.frames, 0)):
+            names = [name for name in group if name in self.trained]
+            left = [name for name in names if self._unmeasured(self.analysis.block(name))]
+            held = self._record_held(left) if left else {}
+            for name in names:
+                if name in held:
+                    self._measure(self.analysis.block(name), held[name], {})
+                report(self.effort.step("measure", name, "damages measured"))
+
+    def _unmeasured(self, block: Block) -> list[int]:
+        unbeaten = self.bench.unbeaten(block, sum(self.spec.rounds))
+        return [index for index in unbeaten if self.bench.entries[block.name, index].kl is None]
+
+    def _measure(self, block: Block, held: Passage, modules: Mapping[int, nn.Module]) -> None:
+        for index in self._unmeasured(block):
+            started = time.monotonic()
+            module = modules[index] if index in modules else self.bench.restored(block, index)
+            kl = self.damages.kl(block.name, module, held)
+            self.bench.note_damage(block, index, module, kl, time.monotonic() - started)

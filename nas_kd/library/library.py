@@ -1,0 +1,149 @@
+"""The block library: initial weights and a damage for every choice of every block.
+
+An entry is the base with one block changed, and its damage says how far the block is from the base's; a student is
+assembled from the entries of its genotype. `library_building` makes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from nas_kd.analysis.structure import Analysis, Block
+from nas_kd.analysis.trace import named_tensors
+from nas_kd.genotype import Choice
+from nas_kd.library.entries import Entry, EntryFile, Tensors
+from nas_kd.students.frames import swapped
+from nas_kd.students.inheritance import cut, inherit_student, resize_kernel
+
+_LARGER_KERNEL = 1e-6  # of damage
+
+
+class Library:
+    """Initial weights and damages for every choice of every block of a base; reads weights from disk when needed.
+
+    `order` ranks the channels that widths keep; `entries` are by block and position of the choice, the base's left out.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        analysis: Analysis,
+        folder: Path,
+        order: NDArray[np.float64],
+        entries: Mapping[tuple[str, int], Entry],
+    ) -> None:
+        self.base, self.analysis, self.folder = base, analysis, folder
+        self.order, self.entries = order, entries
+
+    @property
+    def seconds(self) -> float:
+        """What building all entries took, whenever that was."""
+        return sum(entry.seconds for entry in self.entries.values())
+
+    def damages(self, measure: str = "kl") -> list[NDArray[np.float64]]:
+        """Per block over its choices: `kl`, T²·KL of the logits when that block alone is swapped in, or `nmse`, the
+        mean squared error of its outputs over their variance. What the base has damages nothing."""
+        if measure == "nmse":
+            return self._table(lambda entry: entry.nmse)
+        sensitivity = {block.name: self._sensitivity(block) for block in self.analysis.blocks}
+        return self._table(lambda entry: entry.nmse * sensitivity[entry.block] if entry.kl is None else entry.kl)
+
+    def _table(self, damage: Callable[[Entry], float]) -> list[NDArray[np.float64]]:
+        """Damages by block and choice; a larger kernel hurts as little more as it takes to prefer the smaller one."""
+        tables = []
+        for block in self.analysis.blocks:
+            own = np.zeros(len(block.choices))
+            for index in range(1, len(own)):
+                like = made_like(block, index)
+                own[index] = damage(self.entries[block.name, like]) if like else 0.0
+                own[index] += _LARGER_KERNEL if like != index else 0.0
+            tables.append(own)
+        return tables
+
+    def _sensitivity(self, block: Block) -> float:
+        """What an nmse of 1 in this block is worth in KL: the median of the entries that were measured."""
+        own = [self.entries[block.name, index] for index in made_choices(block)]
+        ratios = [entry.kl / entry.nmse for entry in own if entry.kl is not None and entry.nmse > 0]
+        return float(np.median(ratios)) if ratios else 1.0
+
+    def student(self, genotype: Mapping[str, Choice]) -> nn.Module:
+        """The student of `genotype`, assembled from the entries of its blocks; recalibrate its batch norms.
+
+        Raises GenotypeError when the genotype does not fit the base.
+        """
+        student = inherit_student(self.base, self.analysis, genotype, importance=self.order)
+        mask = self.analysis.keep_mask(genotype, self.order)
+        tensors = named_tensors(student)
+        entries = list(self._entries_of(genotype))
+        for is_own in (False, True):  # what two blocks' entries hold both comes from the block that it belongs to
+            for block, kept, own in entries:
+                chosen = {name: t for name, t in kept.items() if name.startswith(f"{block.name}.") == is_own}
+                _overlay(tensors, chosen, self.analysis, own, mask)
+        return student
+
+    def _entries_of(self, genotype: Mapping[str, Choice]) -> Iterator[tuple[Block, Tensors, NDArray[np.bool_]]]:
+        """For each changed block of a genotype the tensors of its entry, and the labels that these kept."""
+        for block in self.analysis.blocks:
+            index = made_like(block, block.choices.index(genotype[block.name]))
+            kept = entry_file(self.folder, block, index).read() if index and genotype[block.name].keep else None
+            if kept is not None:  # a file that went bad: what is inherited in closed form has to do
+                alone = swapped(self.analysis, block, genotype[block.name])
+                yield block, kept[1], self.analysis.keep_mask(alone, self.order)
+
+
+@torch.no_grad()
+def _overlay(
+    student: Mapping[str, Tensor],
+    entry: Tensors,
+    analysis: Analysis,
+    own: NDArray[np.bool_],
+    mask: NDArray[np.bool_],
+) -> None:
+    """Copies the tensors of an entry, which kept the labels `own`, into a student that keeps fewer, `mask`.
+
+    Where a neighbour narrows what a replacement reads, the whole replacement stays as it was inherited."""
+    axes = analysis.trace.axes
+    fitted = {name: cut(tensor, axes.get(name, ()), mask, had=own) for name, tensor in entry.items() if name in student}
+    fitted = {
+        name: _grown(tensor, student[name].shape[-1]) if tensor.ndim == 4 else tensor for name, tensor in fitted.items()
+    }
+    misfits = {_layer(name) for name, tensor in fitted.items() if tensor.shape != student[name].shape}
+    for name, tensor in fitted.items():
+        if _layer(name) not in misfits:
+            student[name].copy_(tensor)
+
+
+def _grown(weight: Tensor, kernel_size: int) -> Tensor:
+    return weight if weight.shape[-1] >= kernel_size else resize_kernel(weight, kernel_size)
+
+
+def _layer(tensor: str) -> str:
+    """The convolution that a tensor of a replacement (`….conv1.spatial.weight`) stands for; of others what holds it."""
+    parts = tensor.split(".")
+    return ".".join(parts[:-2] if parts[-2:-1] in (["spatial"], ["pointwise"]) else parts)
+
+
+def made_like(block: Block, index: int) -> int:
+    """The choice whose entry stands for another one's. A kernel larger than the base's begins as the base's with zeros
+    around it: dearer and no better, it is not made again."""
+    choice, own = block.choices[index], block.default.kernel_size
+    if not choice.keep or choice.conv == "shift" or own is None or (choice.kernel_size or own) <= own:
+        return index
+    return block.choices.index(replace(choice, kernel_size=own))
+
+
+def made_choices(block: Block) -> list[int]:
+    """The choices that have an entry of their own: all but the base's and what is made like another one."""
+    return [index for index in range(1, len(block.choices)) if made_like(block, index) == index]
+
+
+def entry_file(folder: Path, block: Block, index: int) -> EntryFile:
+    """The file of a block's choice at a position."""
+    return EntryFile(folder / f"{block.name}-{index:03d}.safetensors")

@@ -1,0 +1,112 @@
+"""What a study is going to do and about how long that takes on this machine, said before it begins."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from nas_kd.costs.forward_time import STEP, forward_seconds
+from nas_kd.library.effort import ENTRY, PASSES, UNBEATEN
+from nas_kd.library.frame_training import MOST_IMAGES
+from nas_kd.library.library import made_choices
+from nas_kd.preparation.effort import STUDENT
+from nas_kd.preparation.job import Job
+from nas_kd.training.loop import LOOK_CALIBRATION, memory_layout, suits_channels_last
+
+BASELINES = 3  # that are refined beside the front
+PROBE = 0.4  # of an epoch does it take to anchor a network from elsewhere and to fit its head
+_LOOK_SECONDS = 0.5  # that one pass may take while the machine is timed
+_FIT, _DAMAGE = 0.04, 0.4  # that a pass through a frame, and one through the base, take for a library at most
+_KINDS = ("teacher", "views", "library", "search", "refine")
+
+
+def time_step(base: nn.Module, images: Tensor, clock: Callable[[], float] = time.perf_counter) -> tuple[float, float]:
+    """The seconds of a forward pass and of a training step on a batch, on this machine as busy as it is; the second of
+    two each. `base` is copied."""
+    network = copy.deepcopy(base).requires_grad_(True)
+    images = memory_layout(images, suits_channels_last(network))
+    forward, step = 0.0, 0.0
+    for _ in range(2):
+        network.eval()
+        started = clock()
+        with torch.inference_mode():
+            network(images)
+            _wait(images.device)
+        forward = clock() - started
+        network.train()
+        started = clock()
+        torch.autograd.backward(network(images).square().mean())
+        _wait(images.device)
+        step = clock() - started
+    return forward, step
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def slowness(job: Job, clock: Callable[[], float] = time.perf_counter) -> float:
+    """How many times the predicted seconds of one ordinary core a training step takes here: a second or two to see."""
+    base = job.space.base.to(job.device)
+    each = forward_seconds(base, job.space.analysis)
+    count = max(2, min(job.settings.batch_size, int(_LOOK_SECONDS / (STEP * max(each, 1e-9)))))
+    images = torch.randn(count, *job.space.input_size, device=job.device)
+    forward, step = time_step(base, images, clock)
+    return (forward + step) / (count * (1 + STEP) * each)
+
+
+def predicted_seconds(job: Job, teacher_epochs: int, refine_epochs: int) -> Mapping[str, float]:
+    """Seconds by stage on one ordinary core, with nothing kept from before."""
+    settings, images = job.settings, job.train_images
+    each = forward_seconds(job.space.base, job.space.analysis)
+    step, val = STEP * each, settings.val_fraction / (1 - settings.val_fraction) * images
+    proxy = min(settings.proxy_images, images)
+    views = min(settings.views, settings.proxy_epochs) * proxy + min(settings.views, refine_epochs) * images
+    entries = sum(len(made_choices(block)) for block in job.space.blocks)
+    once = min(_FIT, MOST_IMAGES * each / len(job.space.blocks))
+    library = entries * (ENTRY + PASSES * once + UNBEATEN * (ENTRY + min(_DAMAGE, MOST_IMAGES * each) / 2))
+    trial = settings.proxy_epochs * proxy * STUDENT * step + STUDENT * each * (val + LOOK_CALIBRATION)
+    model = refine_epochs * STUDENT * (images * step + val * each)
+    transfer = PROBE * images * step if job.transferred else 0.0
+    return {
+        "teacher": teacher_epochs * (images * step + val * each) + transfer,
+        "views": views * each,
+        "library": library if settings.library_budget else 0.0,
+        "search": settings.trials * trial,
+        "refine": (settings.front + BASELINES) * model,
+    }
+
+
+def plan_line(job: Job, teacher_epochs: int, refine_epochs: int) -> str:
+    """One line: what the study does and about how long each stage takes on this machine."""
+    settings, factor = job.settings, slowness(job)
+    seconds = {kind: factor * own for kind, own in predicted_seconds(job, teacher_epochs, refine_epochs).items()}
+    proxy = min(settings.proxy_images, job.train_images)
+    does = {
+        "teacher": f"teacher {_count(teacher_epochs, 'epoch')}" if teacher_epochs else "teacher as it is",
+        "views": "views",
+        "library": "library",
+        "search": f"{_count(settings.trials, 'trial')} of {_count(settings.proxy_epochs, 'epoch')} on {proxy} images",
+        "refine": f"{_count(settings.front, 'model')} and baselines {_count(refine_epochs, 'epoch')} each",
+    }
+    parts = [f"{does[kind]} ({_duration(seconds[kind])})" for kind in _KINDS if seconds[kind]]
+    size = "×".join(map(str, job.space.input_size[1:]))
+    return (
+        f"plan: {settings.model} on about {job.train_images} images of {size}: {', '.join(parts)}; "
+        f"about {_duration(sum(seconds.values()))} here, less where something is kept from before"
+    )
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' if number > 1 else ''}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,98 @@
+"""In which form networks get their images: size, normalisation, resizing and cropping."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from timm.data import resolve_data_config
+from torch import nn
+
+from nas_kd.arguments.images import ImageSettings
+from nas_kd.preparation.augmenting import augmentation_of
+from nas_kd.training.augment import PhotoAugmentation
+from nas_kd.training.class_maps import warn_of_order
+from nas_kd.training.data import DataSpec, check_source
+from nas_kd.training.dataset_names import FOLDER
+from nas_kd.training.preprocessing import CROP_MODES, PHOTO, Preprocessing
+from nas_kd.training.sources import Source
+
+_DETAIL = 2.0  # times the network's size is the short side of an original: a crop of a quarter of it stays sharp
+_ORIGINALS_BYTES = 8 << 30  # on disk, memory-mapped
+
+
+def data_spec(
+    settings: ImageSettings,
+    input_size: Sequence[int],
+    source: Source,
+    network: nn.Module,
+    *,
+    weighted: bool,
+) -> DataSpec:
+    """The images, in the form that `network` wants. When it is `weighted`, it brings weights from elsewhere and with
+    them its normalisation; else that is taken from the training images.
+
+    Raises DataError for too few images, and for an augmentation that timm cannot read.
+    """
+    config = _timm_config(network)
+    channels, side, _ = input_size
+    mean, std = (_for_channels(config.get(name, ()), channels) if weighted else None for name in ("mean", "std"))
+    spec = DataSpec(
+        dataset=settings.dataset,
+        data_dir=settings.data_dir,
+        img_size=side,
+        in_chans=channels,
+        num_classes=settings.num_classes,
+        mean=mean,
+        std=std,
+        val_fraction=settings.val_fraction,
+        train_images=settings.train_images,
+        seed=settings.seed,
+        workers=settings.workers,
+        preprocessing=_preprocessing(settings, min(side, source.side), config),
+        class_map=settings.class_map,
+        skip_unreadable=settings.skip_unreadable,
+        originals=_DETAIL if isinstance(augmentation_of(settings, side), PhotoAugmentation) else None,
+        originals_bytes=_ORIGINALS_BYTES,
+    )
+    check_source(source, spec)
+    return spec
+
+
+def _timm_config(network: nn.Module) -> dict[str, Any]:
+    """What timm knows of the images of a network; nothing where it does not know the network."""
+    config: Any = getattr(network, "pretrained_cfg", None)
+    return dict(resolve_data_config(pretrained_cfg=config)) if config else {}
+
+
+def _for_channels(values: Sequence[float], channels: int) -> tuple[float, ...] | None:
+    """A mean or std for so many channels; for one the average, as timm adds a pretrained stem's colours up."""
+    if len(values) == channels:
+        return tuple(values)
+    return (sum(values) / len(values),) if channels == 1 and values else None
+
+
+def _preprocessing(settings: ImageSettings, side: int, config: dict[str, Any]) -> Preprocessing:
+    """How images are resized and cropped: as given, else as the network's config says where they are photos; tiny ones
+    are not cropped."""
+    usual = Preprocessing()
+    if side >= PHOTO and config:
+        mode = config["crop_mode"] if config["crop_mode"] in CROP_MODES else usual.crop_mode
+        crop_pct = min(1.0, config["crop_pct"])
+        usual = Preprocessing(crop_pct=crop_pct, interpolation=config["interpolation"], crop_mode=mode)
+    return dataclasses.replace(
+        usual,
+        crop_pct=settings.crop_pct or usual.crop_pct,
+        interpolation=settings.interpolation or usual.interpolation,
+    )
+
+
+def warn_of_other_order(source: Source, settings: ImageSettings, network: nn.Module, weights: str) -> None:
+    """Warns when `network`, which has its weights from `weights`, may number the classes otherwise than the data."""
+    config: Any = getattr(network, "pretrained_cfg", None) or {}
+    names = config.get("label_names") or ()
+    known = names if isinstance(names, (list, tuple)) and len(names) == getattr(network, "num_classes", 0) else ()
+    told = settings.dataset != FOLDER or settings.class_map is not None or weights.startswith("timm's ")
+    if known or not told:
+        warn_of_order(source.class_names, known, weights)

@@ -1,0 +1,325 @@
+"""A study that is ready to run: everything that can be checked before an image is decoded or a network trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from optuna.storages import BaseStorage
+from torch import nn
+
+from nas_kd import __version__
+from nas_kd.analysis.stride_reduction import reduce_stride
+from nas_kd.analysis.trace import meta_image, without_storage
+from nas_kd.arguments.distill import DistillSettings
+from nas_kd.arguments.study import SAMPLERS, Settings
+from nas_kd.budget import LATENCY, Budget, parse_budget, parse_levels
+from nas_kd.errors import DeviceError, GenotypeError, ModelError, NasKdError, OutputError
+from nas_kd.genotype import Genotype
+from nas_kd.networks.hub import create_base
+from nas_kd.preparation.effort import Effort, choose_effort, training_images, with_effort
+from nas_kd.preparation.image_form import data_spec, warn_of_other_order
+from nas_kd.preparation.latency import latency_facts, make_meter, measure_latency
+from nas_kd.progress import Stages
+from nas_kd.search.options import parse_options
+from nas_kd.search.own_sampler import check_own_sampler
+from nas_kd.search.space import Space
+from nas_kd.search.storage import check_study, close_storage, open_storage, set_aside, sqlite_url
+from nas_kd.search.trials import objectives
+from nas_kd.training.augment import derive_seed
+from nas_kd.training.checkpoint import load_checkpoint
+from nas_kd.training.data import DIGITS, DataSpec
+from nas_kd.training.images import Images
+from nas_kd.training.loop import LOOK_CALIBRATION
+from nas_kd.training.recipe import Recipe
+from nas_kd.training.sources import open_source
+from nas_kd.training.transfer import HeadOrigin
+
+DIGITS_SIZE = 16  # at the base's own stride: measured, docs/decisions.md
+# by default: images that a training sees on a CPU, and the most epochs; a GPU affords ten times as many
+TEACHER, REFINE = (60_000, 20), (60_000, 15)
+_GPU = 10
+TEACHER_LR = 0.03
+# of a teacher whose weights come from elsewhere: more epochs were no better, nor AdamW at 3e-4
+TRANSFER, TRANSFER_LR = (60_000, 4), 0.005
+_FEW, _MORE = 4000, 20  # images that a small data set is seen for, in at most so many epochs
+_PROXY_RATE = 0.4  # of the refinement's: gentler short trainings rank better, docs/results/rank_check.md
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Job:
+    """A study that is ready to run: checked settings, the base and its space. Nothing is trained yet.
+
+    The base's weights come from elsewhere when it is `transferred`, its classifier too when `trained_elsewhere`: then
+    it can teach as it is. `other_teacher` teaches instead of the base; `other_head` is the origin of its classifier
+    where its weights come from elsewhere."""
+
+    settings: Settings
+    device: torch.device
+    out: Path
+    space: Space[nn.Module]
+    budget: Budget
+    data: DataSpec
+    transferred: bool
+    trained_elsewhere: bool
+    storage: BaseStorage
+    effort: Effort
+    train_images: int  # about: more is known when they are decoded
+    other_teacher: nn.Module | None = None
+    other_head: HeadOrigin | None = None
+
+    @property
+    def val_is_seen(self) -> bool:
+        """Whether what teaches or is begun with may have been trained on the validation images."""
+        return self.trained_elsewhere or self.other_head == "own"
+
+    @property
+    def head_origin(self) -> HeadOrigin | None:
+        """Of a base whose weights come from elsewhere."""
+        if not self.transferred:
+            return None
+        return "better" if self.trained_elsewhere else "new"
+
+    @property
+    def cache(self) -> Path:
+        """Where content-addressed files are kept."""
+        return self.out / "cache"
+
+
+def prepare(settings: Settings, storage: BaseStorage | None = None, stages: Stages | None = None) -> Job:
+    """Checks everything that can be checked before an image is decoded or a network trained.
+
+    `storage` holds the study instead of the one that the settings name; `stages` shows what takes long, the measuring
+    of latencies. What the settings leave open is decided here, or as the study began.
+    Raises a NasKdError for each mistake that a user can make.
+    """
+    device = choose_device(settings.device)
+    out = open_folder(Path(settings.out or Path("results") / settings.name))
+    source = open_source(settings.dataset, settings.data_dir, settings.class_map)
+    classes = settings.num_classes or len(source.class_names)
+    base = make_base(settings, classes, in_chans_of(settings))
+    other, other_head = make_teacher(settings, classes, in_chans_of(settings))
+    whole = brings_head(base) if settings.pretrained else False
+    if settings.initial_checkpoint:
+        whole = load_checkpoint(base, Path(settings.initial_checkpoint))
+    space = make_space(settings, base, stages)
+    assert space.budget is not None
+    if other is not None:
+        try_out(other, space.input_size)
+    space.given = tuple(read_start(Path(file), space) for file in settings.start_from)
+    if settings.sampler not in SAMPLERS:
+        directions = list(objectives(space.budget, settings.maximize).values())
+        check_own_sampler(settings.sampler, settings.seed, directions, space.distributions)
+    storage = storage or open_storage(storage_url(settings, out), grace=settings.grace_period)
+    try:
+        if settings.new_study and (kept := set_aside(storage, settings.name)):
+            _logger.warning("the study that was %r is now %r", settings.name, kept)
+        images = training_images(source.train_labels, settings)
+        effort = choose_effort(settings, base, space.analysis, images, storage, gpu=device.type != "cpu")
+        settings = with_effort(settings, effort)
+        check_study(storage, settings.name, choices_made(settings, space.budget))
+    except NasKdError:
+        close_storage(storage)
+        raise
+    weighted = settings.pretrained or settings.initial_checkpoint is not None
+    if weighted:
+        warn_of_other_order(source, settings, base, settings.initial_checkpoint or f"timm's {settings.model}")
+    brings = base if weighted else other if other_head is not None else None
+    return Job(
+        settings=settings,
+        device=device,
+        out=out,
+        space=space,
+        budget=space.budget,
+        data=data_spec(settings, space.input_size, source, brings or base, weighted=brings is not None),
+        transferred=weighted,
+        trained_elsewhere=whole,
+        storage=storage,
+        effort=effort,
+        train_images=images,
+        other_teacher=other,
+        other_head=other_head,
+    )
+
+
+def in_chans_of(settings: Settings) -> int:
+    """The channels of the images: as given, or what the dataset has."""
+    return settings.in_chans or (1 if settings.dataset == DIGITS else 3)
+
+
+def storage_url(settings: Settings, out: Path) -> str:
+    """Where the study lives: as given, or a file in the output folder."""
+    return settings.storage or sqlite_url(out / "study.db")
+
+
+def make_space(settings: Settings, base: nn.Module, stages: Stages | None = None) -> Space[nn.Module]:
+    """What the base may become within the budget. Raises as `Space` does."""
+    space = Space(
+        base,
+        img_size=settings.img_size or (DIGITS_SIZE if settings.dataset == DIGITS else None),
+        options=parse_options(settings.space, settings.pin, search_stages=settings.search_stages),
+        name=settings.model,
+    )
+    if LATENCY in parse_budget(settings.budget):
+        measure_latency(space, make_meter(settings), stages)
+    space.set_budget(settings.budget)
+    space.set_levels(parse_levels(settings.levels))
+    return space
+
+
+def read_start(path: Path, space: Space[nn.Module]) -> Genotype:
+    """The genotype in a file: in `structure.json` under "genotype", or alone. Warns when it is over the space's budget.
+
+    Raises OutputError when the file cannot be read, GenotypeError when it holds none of this space.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"cannot read --start-from {path}: {reason}; give a structure.json") from error
+    try:
+        data = json.loads(text)
+        genotype = Genotype.from_json(json.dumps(data.get("genotype", data) if isinstance(data, dict) else data))
+        cost = space.cost(genotype)
+    except (ValueError, GenotypeError) as error:
+        raise GenotypeError(f"--start-from {path} holds no genotype of this space: {error}") from error
+    if space.budget is not None and (words := space.budget.explain(cost)):
+        _logger.warning("the genotype in %s is left out, it is %s", path, words)
+    return genotype
+
+
+def brings_head(pretrained: nn.Module) -> bool:
+    """Whether a network with timm's weights has their classifier: timm drops one that has other classes."""
+    config: Any = getattr(pretrained, "pretrained_cfg", None) or {}
+    return bool(config.get("num_classes") == getattr(pretrained, "num_classes", None))
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of this name, by default a GPU where there is one. Raises DeviceError when it is not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # the meta device makes tensors, but holds no numbers
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        text = str(error).splitlines()[0][:120]
+        raise DeviceError(f"there is no device {name!r} on this machine ({text}): use --device cpu") from error
+    return device
+
+
+def open_folder(folder: Path, option: str = "--out") -> Path:
+    """Creates the output folder that `option` names. Raises OutputError when it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        reason = error.strerror or error
+        raise OutputError(f"cannot write the output folder {folder}: {reason}; choose another {option}") from error
+    return folder
+
+
+def make_base(settings: Settings, classes: int, in_chans: int) -> nn.Module:
+    """The base from timm, its strides reduced where asked for; the same initial weights for the same seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(settings.seed, "weights"))
+        base = create_base(settings.model, pretrained=settings.pretrained, num_classes=classes, in_chans=in_chans)
+    return base if settings.reduction is None else reduce_stride(base, settings.reduction, in_chans)
+
+
+def has_teacher_weights(settings: Settings | DistillSettings) -> bool:
+    """Whether the teacher that is named gets weights from elsewhere."""
+    name = settings.teacher or ""
+    return settings.teacher_pretrained or settings.teacher_checkpoint is not None or name.startswith("local-dir:")
+
+
+def make_teacher(
+    settings: Settings | DistillSettings, classes: int, channels: int
+) -> tuple[nn.Module | None, HeadOrigin | None]:
+    """The teacher, and the origin of its head where its weights come from elsewhere; without one nothing."""
+    if settings.teacher is None:
+        return None, None
+    trained = has_teacher_weights(settings)
+    pretrained = trained and settings.teacher_checkpoint is None
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(settings.seed, "teacher"))
+        teacher = create_base(settings.teacher, pretrained=pretrained, num_classes=classes, in_chans=channels)
+    whole = brings_head(teacher)
+    if settings.teacher_checkpoint is not None:
+        whole = load_checkpoint(teacher, Path(settings.teacher_checkpoint))
+    if settings.reduction is not None and not settings.teacher.startswith("local-dir:"):
+        reduce_stride(teacher, settings.reduction, channels)
+    return teacher, ("own" if whole else "new") if trained else None
+
+
+def try_out(network: nn.Module, input_size: tuple[int, int, int]) -> None:
+    """Raises ModelError when the network does not run on such images."""
+    meta = without_storage(network).eval()
+    try:
+        meta(meta_image(meta, input_size))
+    except Exception as error:  # whatever a model's own code raises
+        size, text = "×".join(map(str, input_size)), (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"{type(network).__name__} cannot run on {size} images: {text[:200]}; choose another --img-size"
+        ) from error
+
+
+def choices_made(settings: Settings, budget: Budget) -> dict[str, Any]:
+    """The part of the configuration that is known before anything is trained."""
+    return {
+        "model": settings.model,
+        "maximize": settings.maximize,
+        "objectives": list(objectives(budget, settings.maximize)),
+        **latency_facts(settings, budget),
+        **space_of(settings),
+        "augmentation": settings.augment.text,
+        "proxy": repr(proxy_recipe_of(settings)),
+        "score": f"accuracy after batch norms see {LOOK_CALIBRATION} images",
+        "version": __version__,
+    }
+
+
+def space_of(settings: Settings) -> dict[str, Any]:
+    """The arguments that say what a base may become."""
+    stages = {"search stages": True} if settings.search_stages else {}
+    return {"space": settings.space, "pin": list(settings.pin), **stages}
+
+
+def recipe_of(settings: Settings, epochs: int) -> Recipe:
+    """How students are trained for so many epochs."""
+    return Recipe(epochs=epochs, batch_size=settings.batch_size, lr=settings.lr, amp=settings.amp, seed=settings.seed)
+
+
+def proxy_recipe_of(settings: Settings) -> Recipe:
+    """How the short trainings are done that a search ranks students by."""
+    return dataclasses.replace(
+        recipe_of(settings, settings.proxy_epochs), lr=settings.proxy_lr or _PROXY_RATE * settings.lr
+    )
+
+
+def transfer_epochs(given: int | None, images: int, device: torch.device) -> int:
+    """The epochs of a teacher whose weights come from elsewhere: as given, or few, and more of small data."""
+    most = max(TRANSFER[1], min(_MORE, round(_FEW / images)))
+    return given or max(1, min(most, round(TRANSFER[0] * (1 if device.type == "cpu" else _GPU) / images)))
+
+
+def epochs_of(given: int | None, default: tuple[int, int], images: int, device: torch.device) -> int:
+    """The epochs of a training on so many images: as given, or by their number and the device."""
+    seen, most = default
+    if device.type != "cpu":
+        seen, most = _GPU * seen, _GPU * most
+    return given or max(1, min(most, round(seen / images)))
+
+
+def refine_epochs(job: Job, images: Images | int) -> int:
+    """The epochs that a model of the results is trained for on these images, or on so many."""
+    count = images if isinstance(images, int) else len(images)
+    return epochs_of(job.settings.refine_epochs, (job.effort.refine_images, REFINE[1]), count, job.device)

@@ -1,0 +1,213 @@
+"""What is paid for once: the images, the teacher, and its logits on augmented views."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from nas_kd.library.building import LibrarySpec, build_library, plan_library
+from nas_kd.library.library import Library
+from nas_kd.preparation.augmenting import augmentation_of, fresh_images
+from nas_kd.preparation.effort import STUDENT
+from nas_kd.preparation.estimate import BASELINES, PROBE, plan_line
+from nas_kd.preparation.job import (
+    TEACHER,
+    TEACHER_LR,
+    TRANSFER_LR,
+    Job,
+    epochs_of,
+    recipe_of,
+    refine_epochs,
+    transfer_epochs,
+)
+from nas_kd.progress import Advance, Stages
+from nas_kd.training.data import Splits, load_splits
+from nas_kd.training.images import AugmentedImages, Images
+from nas_kd.training.teacher import (
+    Renormalised,
+    Teacher,
+    TeacherCache,
+    TeacherResult,
+    Teaching,
+    adopt_teacher,
+    prepare_teacher,
+)
+from nas_kd.training.transfer import HeadOrigin
+from nas_kd.training.views import OnlineViews, Views, ViewSpec, build_views, views_bytes
+
+_PERCENT = 100  # steps of a stage that says how far it is
+_STEP = 3  # a training step costs about three forward passes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Materials:
+    """What trials and refinement train on: the splits, the trained base, the teacher, which is the base unless another
+    one was named, and views with its logits."""
+
+    splits: Splits
+    base: TeacherResult
+    teacher: TeacherResult
+    proxy_views: Views | OnlineViews
+    refine_views: Views | OnlineViews
+
+    @property
+    def digest(self) -> str:
+        """Names what students begin with and what teaches them."""
+        if self.teacher is self.base:
+            return self.base.digest
+        return f"{self.base.digest}-{self.teacher.digest}"
+
+
+def gather(job: Job, stages: Stages) -> Materials:
+    """Images, the teacher, and its logits on augmented views: everything that is paid for once."""
+    settings = job.settings
+    stages.say(plan_line(job, _teacher_epochs(job, job.train_images), refine_epochs(job, job.train_images)))
+    with stages.stage("data"):
+        splits = load_splits(job.data, job.cache)
+    base = _base(job, splits, stages)
+    teacher = base if job.other_teacher is None else _other_teacher(job, splits, stages)
+    subset = splits.train[: settings.proxy_images]
+    short, long = (min(settings.views, epochs) for epochs in (settings.proxy_epochs, refine_epochs(job, splits.train)))
+    with stages.stage("views", short + long) as advance:
+        proxy_views = _views(job, splits, teacher, short, subset, advance)
+        whole = _views(job, splits, teacher, long, splits.train, advance)
+    if settings.library_budget:
+        job.space.library = _library(job, splits, base, stages)
+    return Materials(splits=splits, base=base, teacher=teacher, proxy_views=proxy_views, refine_views=whole)
+
+
+def gather_whole(job: Job, epochs: Callable[[Splits], int], stages: Stages) -> Materials:
+    """What trainings on all images need, of as many epochs together as `epochs` says: `gather` without a search."""
+    settings = job.settings
+    with stages.stage("data"):
+        splits = load_splits(job.data, job.cache)
+    base = _base(job, splits, stages)
+    teacher = base if job.other_teacher is None else _other_teacher(job, splits, stages)
+    count = min(settings.views, epochs(splits))
+    with stages.stage("views", count) as advance:
+        views = _views(job, splits, teacher, count, splits.train, advance)
+    return Materials(splits=splits, base=base, teacher=teacher, proxy_views=views, refine_views=views)
+
+
+def _library(job: Job, splits: Splits, base: TeacherResult, stages: Stages) -> Library:
+    """The library of the base's blocks, with as many training steps as its share of the study's work allows."""
+    size = job.space.input_size[1]
+    augmented = AugmentedImages(splits.train, augmentation_of(job.settings, size), job.settings.seed)
+    spec = plan_library(
+        LibrarySpec(seed=job.settings.seed, anchor=False), job.space.analysis, _library_images(job, splits)
+    )
+    images = augmented.sample(spec.images + spec.holdout)
+    with stages.stage("library", _PERCENT) as advance:
+
+        def report(words: str) -> None:
+            advance(words, _PERCENT * getattr(words, "share", 0.0))
+
+        return build_library(base.network, job.space.analysis, images, spec, job.cache, report)
+
+
+def _library_images(job: Job, splits: Splits) -> float:
+    """How much the library may cost, in images that the base would see in the meantime (forward alone)."""
+    settings = job.settings
+    share = settings.library_budget / (1 - settings.library_budget)  # of everything else
+    teacher = _teacher_epochs(job, len(splits.train))
+    refine = refine_epochs(job, splits.train) * (settings.front + BASELINES)
+    trials = settings.trials * settings.proxy_epochs * min(settings.proxy_images, len(splits.train))
+    students = STUDENT * (trials + refine * len(splits.train))
+    return share * _STEP * (teacher * len(splits.train) + students)
+
+
+def _teacher_epochs(job: Job, images: int) -> int:
+    """0 for a base that teaches as it is."""
+    given = job.settings.teacher_epochs
+    if job.trained_elsewhere:
+        return given or 0
+    if job.transferred:
+        return transfer_epochs(given, images, job.device)
+    return epochs_of(given, (job.effort.teacher_images, TEACHER[1]), images, job.device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Pupil:
+    """A network that is to know the classes: the origin of its `head` where its weights come from elsewhere, for how
+    many `epochs` it is trained (0: not at all), and the `key` of it in the cache."""
+
+    network: nn.Module
+    head: HeadOrigin | None
+    epochs: int
+    key: str
+
+
+def _base(job: Job, splits: Splits, stages: Stages) -> TeacherResult:
+    """The base, which teaches too unless another network is to."""
+    settings = job.settings
+    pupil = _Pupil(
+        network=job.space.base,
+        head=job.head_origin,
+        epochs=_teacher_epochs(job, len(splits.train)),
+        key=f"{settings.model} {settings.pretrained} {settings.seed}",
+    )
+    return _taught(job, splits, pupil, stages, "teacher" if job.other_teacher is None else "base")
+
+
+def _other_teacher(job: Job, splits: Splits, stages: Stages) -> TeacherResult:
+    """Another network, for the same images and in the same way as the base."""
+    settings, head, images = job.settings, job.other_head, len(splits.train)
+    assert job.other_teacher is not None
+    epochs = epochs_of(settings.teacher_epochs, TEACHER, images, job.device)
+    if head is not None:
+        epochs = 0 if head == "own" else transfer_epochs(settings.teacher_epochs, images, job.device)
+    network = job.other_teacher if head is None else _as_it_wants(job.other_teacher, splits)
+    pupil = _Pupil(network=network, head=head, epochs=epochs, key=f"{settings.teacher} {settings.seed}")
+    return _taught(job, splits, pupil, stages, "teacher")
+
+
+def _as_it_wants(network: nn.Module, splits: Splits) -> nn.Module:
+    """The network with images that are normalised as its weights want them, where these are those of the base."""
+    config: Any = getattr(network, "pretrained_cfg", None) or {}
+    wanted = tuple(config.get("mean", ())), tuple(config.get("std", ()))
+    given = splits.mean, splits.std
+    return network if len(wanted[0]) != len(given[0]) or wanted == given else Renormalised(network, given, wanted)
+
+
+def _taught(job: Job, splits: Splits, pupil: _Pupil, stages: Stages, stage: str) -> TeacherResult:
+    """A network, trained for these classes; of weights from elsewhere it is first made what suits the images."""
+    network, settings = pupil.network.to(job.device), job.settings
+    augmentation = augmentation_of(settings, job.space.input_size[1])
+    with stages.stage(stage, pupil.epochs + (0 if pupil.head is None else PROBE) or 1) as advance:
+        if not pupil.epochs:
+            return adopt_teacher(network, splits, augmentation=augmentation, seed=settings.seed)
+
+        def report(epoch: int, accuracy: float) -> None:
+            words = f"{'' if epoch else 'before training: '}val accuracy {100 * accuracy:.1f} %"
+            advance(words, 1 if epoch else PROBE)
+
+        lr = TEACHER_LR if pupil.head is None else TRANSFER_LR
+        recipe = dataclasses.replace(recipe_of(settings, pupil.epochs), distill_weight=0.0, lr=lr)
+        return prepare_teacher(
+            network,
+            splits,
+            Teaching(recipe=recipe, augmentation=augmentation, head=pupil.head),
+            cache=TeacherCache(folder=job.cache, key=pupil.key),
+            report=report,
+        )
+
+
+def _views(
+    job: Job, splits: Splits, teacher: TeacherResult, count: int, images: Images, advance: Advance
+) -> Views | OnlineViews:
+    """Cached views, or the teacher beside the student in every step where they would be too large to keep."""
+    fresh = fresh_images(job.settings, images, splits.num_classes)
+    spec = ViewSpec(
+        count=count,
+        augmentation=fresh.augmentation,
+        seed=job.settings.seed,
+        key=splits.digest,
+        mixing=fresh.mixing,
+    )
+    if views_bytes(images, spec, splits.num_classes) > spec.max_bytes:
+        return OnlineViews(fresh, Teacher(teacher.network))
+    return build_views(images, teacher.network, spec, job.cache, advance)

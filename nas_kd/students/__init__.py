@@ -1,0 +1,1 @@
+"""From genotype to network: building, inheritance, frames."""

@@ -1,0 +1,137 @@
+"""A worker that joins a study: everything it needs comes from the study and its artifacts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import optuna
+from optuna.storages import BaseStorage
+
+from nas_kd.arguments.worker import WorkerSettings
+from nas_kd.errors import StudyError, nearest
+from nas_kd.preparation.job import choose_device
+from nas_kd.progress import Stages
+from nas_kd.search.rungs import make_pruner
+from nas_kd.search.sampler import KnapsackSampler, make_sampler
+from nas_kd.search.storage import CONFIG, close_storage, open_storage, storage_errors
+from nas_kd.search.trials import Objective, count_trained
+from nas_kd.search.work import Limits, work
+from nas_kd.search.workers import RetryingStudy
+from nas_kd.workers.crew import (
+    Crew,
+    LocalWorker,
+    Worker,
+    advance_by,
+    devices_for,
+    environment,
+    file_arguments,
+    run_crew,
+    worker_arguments,
+)
+from nas_kd.workers.kit import Kit, check_space, equip, locate, read_kit, settings_of
+from nas_kd.workers.ray_crew import ray_workers
+
+_POLL = 1.0  # seconds between two looks for a study that is to begin
+
+
+def join(settings: WorkerSettings, stages: Stages, sleep: Callable[[float], None] = time.sleep) -> int:
+    """Trains trials of a running study until it has what it wants; returns how many of them were this worker's.
+
+    Raises a NasKdError for everything that is wrong with the storage, the study or its files.
+    """
+    device = choose_device(settings.device if settings.ray is None else "cpu")
+    storage = open_storage(settings.storage, grace=settings.grace_period)
+    try:
+        with storage_errors("use the study in its storage"):
+            study, kit = _find(storage, settings, sleep)
+            if settings.ray is not None:
+                with ray_workers(settings, study.study_name) as workers:
+                    return _lead(study, kit, workers, settings, stages)
+            if settings.jobs > 1:
+                return _lead(study, kit, _local_workers(settings, study.study_name), settings, stages)
+            with stages.stage("files"):
+                cache = locate(kit, settings.out, settings.artifacts)
+            with stages.stage("model"):
+                space, proxy = equip(kit, cache, device)
+                check_space(study, kit, space)
+            study.sampler = make_sampler(str(kit.settings["sampler"]), space, int(kit.settings["seed"]))
+            if not isinstance(study.sampler, KnapsackSampler):  # which draws from each trial's own number
+                study.sampler.reseed_rng()
+            pruner = settings_of(kit).pruner
+            study.pruner = make_pruner(pruner, int(kit.settings["proxy_epochs"]))
+            return _work(study, Objective(space, proxy, front_pruning=pruner == "front"), settings, stages)
+    finally:
+        close_storage(storage)
+
+
+def _lead(study: optuna.Study, kit: Kit, workers: Sequence[Worker], settings: WorkerSettings, stages: Stages) -> int:
+    """Runs workers and returns how many trials finished meanwhile."""
+    before = count_trained(study)
+    crew = Crew(
+        workers=tuple(workers),
+        trials=_wanted(study),
+        epochs=int(kit.settings["proxy_epochs"]),
+        grace=settings.grace_period,
+    )
+    with stages.board("search", max(1, crew.trials - before)) as board:
+        run_crew(crew, study, board)
+    return count_trained(study) - before
+
+
+def _local_workers(settings: WorkerSettings, name: str) -> list[LocalWorker]:
+    """A worker's own `--jobs` on this machine."""
+    command = [*worker_arguments(name, settings.grace_period), *file_arguments(settings)]
+    shared = environment(settings.storage, settings.jobs)
+    devices = devices_for(settings.device, settings.jobs)
+    return [LocalWorker([*command, "--device", device], shared) for device in devices]
+
+
+def _work(study: optuna.Study, objective: Objective, settings: WorkerSettings, stages: Stages) -> int:
+    own: list[int] = []
+    with stages.board("search", max(1, _wanted(study) - count_trained(study))) as board:
+
+        def tick(trial: optuna.trial.FrozenTrial) -> None:
+            own.append(trial.number)
+            advance_by(board, trial)
+
+        work(study, objective, Limits(target=lambda: _wanted(study), grace=settings.grace_period), tick)
+    return len(own)
+
+
+def _wanted(study: optuna.Study) -> int:
+    """How many trained trials the study wants by now: its command may have been given again with more."""
+    kit = read_kit(study)
+    return int(kit.settings["trials"]) if kit is not None else 0
+
+
+def _find(storage: BaseStorage, settings: WorkerSettings, sleep: Callable[[float], None]) -> tuple[optuna.Study, Kit]:
+    """The study to join and what it notes for its workers; waits for it to begin if asked to."""
+    deadline = time.monotonic() + settings.wait
+    while True:
+        study = _named(storage, settings.study_name)
+        kit = None if study is None else read_kit(study)
+        if study is not None and kit is not None:
+            return study, kit
+        if time.monotonic() >= deadline:
+            raise StudyError(_absent(storage, settings.study_name))
+        sleep(_POLL)
+
+
+def _named(storage: BaseStorage, name: str) -> optuna.Study | None:
+    names = [other for other in optuna.get_all_study_names(storage) if not name or other == name]
+    if len(names) > 1:
+        raise StudyError(f"the storage holds {len(names)} studies: give --study-name, e.g. {sorted(names)[0]!r}")
+    if not names:
+        return None
+    study = RetryingStudy(names[0], storage)
+    return study if CONFIG in study.user_attrs or study.get_trials(deepcopy=False) else None
+
+
+def _absent(storage: BaseStorage, name: str) -> str:
+    known = optuna.get_all_study_names(storage)
+    if not known:
+        return "the storage holds no study yet: start python -m nas_kd.study on it first, or --wait for that"
+    if name in known or not name:
+        return "the study's trials have not begun: wait until its teacher and library are done, e.g. with --wait 3600"
+    return f"the storage holds no study {name!r}{nearest(name, known)}"

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from nas_kd.costs.latency import Timing
+from nas_kd.costs.runtimes import LatencySpec, Subject, measurer
+from nas_kd.errors import DeviceError, NasKdError
+
+QUICK = Timing(warmup=1, repeats=2, limit_s=0.05)
+
+
+def subjects() -> dict[str, Subject]:
+    image = torch.randn(2, 3, 16, 16)
+    two = nn.Bilinear(4, 4, 2)
+    return {
+        "one": Subject(module=nn.Conv2d(3, 8, 3), arguments=(image,)),
+        "other": Subject(module=nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), arguments=(image,)),
+        "two": Subject(module=two, arguments=(torch.randn(2, 4),), keywords={"input2": torch.randn(2, 4)}),
+    }
+
+
+def test_torch() -> None:
+    threads = torch.get_num_threads()
+    times = measurer(LatencySpec(threads=2))(subjects(), QUICK)
+    assert list(times) == ["one", "other", "two"]
+    assert all(time > 0 for time in times.values())
+    assert torch.get_num_threads() == threads
+
+
+def test_onnx_runtime() -> None:
+    pytest.importorskip("onnxruntime")
+    given = {name: subject for name, subject in subjects().items() if name != "two"}
+    times = measurer(LatencySpec(runtime="onnx"))(given, QUICK)
+    assert list(times) == ["one", "other"]
+    assert all(time > 0 for time in times.values())
+
+
+def script(folder: Path, text: str) -> str:
+    file = folder / "measure.py"
+    file.write_text(text, encoding="utf-8")
+    return f"{shlex.quote(sys.executable)} {shlex.quote(str(file))}"
+
+
+def test_a_command_of_the_users(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    command = script(tmp_path, "import os, sys\nprint('a word first')\nprint(os.path.getsize(sys.argv[1]) / 1000)")
+    times = measurer(LatencySpec(command=command))({"one": subjects()["one"]}, QUICK)
+    assert 0.5 < times["one"] < 100  # a small file
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("print('fast')", "printed 'fast': its last line must be the milliseconds"),
+        ("print(-1)", "must be the milliseconds"),
+        ("", "printed ''"),
+        ("raise SystemExit('no device')", "failed with exit code 1: no device"),
+    ],
+)
+def test_a_command_that_does_not_measure(tmp_path: Path, text: str, message: str) -> None:
+    pytest.importorskip("onnx")
+    with pytest.raises(NasKdError, match=message):
+        measurer(LatencySpec(command=script(tmp_path, text)))({"one": subjects()["one"]}, QUICK)
+
+
+def test_a_command_that_is_not_there() -> None:
+    pytest.importorskip("onnx")
+    with pytest.raises(NasKdError, match="cannot be run"):
+        measurer(LatencySpec(command="no-such-command-anywhere"))({"one": subjects()["one"]}, QUICK)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there() -> None:
+    with pytest.raises(DeviceError, match="no CUDA device"):
+        measurer(LatencySpec(device="cuda"))(subjects(), QUICK)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_torch_on_a_gpu() -> None:
+    times = measurer(LatencySpec(device="cuda", batch=2))(subjects(), QUICK)
+    assert all(time > 0 for time in times.values())
+
+
+@pytest.mark.parametrize("change", [{"batch": 0}, {"threads": 0}])
+def test_malformed(change: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="≥ 1"):
+        LatencySpec(**change)  # type: ignore[arg-type]
+
+
+def test_words() -> None:
+    assert str(LatencySpec()) == "torch on cpu, 1 image, 1 thread"
+    assert str(LatencySpec(runtime="onnx", batch=8, threads=2)) == "ONNX Runtime on cpu, 8 images, 2 threads"
+    assert str(LatencySpec(device="cuda")) == "torch on cuda, 1 image"

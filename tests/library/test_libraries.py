@@ -1,0 +1,47 @@
+"""The block library of every covered model: built, assembled, finite."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from families import COVERED, SIDES
+
+from nas_kd.analysis.structure import Block
+from nas_kd.genotype import Genotype
+from nas_kd.library.building import LibrarySpec, build_library
+from nas_kd.search.options import parse_options
+from nas_kd.search.space import Space
+from nas_kd.training.images import Images
+from nas_kd.training.loop import recalibrate
+
+QUICK = ("mobilenetv3_small_100", "starnet_s1", "regnety_004")
+NAMES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in COVERED if name not in QUICK)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_covered_model_has_a_library(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    size = SIDES[name]
+    network = timm.create_model(name, num_classes=5).eval()
+    space = Space(network, img_size=size, options=parse_options("width=1/0.5,conv"), name=name)
+    analysis = replace(space.analysis, blocks=tuple(map(_few_choices, space.blocks[:: max(1, len(space.blocks) // 8)])))
+    pixels = torch.randint(0, 255, (24, 3, size, size)).byte()
+    images = Images(pixels, torch.arange(24) % 5, (0.5,) * 3, (0.25,) * 3)
+    spec = LibrarySpec(images=16, holdout=8, rounds=(2,), batch_size=8)
+    library = build_library(network, analysis, images, spec, tmp_path)
+    assert all(np.isfinite(damages).all() for damages in library.damages())
+    student = library.student(Genotype.of({block.name: block.choices[-1] for block in analysis.blocks}))
+    recalibrate(student, images)
+    with torch.no_grad():
+        assert torch.isfinite(student(torch.randn(2, 3, size, size))).all()
+
+
+def _few_choices(block: Block) -> Block:
+    """The base's choice, and one of each sort: narrower, of another kind, both."""
+    sorts = {(choice.width < 1, choice.conv != block.default.conv): choice for choice in reversed(block.choices)}
+    return replace(block, choices=(block.default, *(c for c in sorts.values() if c != block.default)))

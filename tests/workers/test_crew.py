@@ -1,0 +1,68 @@
+"""What the command that watches its workers reads of their trials."""
+
+from __future__ import annotations
+
+import io
+import signal
+
+import optuna
+import pytest
+from injection import ended_well, fork
+from optuna.trial import TrialState
+
+from nas_kd.progress import Stages, console_for
+from nas_kd.search.workers import RETRIES, RETRY, WORKER, worker_name
+from nas_kd.workers.crew import Crew, line_of, run_crew
+
+
+def test_a_trial_that_notes_its_costs_just_now_is_shown_without_them() -> None:
+    """Each attribute is a transaction of its own: between two of them a part is there."""
+    study = optuna.create_study()
+    trial = study.ask()
+    trial.set_user_attr("params", 1_000)
+    (found,) = study.get_trials()
+    assert line_of(found, epochs=4).words == "trial 0"
+    trial.set_user_attr("macs", 2_000)
+    (found,) = study.get_trials()
+    assert line_of(found, epochs=4).words == "trial 0, 1K"
+
+
+class TooSlow:
+    """A worker that is killed as it does not stop in time: its trial stays as it was."""
+
+    def __init__(self, study: optuna.Study) -> None:
+        self.study, self.was_killed = study, False
+
+    def start(self) -> None:
+        child = fork(lambda: None)
+        assert ended_well(child)
+        self.study.enqueue_trial({"x": 3})
+        trial = self.study.ask()
+        trial.set_user_attr(WORKER, f"{worker_name().rpartition(':')[0]}:{child}")
+        trial.set_user_attr("rung/1", 0.5)
+
+    def code(self) -> int | None:
+        return -signal.SIGKILL if self.was_killed else None
+
+    def words(self) -> str:
+        return "SIGKILL"
+
+    def ask_to_stop(self) -> None:
+        pass
+
+    def wait(self, seconds: float) -> None:
+        self.was_killed = True
+
+
+def test_what_a_worker_was_too_slow_to_put_back_is_put_back_for_it() -> None:
+    study = optuna.create_study()
+
+    def ctrl_c(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    crew = Crew(workers=(TooSlow(study),), trials=1, epochs=2, grace=120)
+    with Stages(console_for(io.StringIO()), quiet=True).board("search", 1) as board:
+        with pytest.raises(KeyboardInterrupt):
+            run_crew(crew, study, board, sleep=ctrl_c)
+    assert [trial.state for trial in study.get_trials()] == [TrialState.FAIL, TrialState.WAITING]
+    assert study.get_trials()[1].user_attrs == {"source": "sampler", "rung/1": 0.5, RETRY: 0, RETRIES: 0}
