@@ -4,7 +4,7 @@ Our reconstruction of paper A (arXiv 2104.09191), of which the abstract alone wa
 
     L = (1 − α)·CE(y, z_s) + α·T²·KL(softmax(z_t/T) ‖ softmax(z_s/T)) + Σ_b λ_b·G_b
 
-G_b is what block b's channels cost (`learnt_widths.channel_cost`), as a function of how many of them are in use by the scale
+G_b is what block b's channels cost (`channel_cost`), as a function of how many of them are in use by the scale
 factors of its batch norms. As in MorphNet (arXiv 1711.06798) the gradient of G_b is what a channel costs beside those
 of the other blocks as they are. Unlike there a count is (Σ|γ|)²/Σγ² and not Σ|γ|: k for k channels of equal strength,
 and the same when all are scaled alike. (A batch norm behind the next convolution takes such a factor out again, so the

@@ -1,6 +1,6 @@
 """Building a block library: every choice of every block distilled once, on its own, against the teacher's block.
 
-An entry is inherited in closed form, fitted by least squares (`models.refit`), then, if no cheaper choice is better
+An entry is inherited in closed form, fitted by least squares (`library.refit`), then, if no cheaper choice is better
 already, trained for some steps to write what the teacher's block writes when it reads what the teacher's block reads.
 Nothing here looks at labels.
 """

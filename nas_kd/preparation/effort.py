@@ -1,6 +1,6 @@
 """How much a study does where its arguments leave that open: by what an image costs and how many there are.
 
-Everything is decided by a predicted time (`models.forward_time`), the same on every machine and however busy it is, so
+Everything is decided by a predicted time (`costs.forward_time`), the same on every machine and however busy it is, so
 the same command does the same; it is noted on the study, and a resumed one does what it began with.
 """
 
