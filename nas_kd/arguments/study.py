@@ -101,7 +101,7 @@ class Settings:
     teacher: str | None = None
     teacher_pretrained: bool = False
     teacher_checkpoint: str | None = None
-    left_open: tuple[str, ...] = ()  # of `OPEN`: chosen by what the images cost, in `pipeline.effort`
+    left_open: tuple[str, ...] = ()  # of `OPEN`: chosen by what the images cost, in `preparation.effort`
 
     @property
     def name(self) -> str:

@@ -62,7 +62,7 @@ def build_library(
 
     The base's batch norms are anchored to the images first, in place, where they have the statistics of others.
     `images` went through the training augmentation; `spec.images + spec.holdout` of them are used. `report` is called
-    after each block of each stage, with a `library_effort.Step`: words that know their share of the work. A damaged
+    after each block of each stage, with an `effort.Step`: words that know their share of the work. A damaged
     file is made again with a warning. Raises DataError for images that are too few or do not fit the base,
     TrainingError when the base's logits are not finite.
     """
