@@ -38,7 +38,7 @@ from nas_kd.training.data import DIGITS, DataSpec
 from nas_kd.training.images import Images
 from nas_kd.training.loop import LOOK_CALIBRATION
 from nas_kd.training.recipe import Recipe
-from nas_kd.training.sources import open_source
+from nas_kd.training.sources import Source, open_source
 from nas_kd.training.transfer import HeadOrigin
 
 DIGITS_SIZE = 16  # at the base's own stride: measured, docs/decisions.md
@@ -103,50 +103,83 @@ def prepare(settings: Settings, storage: BaseStorage | None = None, stages: Stag
     device = choose_device(settings.device)
     out = open_folder(Path(settings.out or Path("results") / settings.name))
     source = open_source(settings.dataset, settings.data_dir, settings.class_map)
-    classes = settings.num_classes or len(source.class_names)
-    base = make_base(settings, classes, in_chans_of(settings))
-    other, other_head = make_teacher(settings, classes, in_chans_of(settings))
-    whole = brings_head(base) if settings.pretrained else False
-    if settings.initial_checkpoint:
-        whole = load_checkpoint(base, Path(settings.initial_checkpoint))
-    space = make_space(settings, base, stages)
+    networks = _networks(settings, settings.num_classes or len(source.class_names))
+    space = _checked_space(settings, networks.base, stages)
     assert space.budget is not None
-    if other is not None:
-        try_out(other, space.input_size)
-    space.given = tuple(read_start(Path(file), space) for file in settings.start_from)
-    if settings.sampler not in SAMPLERS:
-        directions = list(objectives(space.budget, settings.maximize).values())
-        check_own_sampler(settings.sampler, settings.seed, directions, space.distributions)
+    if networks.other is not None:
+        try_out(networks.other, space.input_size)
+    data = _data(settings, source, space, networks)
+    images = training_images(source.train_labels, settings)
     storage = storage or open_storage(storage_url(settings, out), grace=settings.grace_period)
     try:
         if settings.new_study and (kept := set_aside(storage, settings.name)):
             _logger.warning("the study that was %r is now %r", settings.name, kept)
-        images = training_images(source.train_labels, settings)
-        effort = choose_effort(settings, base, space.analysis, images, storage, gpu=device.type != "cpu")
+        effort = choose_effort(settings, networks.base, space.analysis, images, storage, gpu=device.type != "cpu")
         settings = with_effort(settings, effort)
         check_study(storage, settings.name, choices_made(settings, space.budget))
     except NasKdError:
         close_storage(storage)
         raise
-    weighted = settings.pretrained or settings.initial_checkpoint is not None
-    if weighted:
-        warn_of_other_order(source, settings, base, settings.initial_checkpoint or f"timm's {settings.model}")
-    brings = base if weighted else other if other_head is not None else None
     return Job(
         settings=settings,
         device=device,
         out=out,
         space=space,
         budget=space.budget,
-        data=data_spec(settings, space.input_size, source, brings or base, weighted=brings is not None),
-        transferred=weighted,
-        trained_elsewhere=whole,
+        data=data,
+        transferred=_is_weighted(settings),
+        trained_elsewhere=networks.whole,
         storage=storage,
         effort=effort,
         train_images=images,
-        other_teacher=other,
-        other_head=other_head,
+        other_teacher=networks.other,
+        other_head=networks.other_head,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Networks:
+    """The base, `whole` when its weights came with a head for these classes; and another teacher, with the origin of
+    its head where it has weights."""
+
+    base: nn.Module
+    whole: bool
+    other: nn.Module | None
+    other_head: HeadOrigin | None
+
+
+def _networks(settings: Settings, classes: int) -> _Networks:
+    base = make_base(settings, classes, in_chans_of(settings))
+    other, other_head = make_teacher(settings, classes, in_chans_of(settings))
+    whole = brings_head(base) if settings.pretrained else False
+    if settings.initial_checkpoint:
+        whole = load_checkpoint(base, Path(settings.initial_checkpoint))
+    return _Networks(base=base, whole=whole, other=other, other_head=other_head)
+
+
+def _checked_space(settings: Settings, base: nn.Module, stages: Stages | None) -> Space[nn.Module]:
+    """The space, with the genotypes that the search begins with, for a sampler that can propose for it."""
+    space = make_space(settings, base, stages)
+    space.given = tuple(read_start(Path(file), space) for file in settings.start_from)
+    if settings.sampler not in SAMPLERS and space.budget is not None:
+        directions = list(objectives(space.budget, settings.maximize).values())
+        check_own_sampler(settings.sampler, settings.seed, directions, space.distributions)
+    return space
+
+
+def _is_weighted(settings: Settings) -> bool:
+    """Whether the base has weights from elsewhere."""
+    return settings.pretrained or settings.initial_checkpoint is not None
+
+
+def _data(settings: Settings, source: Source, space: Space[nn.Module], networks: _Networks) -> DataSpec:
+    """The images, in the form that the network wants that brings weights; warns of classes in another order."""
+    if _is_weighted(settings):
+        weights = settings.initial_checkpoint or f"timm's {settings.model}"
+        warn_of_other_order(source, settings, networks.base, weights)
+        return data_spec(settings, space.input_size, source, networks.base, weighted=True)
+    other = networks.other if networks.other_head is not None else None
+    return data_spec(settings, space.input_size, source, other or networks.base, weighted=other is not None)
 
 
 def in_chans_of(settings: Settings) -> int:
