@@ -33,7 +33,7 @@ def search(job: Job, materials: Materials, stages: Stages) -> optuna.Study:
         announce(job, study)
         retry_dead_trials(study)
         retry_lost_trials(study)
-        job.space.enqueue(study)
+        job.space.enqueue(study, dearest_first=True)
         with stages.board("search", max(1, settings.trials - count_trained(study))) as board:
             if settings.jobs > 1:
                 run_crew(crew_of(settings, job.out, kit), study, board)

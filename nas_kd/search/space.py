@@ -305,10 +305,14 @@ class Space(Generic[Network]):
             starts = mixed_starts(self.table, self.budget, count, damages, self.levels)
         return [genotype for genotype in starts if self.budget.admits(self.confirmed_cost(genotype))] or within
 
-    def enqueue(self, study: optuna.Study, count: int = 8) -> int:
-        """Queues `starts` in a study and returns how many; those that it has already are skipped."""
+    def enqueue(self, study: optuna.Study, count: int = 8, *, dearest_first: bool = False) -> int:
+        """Queues `starts` in a study and returns how many; those that it has already are skipped. With `dearest_first`
+        the one that uses the budget the most goes before the others: a study of few trials has it, too."""
         given = [g for g in self.given if self.budget is None or self.budget.admits(self.confirmed_cost(g))]
-        starts = list(dict.fromkeys((*given, *self.starts(count))))
+        starts = self.starts(count)
+        if dearest_first:
+            starts = [*starts[-1:], *starts[:-1]]
+        starts = list(dict.fromkeys((*given, *starts)))
         for genotype in starts:
             study.enqueue_trial(self.point(genotype), user_attrs={"source": "warm start"}, skip_if_exists=True)
         self.recall_latencies(study)
