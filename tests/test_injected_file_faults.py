@@ -25,7 +25,7 @@ from nas_kd.training.augment import Augmentation
 from nas_kd.training.data import DataSpec, Splits, load_splits
 from nas_kd.training.images import AugmentedImages
 from nas_kd.training.recipe import Recipe
-from nas_kd.training.teacher import TeacherCache, TeacherResult, prepare_teacher
+from nas_kd.training.teacher import TeacherCache, TeacherResult, Teaching, prepare_teacher
 from nas_kd.training.views import Views, ViewSpec, build_views
 
 PLAIN = Augmentation(flip=False)
@@ -84,7 +84,7 @@ def test_a_teacher_trains_every_epoch_once(digits: Splits, tmp_path: Path, monke
     def run(folder: str) -> TeacherResult:
         cache = TeacherCache(folder=tmp_path / folder, key="test_resnet")
         report: Any = lambda epoch, accuracy: heard.append(epoch)  # noqa: E731
-        return prepare_teacher(make(), digits, recipe=recipe, augmentation=PLAIN, cache=cache, report=report)
+        return prepare_teacher(make(), digits, Teaching(recipe=recipe, augmentation=PLAIN), cache=cache, report=report)
 
     whole = run("whole")
     heard.clear()
@@ -117,7 +117,7 @@ def test_a_library_makes_every_entry_once(digits: Splits, tmp_path: Path, monkey
     pins = [f"{block}:width=1" for block in ("conv1", "layer1.0", "layer2.0")]
     analysis = Space(base, img_size=16, options=parse_options("width=1/0.5", pins)).analysis
     images = AugmentedImages(digits.train, PLAIN, 0).sample(48)
-    spec = LibrarySpec(images=32, holdout=16, rounds=(2, 2), batch_size=16)
+    spec = LibrarySpec(images=32, holdout=16, rounds=(2, 2), batch_size=16, anchor=False)
 
     def run(folder: str) -> Library:
         return build_library(base, analysis, images, spec, tmp_path / folder)

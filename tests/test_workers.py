@@ -56,9 +56,10 @@ def start(module: str, arguments: list[str], **more: Any) -> subprocess.Popen[st
     )
 
 
-def trials(url: str) -> list[FrozenTrial]:
-    """The trials of the study; none while it does not exist."""
-    storage = open_storage(url)
+def trials(url: str, wait: float = 60.0) -> list[FrozenTrial]:
+    """The trials of the study; none while it does not exist. A database that is locked is waited for."""
+    brief = {"engine_kwargs": {"connect_args": {"timeout": wait}}}
+    storage = optuna.storages.RDBStorage(url, **brief) if url.startswith("sqlite") else open_storage(url)
     try:
         return optuna.load_study(study_name=NAME, storage=storage).get_trials()
     except KeyError:
@@ -88,7 +89,7 @@ def at_a_rung(url: str) -> set[int]:
     if url.startswith("sqlite") and not Path(url.removeprefix("sqlite:///")).exists():
         return set()
     try:
-        found = trials(url)
+        found = trials(url, wait=1.0)  # a worker that was stopped in the midst of a write keeps all others waiting
     except (OutputError, StorageInternalError, OperationalError):  # tables are being made, or a stopped worker has them
         return set()
     running = [trial.user_attrs for trial in found if trial.state == TrialState.RUNNING]

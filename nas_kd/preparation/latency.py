@@ -9,7 +9,7 @@ from torch import nn
 
 from nas_kd.arguments.study import Settings
 from nas_kd.budget import LATENCY, Budget
-from nas_kd.costs.latency_table import Meter, store_key
+from nas_kd.costs.latency_table import LatencyTable, Meter, store_key
 from nas_kd.costs.runtimes import LatencySpec, Runtime
 from nas_kd.errors import OutputError
 from nas_kd.preparation.records import Records
@@ -47,6 +47,8 @@ def measure_latency(space: Space[nn.Module], meter: Meter, stages: Stages | None
     if stages is None:
         space.measure_latency(meter)
         return
+    # the base first: what cannot be measured at all is told before a stage begins
+    LatencyTable(space.base, space.analysis, space.input_size, meter).whole(space.analysis.identity)
     choices = {block.name: len(block.choices) for block in space.blocks}
     with stages.stage("latencies", sum(choices.values()) + _WHOLE) as advance:
 

@@ -29,7 +29,7 @@ seeds = st.integers(0, 2**31)
 
 def measured(network: nn.Module, input_size: tuple[int, int, int]) -> Cost:
     """What torch itself counts in a network, but for the one-hot kernels of shifts."""
-    with FlopCounterMode(network, display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
         network.eval()(torch.zeros(1, *input_size))
     flops, name = counter.get_flop_counts(), type(network).__name__
     shifts = [f"{name}.{path}" for path, module in network.named_modules() if isinstance(module, Shift2d)]
