@@ -71,9 +71,15 @@ class Bench:
         return self.analysis.keep_mask(swapped(self.analysis, block, block.choices[index]), self.order)
 
     def recalibrate(self, module: nn.Module, block: Block, passage: Passage) -> None:
-        """Gives the batch norms of a frame the statistics of a passage; those of the base stay what they are."""
+        """Gives the batch norms that an entry has of its own the statistics of a passage; those of the base stay what they
+        are, within the frame too: a student has the base's."""
         spared = [part for outside in self._outside[block.name] for part in outside.modules()]
+        prefix, own = self.recorder.frames[block.name].prefix, self._prefixes[block.name]
+        theirs = {name: tensor for name, tensor in module.named_buffers() if not f"{prefix}{name}".startswith(own)}
+        before = {name: tensor.clone() for name, tensor in theirs.items()}
         recalibrate_frame(module, passage, 2 * self.recorder.part(block.name), spared=spared)
+        for name, tensor in before.items():
+            theirs[name].copy_(tensor)
 
     @torch.no_grad()
     def nmse(self, module: nn.Module, block: Block, held: Passage) -> float:
