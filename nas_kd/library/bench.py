@@ -71,8 +71,8 @@ class Bench:
         return self.analysis.keep_mask(swapped(self.analysis, block, block.choices[index]), self.order)
 
     def recalibrate(self, module: nn.Module, block: Block, passage: Passage) -> None:
-        """Gives the batch norms that an entry has of its own the statistics of a passage; those of the base stay what they
-        are, within the frame too: a student has the base's."""
+        """Gives the batch norms that an entry has of its own the statistics of a passage; the others keep the base's,
+        within the frame too: so do those of a student."""
         spared = [part for outside in self._outside[block.name] for part in outside.modules()]
         prefix, own = self.recorder.frames[block.name].prefix, self._prefixes[block.name]
         theirs = {name: tensor for name, tensor in module.named_buffers() if not f"{prefix}{name}".startswith(own)}
