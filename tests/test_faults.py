@@ -10,7 +10,11 @@ from types import ModuleType
 import pytest
 import servers
 
-pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+# slow: deaths after every single write are in search/test_injected_faults.py, this is the long check of the whole
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),
+]
 
 
 @pytest.fixture(scope="module")
