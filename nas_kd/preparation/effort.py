@@ -7,7 +7,6 @@ the same command does the same; it is noted on the study, and a resumed one does
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,8 @@ from nas_kd.analysis.structure import Analysis
 from nas_kd.arguments.study import Settings
 from nas_kd.costs.forward_time import STEP, forward_seconds
 from nas_kd.search.storage import CONFIG, storage_errors
+from nas_kd.training.data import TEST_FRACTION
+from nas_kd.training.sources import Source
 
 STUDENT = 0.5  # of its base's time does a student take: small operations are slow for their MACs
 # at most, by default, where images are dear: predicted seconds of one core of a CPU
@@ -90,7 +91,8 @@ def with_effort(settings: Settings, effort: Effort) -> Settings:
     return dataclasses.replace(settings, **chosen)
 
 
-def training_images(labels: Sequence[int] | Any, settings: Settings) -> int:
-    """About how many training images a dataset of so many has when validation images are cut from it."""
-    count = round((1 - settings.val_fraction) * len(labels))
+def training_images(source: Source, settings: Settings) -> int:
+    """About how many training images there are when what a dataset lacks, test and validation, is cut from them."""
+    kept = (1.0 if source.test is not None else 1 - TEST_FRACTION) * (1.0 if source.val else 1 - settings.val_fraction)
+    count = round(kept * len(source.train_labels))
     return max(1, min(count, settings.train_images or count))

@@ -109,7 +109,7 @@ def prepare(settings: Settings, storage: BaseStorage | None = None, stages: Stag
     if networks.other is not None:
         try_out(networks.other, space.input_size)
     data = _data(settings, source, space, networks)
-    images = training_images(source.train_labels, settings)
+    images = training_images(source, settings)
     storage = storage or open_storage(storage_url(settings, out), grace=settings.grace_period)
     try:
         if settings.new_study and (kept := set_aside(storage, settings.name)):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from nas_kd.arguments.study import parse_study
+from nas_kd.preparation.effort import training_images
 from nas_kd.preparation.job import proxy_recipe_of, recipe_of
+from nas_kd.training.sources import open_source
 
 
 @pytest.mark.parametrize(
@@ -22,3 +26,10 @@ def test_a_trial_is_gentler_than_the_refinement(given: tuple[str, ...], trial: f
     proxy, refined = proxy_recipe_of(settings), recipe_of(settings, 7)
     assert (proxy.lr, refined.lr) == pytest.approx((trial, refinement))
     assert (proxy.epochs, refined.epochs) == (3, 7)
+
+
+def test_the_plan_counts_the_images_that_are_left_to_train_on() -> None:
+    """Of 1,797 digits a fifth is cut off to test on, and a fifth of the rest to select on."""
+    settings = parse_study(["--budget", "params=1M"])
+    assert training_images(open_source("digits", None), settings) == 1150
+    assert training_images(open_source("digits", None), replace(settings, train_images=100)) == 100
