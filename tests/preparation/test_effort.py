@@ -74,11 +74,11 @@ def test_a_resumed_study_does_what_it_began_with(job: Job) -> None:
 
 def test_the_plan_names_every_stage(job: Job) -> None:
     line = plan_line(job, 20, refine_epochs(job, job.train_images))
-    assert line.startswith("plan: test_resnet on about 1438 images of 32×32: teacher 20 epochs (")
+    assert line.startswith("plan: test_resnet on about 1150 images of 32×32: teacher 20 epochs (")
     for words in (
         "views (",
         "library (",
-        "20 trials of 4 epochs on 1438 images (",
+        "20 trials of 4 epochs on 1150 images (",
         "8 models and baselines 15 epochs each (",
     ):
         assert words in line
