@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nas_kd.arguments.augment import AugmentOptions
+from nas_kd.arguments.distill import LOCAL, with_prefix
 from nas_kd.arguments.parsing import Parser, guarded, number
 from nas_kd.arguments.shared import add_data
 from nas_kd.budget import short
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
     from nas_kd.pipeline.quantisation import Quantised
     from nas_kd.training.data import DataSpec
-
-_LOCAL = "local-dir:"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +59,8 @@ class QuantizeSettings:
         """Where the files go: as asked for, the folder of an exported model, or one of its own."""
         if self.out is not None:
             return Path(self.out)
-        if self.model.startswith(_LOCAL):
-            return Path(self.model.removeprefix(_LOCAL))
+        if self.model.startswith(LOCAL):
+            return Path(self.model.removeprefix(LOCAL))
         return Path("results") / f"quantize-{Path(self.model).name}"
 
 
@@ -99,8 +98,7 @@ def parse_quantize(argv: Sequence[str]) -> QuantizeSettings:
     add("--debug", action="store_true", help="tracebacks and debug messages")
     add_data(parser)
     arguments = vars(parser.parse_args(argv))
-    if Path(arguments["model"], "config.json").is_file():
-        arguments["model"] = f"{_LOCAL}{arguments['model']}"
+    arguments["model"] = with_prefix(arguments["model"])
     arguments["keep_float"] = tuple(arguments["keep_float"])
     arguments["dataset"] = choose_dataset(arguments["dataset"], arguments["data_dir"])
     names = [own.name for own in fields(QuantizeSettings) if own.name in arguments]
@@ -160,7 +158,7 @@ def _prepare(settings: QuantizeSettings) -> tuple[nn.Module, DataSpec]:
     from nas_kd.training.checkpoint import load_checkpoint
     from nas_kd.training.sources import open_source
 
-    has_weights = settings.pretrained or settings.initial_checkpoint or settings.model.startswith(_LOCAL)
+    has_weights = settings.pretrained or settings.initial_checkpoint or settings.model.startswith(LOCAL)
     if not has_weights and "/" in settings.model:
         raise ModelError(f"there is no exported model in {settings.model}: name a folder that a study wrote")
     if not has_weights:

@@ -18,7 +18,7 @@ from nas_kd.errors import NasKdError
 from nas_kd.training.dataset_names import choose_dataset
 
 LOSSES = ("kd", "dkd")
-_LOCAL = "local-dir:"
+LOCAL = "local-dir:"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +78,7 @@ class DistillSettings:
     @property
     def is_result(self) -> bool:
         """Whether the model is an exported folder, which brings weights."""
-        return self.model.startswith(_LOCAL)
+        return self.model.startswith(LOCAL)
 
     @property
     def has_weights(self) -> bool:
@@ -92,7 +92,7 @@ class DistillSettings:
         params and accuracy."""
         name = self.model
         if self.is_result:
-            name = re.sub(r"-\d+\.\d\dM-\d+\.\d.*$", "", Path(self.model.removeprefix(_LOCAL)).resolve().name)
+            name = re.sub(r"-\d+\.\d\dM-\d+\.\d.*$", "", Path(self.model.removeprefix(LOCAL)).resolve().name)
         words = [name, *(str(value) for _, value in self.model_kwargs), *([self.conv] if self.conv else [])]
         return re.sub(r"[^\w.%+-]+", "-", "-".join(words)).strip("-.")
 
@@ -179,7 +179,7 @@ def parse_distill(argv: Sequence[str]) -> DistillSettings:
     arguments["mode"] = "online" if arguments["online"] else "plain" if arguments["no_teacher"] else "offline"
     arguments["model_kwargs"] = tuple(map(_pair, arguments["model_kwargs"]))
     for name in ("model", "teacher"):
-        arguments[name] = _with_prefix(arguments[name])
+        arguments[name] = with_prefix(arguments[name])
     _check_weights(arguments)
     arguments["dataset"] = choose_dataset(arguments["dataset"], arguments["data_dir"])
     arguments["augment"] = augment_options(arguments, arguments["loss"])
@@ -197,10 +197,10 @@ def _pair(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def _with_prefix(model: str | None) -> str | None:
+def with_prefix(model: str | None) -> str | None:
     """The folder of an exported model by timm's name for it."""
     is_folder = model is not None and ":" not in model and Path(model, "config.json").is_file()
-    return f"{_LOCAL}{model}" if is_folder else model
+    return f"{LOCAL}{model}" if is_folder else model
 
 
 def _check_weights(arguments: dict[str, Any]) -> None:

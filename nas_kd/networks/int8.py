@@ -21,12 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nas_kd.errors import ModelError, NasKdError, nearest
-from nas_kd.networks.onnx import free_batch, need, open_session
+from nas_kd.networks.onnx import BATCH, first_line, free_batch, need, open_session
 
 Floats = NDArray[np.float32]
 _LAYERS = ("Conv", "Gemm", "MatMul")  # that have weights
 _FUSED = ("Clip", "Relu")  # a quantised layer ends in these: one that is left would be quantised before its bound
-_BATCH = "batch"
 _DEQUANTISED, _INPUT = "_DequantizeLinear_Output", "_QuantizeLinear_Input"  # what ONNX Runtime appends to names
 _COMPARED = 16  # images on which layers are compared
 _logger = logging.getLogger(__name__)
@@ -84,12 +83,12 @@ def _fix(path: Path, target: Path) -> None:
     from onnxruntime.tools.onnx_model_utils import make_dim_param_fixed
 
     model = onnx.load(path)
-    make_dim_param_fixed(model.graph, _BATCH, 1)
+    make_dim_param_fixed(model.graph, BATCH, 1)
     onnx.save(model, target)
     try:
         quant_pre_process(str(target), str(target))
     except Exception as error:  # of any kind: onnxruntime's errors share no class
-        raise ModelError(f"{path.name} cannot be prepared for int8: {_first_line(error)}") from error
+        raise ModelError(f"{path.name} cannot be prepared for int8: {first_line(error)}") from error
 
 
 def _quantise(path: Path, images: Floats, target: Path, kept: Sequence[str]) -> None:
@@ -111,7 +110,7 @@ def _quantise(path: Path, images: Floats, target: Path, kept: Sequence[str]) -> 
             nodes_to_exclude=list(kept),
         )
     except Exception as error:  # of any kind: onnxruntime's errors share no class
-        raise ModelError(f"{path.name} cannot be quantised: {_first_line(error)}") from error
+        raise ModelError(f"{path.name} cannot be quantised: {first_line(error)}") from error
     finally:
         root.setLevel(level)
     _check(target, bool(kept))
@@ -215,7 +214,3 @@ def _outputs(path: Path, images: Floats, names: set[str]) -> dict[str, Floats]:
         runs = [session.run(wanted, {"input": images[i : i + 1]}) for i in range(len(images))]
     found = {name: np.concatenate([run[column] for run in runs]) for column, name in enumerate(wanted)}
     return {**found, **({"input": images} if "input" in names else {})}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

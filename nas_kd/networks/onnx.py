@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nas_kd.errors import ModelError, NasKdError
 from nas_kd.networks.plain import plain
 
+BATCH = "batch"  # the name of the number of images
 _OPSET = 18
 _CLOSE = 1e-3  # of the largest output: sums in another order differ by less
 _TURN = threading.RLock()
@@ -65,7 +66,7 @@ def write_model(network: nn.Module, input_size: Sequence[int], path: Path) -> No
     names: dict[str, Any] = {"input_names": ["input"], "output_names": ["output"]}
     if _write_by_tracing(network, images, path, **names):
         return
-    _export(network, (images,), path, dynamic_shapes=({0: torch.export.Dim("batch")},), **names)
+    _export(network, (images,), path, dynamic_shapes=({0: torch.export.Dim(BATCH)},), **names)
     apart = difference(network, input_size, path)
     if apart is not None and not apart <= _CLOSE:
         raise ModelError(f"{type(network).__name__} differs by {apart:.1g} as ONNX: use its timm form")
@@ -81,7 +82,7 @@ def _write_by_tracing(network: nn.Module, images: Tensor, path: Path, **names: A
     trace can hold the number that it was made with."""
     if importlib.util.find_spec("onnxruntime") is None:
         return False
-    axes = {name: {0: "batch"} for key in names for name in names[key]}
+    axes = {name: {0: BATCH} for key in names for name in names[key]}
     try:
         with _quiet():
             torch.onnx.export(
@@ -122,7 +123,7 @@ def _fold_shapes(path: Path, network: nn.Module, input_size: Sequence[int]) -> N
     model = onnx.load(path)
     if not any(node.op_type == "Shape" for node in model.graph.node):
         return
-    make_dim_param_fixed(model.graph, "batch", 1)
+    make_dim_param_fixed(model.graph, BATCH, 1)
     folded = path.with_suffix(".folded")
     try:
         onnx.save(model, folded)
@@ -131,6 +132,8 @@ def _fold_shapes(path: Path, network: nn.Module, input_size: Sequence[int]) -> N
         apart = difference(network, input_size, folded)
         if apart is not None and apart <= _CLOSE:
             os.replace(folded, path)
+    except ModelError as error:  # it takes one image alone: the file stays as it is
+        _logger.debug("shapes stay in %s: %s", path.name, error)
     finally:
         folded.unlink(missing_ok=True)
 
@@ -141,7 +144,7 @@ def free_batch(path: Path) -> None:
 
     model = onnx.load(path)
     for value in (*model.graph.input, *model.graph.output):
-        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+        value.type.tensor_type.shape.dim[0].dim_param = BATCH
     del model.graph.value_info[:]
     onnx.save(model, path)
 
@@ -154,7 +157,7 @@ def _export(module: nn.Module, arguments: tuple[Any, ...], path: Path, **options
                 module, arguments, str(path), dynamo=True, external_data=False, opset_version=_OPSET, **options
             )
     except Exception as error:
-        raise ModelError(f"{type(module).__name__} cannot be written as ONNX: {_first_line(error)}") from error
+        raise ModelError(f"{type(module).__name__} cannot be written as ONNX: {first_line(error)}") from error
 
 
 def is_installed() -> bool:
@@ -180,7 +183,7 @@ def run_onnx(path: Path, images: Tensor) -> Tensor:
     try:
         outputs = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     except Exception as error:  # onnxruntime's errors share no class
-        raise ModelError(f"ONNX Runtime cannot run a network: {_first_line(error)}") from error
+        raise ModelError(f"ONNX Runtime cannot run a network: {first_line(error)}") from error
     return torch.from_numpy(outputs[0])
 
 
@@ -198,10 +201,11 @@ def open_session(path: Path, *, threads: int, device: str = "cpu") -> Any:
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=[provider])
     except Exception as error:  # onnxruntime's errors share no class
-        raise ModelError(f"ONNX Runtime cannot load a network: {_first_line(error)}") from error
+        raise ModelError(f"ONNX Runtime cannot load a network: {first_line(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of what an error says; its kind where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
