@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from nas_kd.errors import BudgetError, nearest
@@ -44,11 +44,13 @@ class Cost:
 class Budget(Mapping[str, float]):
     """Hard upper bounds: a mapping from a kind of cost to its bound, in the cost's unit.
 
-    Made by `parse_budget`, which resolves fractions of the base. Raises BudgetError for an unknown kind or a bound
-    that is not positive.
+    Made by `parse_budget`, which resolves fractions of the base. Kinds in `fixed` are bounded by what the base has, to
+    rule out what is worse: smaller levels leave these bounds as they are. Raises BudgetError for an unknown kind or a
+    bound that is not positive.
     """
 
     bounds: tuple[tuple[str, float], ...]
+    fixed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for kind, bound in self.bounds:
@@ -79,8 +81,14 @@ class Budget(Mapping[str, float]):
         return all(cost[kind] <= bound and (kind != LATENCY or cost[kind] > 0) for kind, bound in self.bounds)
 
     def scaled(self, share: float) -> Budget:
-        """The same kinds, every bound at this share of what it is."""
-        return Budget(tuple((kind, bound * share) for kind, bound in self.bounds))
+        """The same kinds, every bound that is not fixed at this share of what it is."""
+        scaled = ((kind, bound if kind in self.fixed else bound * share) for kind, bound in self.bounds)
+        return Budget(tuple(scaled), self.fixed)
+
+    def no_worse_than(self, base: Cost, kinds: Sequence[str]) -> Budget:
+        """With bounds at what the base has on those of `kinds` that have none yet."""
+        own = tuple(kind for kind in kinds if kind not in self)
+        return Budget((*self.bounds, *((kind, float(base[kind])) for kind in own)), (*self.fixed, *own))
 
     def explain(self, cost: Cost) -> str:
         """In plain words, which bounds `cost` breaks and by how much; empty when it is within."""

@@ -41,7 +41,7 @@ def run_study(settings: Settings) -> int:
 
 def _conclude(summary: StudySummary, out: Path, settings: Settings, console: Console) -> None:
     """Prints the table of models and where everything is."""
-    from nas_kd.results.report import headline
+    from nas_kd.results.report import beside_uniform, headline
     from nas_kd.results.table import render_table
     from nas_kd.search.storage import sqlite_url
 
@@ -52,6 +52,7 @@ def _conclude(summary: StudySummary, out: Path, settings: Settings, console: Con
     )
     lines = (
         headline(summary),
+        *filter(None, [beside_uniform(summary.models)]),
         f"load one: import timm, nas_kd.models; timm.create_model('local-dir:{out}/MODEL', pretrained=True)",
         f"report: {out / 'report.html'}    table: {out / 'front.csv'}",
         f"look closer: optuna-dashboard {storage}{artifacts}",

@@ -34,7 +34,8 @@ from torch import nn
 
 from nas_kd.arguments.study import parse_study
 from nas_kd.budget import Cost
-from nas_kd.preparation.job import make_base, make_space
+from nas_kd.preparation.job import make_base
+from nas_kd.preparation.opening import make_space
 from nas_kd.search.rungs import RungScore, deficit
 from nas_kd.search.sampler import KnapsackSampler, make_optuna_sampler
 from nas_kd.search.space import Space

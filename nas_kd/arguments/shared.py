@@ -12,6 +12,7 @@ from nas_kd.errors import NasKdError
 from nas_kd.training.preprocessing import INTERPOLATIONS
 
 RATE = number(1e-9, float, math.inf)  # a learning rate
+SPACE, STAGES = "width,kernel,conv=fast,keep", True  # what may change by default
 
 
 def add_base(parser: argparse.ArgumentParser) -> None:
@@ -91,11 +92,17 @@ def add_choices(add: Callable[..., object]) -> None:
     """The arguments that say what a base may become."""
     add(
         "--space",
-        default="width,kernel,conv",
+        default=SPACE,
         metavar="S",
-        help="what may change, e.g. width,conv=standard/depthwise; keep: blocks may go",
+        help="what may change: width,kernel,conv,keep, with values as in conv=standard/depthwise; conv=fast: the kinds"
+        f" that save time; keep: blocks may go ({SPACE})",
     )
-    add("--search-stages", action="store_true", help="each stage's residual stream gets a width as well")
+    add(
+        "--search-stages",
+        action=argparse.BooleanOptionalAction,
+        default=STAGES,
+        help="each stage's residual stream gets a width as well (yes)",
+    )
     add("--pin", action="append", default=[], metavar="P", help="limit blocks: 'layer1.*:conv=standard' (repeatable)")
 
 

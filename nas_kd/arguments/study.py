@@ -13,6 +13,8 @@ from nas_kd import __version__
 from nas_kd.arguments.augment import AugmentOptions, add_augmentation, augment_options
 from nas_kd.arguments.parsing import Parser, number
 from nas_kd.arguments.shared import (
+    SPACE,
+    STAGES,
     add_base,
     add_choices,
     add_data,
@@ -32,7 +34,15 @@ STORAGE = "NAS_KD_STORAGE"  # environment variable: a URL with a password is not
 DISTILLATIONS = ("kd", "dkd", "online")
 RUNTIMES = ("torch", "onnx")  # that time a network
 SAMPLERS = ("knapsack", "tpe", "nsgaii", "nsgaiii", "random")
-OPEN = {"proxy_epochs": 4, "proxy_images": 10_000, "front": 8}  # the most that is done by default
+# what is done by default, of an effort at most
+OPEN = {
+    "proxy_epochs": 4,
+    "proxy_images": 10_000,
+    "front": 8,
+    "space": SPACE,
+    "search_stages": STAGES,
+    "base_bounds": True,
+}
 PRUNERS = {False: ("front", "none"), True: ("sha", "hyperband", "median", "none")}  # with one objective: Optuna's own
 
 
@@ -101,7 +111,8 @@ class Settings:
     teacher: str | None = None
     teacher_pretrained: bool = False
     teacher_checkpoint: str | None = None
-    left_open: tuple[str, ...] = ()  # of `OPEN`: chosen by what the images cost, in `preparation.effort`
+    base_bounds: bool = False
+    left_open: tuple[str, ...] = ()  # of `OPEN`: as the study began, or chosen in `preparation`
 
     @property
     def name(self) -> str:
@@ -139,9 +150,15 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
         help="hard upper bounds: params=1M,macs=30M,latency=4ms or macs=50%% of the base",
     )
     add("--levels", default="1", metavar="L", help="shares of the budget that get a best model each: 0.25,0.5,1 (1)")
+    add(
+        "--base-bounds",
+        action=argparse.BooleanOptionalAction,
+        help="what --budget leaves out of params, MACs, peak memory and latency is bounded by the base's own (yes)",
+    )
     _add_latency(add)
     add("--trials", type=number(1), default=20, metavar="N", help="students to train; over-budget ones are free (20)")
     add_choices(add)
+    parser.set_defaults(space=None, search_stages=None)  # as the study began
     add(
         "--sampler",
         type=_sampler,

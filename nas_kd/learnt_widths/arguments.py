@@ -104,7 +104,9 @@ def parse_structure(argv: Sequence[str]) -> StructureSettings:
         "baselines": arguments.pop("baselines"),
         "factors": tuple(map(_factor, arguments.pop("factors"))),
     }
-    others_ = vars(study_parser().parse_args([f"--budget={arguments['budget']}", "--library-budget=0"]))
+    others_ = vars(
+        study_parser().parse_args([f"--budget={arguments['budget']}", "--library-budget=0", "--no-base-bounds"])
+    )
     command = " ".join(["python -m nas_kd.structure", *argv])
     study = settings_from({**others_, **arguments, "command": command})
     if study.out is None:

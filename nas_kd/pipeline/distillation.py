@@ -22,7 +22,6 @@ from nas_kd.networks.hub import create_base
 from nas_kd.preparation.augmenting import augmentation_of, fresh_images, images_key
 from nas_kd.preparation.image_form import data_spec, warn_of_other_order
 from nas_kd.preparation.job import (
-    DIGITS_SIZE,
     TEACHER,
     TEACHER_LR,
     TRANSFER_LR,
@@ -35,6 +34,7 @@ from nas_kd.preparation.job import (
     transfer_epochs,
     try_out,
 )
+from nas_kd.preparation.opening import DIGITS_SIZE
 from nas_kd.progress import Stages
 from nas_kd.results.export import Card, export
 from nas_kd.results.refine import Candidate, Refined, Refinement, refine

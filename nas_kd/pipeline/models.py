@@ -10,37 +10,32 @@ from pathlib import Path
 
 import optuna
 import torch
-from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 
 from nas_kd.arguments.study import Settings
 from nas_kd.budget import COUNTED, LATENCY, Budget, Cost, amount
 from nas_kd.costs.latency_table import LatencyTable, Meter
-from nas_kd.errors import ModelError, TrainingError
+from nas_kd.errors import ModelError
 from nas_kd.genotype import Genotype
 from nas_kd.networks.onnx import is_installed
+from nas_kd.pipeline.choosing import choose_front
 from nas_kd.preparation.augmenting import fresh_images, images_key
 from nas_kd.preparation.job import TEACHER_LR, Job, make_base, recipe_of, refine_epochs
 from nas_kd.preparation.latency import latency_spec, make_meter
 from nas_kd.preparation.materials import Materials
 from nas_kd.progress import Advance, Stages
 from nas_kd.results.export import Card, export
-from nas_kd.results.front import front
 from nas_kd.results.refine import Candidate, Refined, Refinement, refine
 from nas_kd.results.rows import ModelRow, Role
-from nas_kd.search.budgets import noted_cost
 from nas_kd.search.options import parse_options
 from nas_kd.search.space import Space
 from nas_kd.search.starts import random_genotype, uniform_width_student, uniform_width_students
-from nas_kd.search.trials import cost_of, values_of
-from nas_kd.search.workers import GENOTYPE
 from nas_kd.students.building import build_student
 from nas_kd.training.augment import derive_seed
 from nas_kd.training.loop import CALIBRATION, evaluate, recalibrate
 from nas_kd.training.recipe import Recipe
 
 _logger = logging.getLogger(__name__)
-_LEAST_FRONT = 5  # models that a study gives, from the layers behind the front if need be
 _ATTEMPTS = 5  # to draw a random student that is as fast as its blocks promise
 
 
@@ -125,47 +120,6 @@ def _latencies(job: Job, plan: Sequence[Wanted], advance: Advance) -> list[int]:
 def whole_models(space: Space[nn.Module], meter: Meter) -> LatencyTable:
     """What measures whole students of a space: its own, or one that knows of no blocks."""
     return space.latency or LatencyTable(space.base, space.analysis, space.input_size, meter)
-
-
-def choose_front(
-    study: optuna.Study, count: int, budget: Budget | None = None, levels: Sequence[float] = ()
-) -> list[Genotype]:
-    """The genotypes of the study's front within a budget: the best score among them first, the best within each of
-    `levels` (shares of the budget), the others evenly over their parameters.
-
-    Where the front has fewer than five, it is filled up from the fronts of what is left. Raises TrainingError when no
-    trial came to its end.
-    """
-    left = [trial for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if _is_noted(trial)]
-    left = [trial for trial in left if budget is None or budget.admits(cost_of(trial))]
-    left = list({trial.user_attrs["digest"]: trial for trial in reversed(left)}.values())[::-1]
-    if not left:
-        raise TrainingError(
-            f"none of the trials of {study.study_name!r} came to its end: lower --lr, or train more of them"
-        )
-    inside = [[trial for trial in left if budget and budget.scaled(level).admits(cost_of(trial))] for level in levels]
-    needed = [min(trials, key=_rank) for trials in inside if trials]
-    chosen: list[FrozenTrial] = []
-    while left and len(chosen) < min(count, _LEAST_FRONT):
-        layer = front(left, [values_of(trial, budget) for trial in left])
-        left = [trial for trial in left if trial not in layer]
-        chosen += layer
-    first = {trial.number: trial for trial in (min(chosen, key=_rank), *needed)}
-    others = sorted((t for t in chosen if t.number not in first), key=lambda trial: cost_of(trial).params)
-    room = max(0, count - len(first))
-    step = max(1.0, len(others) / max(1, room))
-    spread = [others[int(index * step)] for index in range(min(len(others), room))]
-    return [Genotype.from_json(trial.user_attrs[GENOTYPE]) for trial in (*first.values(), *spread)]
-
-
-def _is_noted(trial: FrozenTrial) -> bool:
-    """Whether a trial says what it trained and what that costs."""
-    return {"digest", GENOTYPE} <= trial.user_attrs.keys() and noted_cost(trial) is not None
-
-
-def _rank(trial: FrozenTrial) -> tuple[float, float]:
-    """The better of two trials has less: its score, then its parameters."""
-    return -trial.values[0], cost_of(trial).params
 
 
 def _baselines(job: Job, best: Genotype, epochs: int) -> list[Wanted]:

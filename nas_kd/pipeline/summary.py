@@ -16,8 +16,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from nas_kd import __version__
 from nas_kd.errors import OutputError
-from nas_kd.preparation.job import Job, space_of
+from nas_kd.preparation.job import Job
 from nas_kd.preparation.materials import Materials
+from nas_kd.preparation.opening import space_of
 from nas_kd.progress import Stages
 from nas_kd.results.rank_rows import FILE, read_check
 from nas_kd.results.rows import ModelRow, StudySummary, TrialRow, mark_levels

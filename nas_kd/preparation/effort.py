@@ -7,7 +7,7 @@ the same command does the same; it is noted on the study, and a resumed one does
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import optuna
@@ -17,7 +17,7 @@ from torch import nn
 from nas_kd.analysis.structure import Analysis
 from nas_kd.arguments.study import Settings
 from nas_kd.costs.forward_time import STEP, forward_seconds
-from nas_kd.search.storage import CONFIG, storage_errors
+from nas_kd.search.storage import begun_study
 from nas_kd.training.data import TEST_FRACTION
 from nas_kd.training.sources import Source
 
@@ -62,32 +62,22 @@ def choose_effort(
     settings: Settings, base: nn.Module, analysis: Analysis, images: int, storage: BaseStorage, *, gpu: bool
 ) -> Effort:
     """What the study of this name began with, or for a new one what suits the base and its training images."""
-    noted = _noted(storage, settings.name)
-    if noted is not None:
-        return noted
+    begun = begun_study(storage, settings.name)
+    if begun is not None:
+        return Effort(**begun.get(_NOTE, {}))  # an earlier version knew one effort alone
     seconds = forward_seconds(base, analysis)
     return effort_for(seconds, images, refine_epochs=settings.refine_epochs, gpu=gpu)
-
-
-def _noted(storage: BaseStorage, name: str) -> Effort | None:
-    with storage_errors(f"use the study {name!r} in its storage"):
-        if name not in optuna.get_all_study_names(storage):
-            return None
-        attributes = optuna.load_study(study_name=name, storage=storage).user_attrs
-    if CONFIG not in attributes:
-        return None
-    return Effort(**attributes.get(_NOTE, {}))  # an earlier version knew one effort alone
 
 
 def note_effort(study: optuna.Study, effort: Effort) -> None:
     """Notes on a study what it does, so that it goes on like that."""
     if _NOTE not in study.user_attrs:
-        study.set_user_attr(_NOTE, dataclasses.asdict(effort))
+        study.set_user_attr(_NOTE, asdict(effort))
 
 
 def with_effort(settings: Settings, effort: Effort) -> Settings:
     """The settings with what they leave open as `effort` says."""
-    chosen: dict[str, Any] = {name: getattr(effort, name) for name in settings.left_open}
+    chosen: dict[str, Any] = {name: own for name, own in asdict(effort).items() if name in settings.left_open}
     return dataclasses.replace(settings, **chosen)
 
 

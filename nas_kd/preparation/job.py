@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 from dataclasses import dataclass
@@ -19,18 +18,23 @@ from nas_kd.analysis.stride_reduction import reduce_stride
 from nas_kd.analysis.trace import meta_image, without_storage
 from nas_kd.arguments.distill import DistillSettings
 from nas_kd.arguments.study import SAMPLERS, Settings
-from nas_kd.budget import LATENCY, Budget, parse_budget, parse_levels
-from nas_kd.errors import DeviceError, GenotypeError, ModelError, NasKdError, OutputError
-from nas_kd.genotype import Genotype
+from nas_kd.budget import Budget
+from nas_kd.errors import DeviceError, ModelError, NasKdError, OutputError
 from nas_kd.networks.hub import create_base
 from nas_kd.preparation.effort import Effort, choose_effort, training_images, with_effort
 from nas_kd.preparation.image_form import data_spec, warn_of_other_order
-from nas_kd.preparation.latency import latency_facts, make_meter, measure_latency
+from nas_kd.preparation.latency import latency_facts
+from nas_kd.preparation.opening import as_begun, bounds_of, make_space, read_start, space_of
 from nas_kd.progress import Stages
-from nas_kd.search.options import parse_options
 from nas_kd.search.own_sampler import check_own_sampler
 from nas_kd.search.space import Space
-from nas_kd.search.storage import check_study, close_storage, open_storage, set_aside, sqlite_url
+from nas_kd.search.storage import (
+    check_study,
+    close_storage,
+    open_storage,
+    set_aside,
+    sqlite_url,
+)
 from nas_kd.search.trials import objectives
 from nas_kd.training.augment import derive_seed
 from nas_kd.training.checkpoint import load_checkpoint
@@ -41,7 +45,6 @@ from nas_kd.training.recipe import Recipe
 from nas_kd.training.sources import Source, open_source
 from nas_kd.training.transfer import HeadOrigin
 
-DIGITS_SIZE = 16  # at the base's own stride: measured, docs/decisions.md
 # by default: images that a training sees on a CPU, and the most epochs; a GPU affords ten times as many
 TEACHER, REFINE = (60_000, 20), (60_000, 15)
 _GPU = 10
@@ -103,15 +106,16 @@ def prepare(settings: Settings, storage: BaseStorage | None = None, stages: Stag
     device = choose_device(settings.device)
     out = open_folder(Path(settings.out or Path("results") / settings.name))
     source = open_source(settings.dataset, settings.data_dir, settings.class_map)
-    networks = _networks(settings, settings.num_classes or len(source.class_names))
-    space = _checked_space(settings, networks.base, stages)
-    assert space.budget is not None
-    if networks.other is not None:
-        try_out(networks.other, space.input_size)
-    data = _data(settings, source, space, networks)
     images = training_images(source, settings)
     storage = storage or open_storage(storage_url(settings, out), grace=settings.grace_period)
     try:
+        settings = as_begun(settings, storage)
+        networks = _networks(settings, settings.num_classes or len(source.class_names))
+        space = _checked_space(settings, networks.base, stages)
+        assert space.budget is not None
+        if networks.other is not None:
+            try_out(networks.other, space.input_size)
+        data = _data(settings, source, space, networks)
         if settings.new_study and (kept := set_aside(storage, settings.name)):
             _logger.warning("the study that was %r is now %r", settings.name, kept)
         effort = choose_effort(settings, networks.base, space.analysis, images, storage, gpu=device.type != "cpu")
@@ -190,42 +194,6 @@ def in_chans_of(settings: Settings) -> int:
 def storage_url(settings: Settings, out: Path) -> str:
     """Where the study lives: as given, or a file in the output folder."""
     return settings.storage or sqlite_url(out / "study.db")
-
-
-def make_space(settings: Settings, base: nn.Module, stages: Stages | None = None) -> Space[nn.Module]:
-    """What the base may become within the budget. Raises as `Space` does."""
-    space = Space(
-        base,
-        img_size=settings.img_size or (DIGITS_SIZE if settings.dataset == DIGITS else None),
-        options=parse_options(settings.space, settings.pin, search_stages=settings.search_stages),
-        name=settings.model,
-    )
-    if LATENCY in parse_budget(settings.budget):
-        measure_latency(space, make_meter(settings), stages)
-    space.set_budget(settings.budget)
-    space.set_levels(parse_levels(settings.levels))
-    return space
-
-
-def read_start(path: Path, space: Space[nn.Module]) -> Genotype:
-    """The genotype in a file: in `structure.json` under "genotype", or alone. Warns when it is over the space's budget.
-
-    Raises OutputError when the file cannot be read, GenotypeError when it holds none of this space.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise OutputError(f"cannot read --start-from {path}: {reason}; give a structure.json") from error
-    try:
-        data = json.loads(text)
-        genotype = Genotype.from_json(json.dumps(data.get("genotype", data) if isinstance(data, dict) else data))
-        cost = space.cost(genotype)
-    except (ValueError, GenotypeError) as error:
-        raise GenotypeError(f"--start-from {path} holds no genotype of this space: {error}") from error
-    if space.budget is not None and (words := space.budget.explain(cost)):
-        _logger.warning("the genotype in %s is left out, it is %s", path, words)
-    return genotype
 
 
 def brings_head(pretrained: nn.Module) -> bool:
@@ -313,17 +281,12 @@ def choices_made(settings: Settings, budget: Budget) -> dict[str, Any]:
         "objectives": list(objectives(budget, settings.maximize)),
         **latency_facts(settings, budget),
         **space_of(settings),
+        **bounds_of(settings),
         "augmentation": settings.augment.text,
         "proxy": repr(proxy_recipe_of(settings)),
         "score": f"accuracy after batch norms see {LOOK_CALIBRATION} images",
         "version": __version__,
     }
-
-
-def space_of(settings: Settings) -> dict[str, Any]:
-    """The arguments that say what a base may become."""
-    stages = {"search stages": True} if settings.search_stages else {}
-    return {"space": settings.space, "pin": list(settings.pin), **stages}
 
 
 def recipe_of(settings: Settings, epochs: int) -> Recipe:

@@ -75,7 +75,7 @@ def parse_rank_check(argv: Sequence[str]) -> RankSettings:
             "least twice as many"
         )
     _check_counts(own["genotypes"], own["near"])
-    others = vars(study_parser().parse_args([f"--budget={arguments['budget']}"]))
+    others = vars(study_parser().parse_args([f"--budget={arguments['budget']}", "--no-base-bounds"]))
     command = " ".join(["python -m nas_kd.rank_check", *argv])
     return RankSettings(study=settings_from({**others, **arguments, "command": command}), **own)
 

@@ -17,8 +17,9 @@ from nas_kd.budget import Cost
 from nas_kd.errors import TrainingError
 from nas_kd.genotype import Genotype
 from nas_kd.pipeline.summary import environment_of
-from nas_kd.preparation.job import Job, prepare, recipe_of, space_of
+from nas_kd.preparation.job import Job, prepare, recipe_of
 from nas_kd.preparation.materials import Materials, gather
+from nas_kd.preparation.opening import space_of
 from nas_kd.preparation.records import Record, Records
 from nas_kd.progress import Stages
 from nas_kd.rank_check.arguments import RankSettings

@@ -57,4 +57,4 @@ def trial_hover(trial: TrialRow) -> str:
 
 
 def milliseconds(latency: float | None) -> str:
-    return "" if latency is None else f"{latency:.2f} ms"
+    return "" if latency is None else f"{latency:.3g} ms"

@@ -53,7 +53,7 @@ def write_front_csv(path: Path, models: Sequence[ModelRow]) -> None:
     """Writes every model to `path`, atomically: the front first, then the teacher, then the baselines.
 
     Within a role the model with the most MACs comes first. Accuracies are fractions with four decimals, `latency_ms`
-    has three, costs are exact (`size` and `peak_memory` in bytes), `best_at` lists the levels (shares of the budget)
+    has four too, costs are exact (`size` and `peak_memory` in bytes), `best_at` lists the levels (shares of the budget)
     that a model is the best of, a missing value is an empty cell; `path` is relative to the file's folder.
     Raises OutputError when the file cannot be written.
     """
@@ -107,7 +107,7 @@ def _cells(model: ModelRow) -> tuple[str | int, ...]:
         _decimals(model.val_accuracy, 4),
         _decimals(model.test_accuracy, 4),
         *(model.cost[kind] if kind in KINDS else model.cost[kind] or "" for kind in COUNTED),
-        _decimals(model.latency_ms, 3),
+        _decimals(model.latency_ms, 4),
         " ".join(f"{level:g}" for level in model.best_at),
         model.path or "",
     )

@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path
 
 from nas_kd.budget import KINDS, LATENCY, Budget, amount, short
-from nas_kd.results.figures import COST_NAMES, Panel
+from nas_kd.results.figures import COST_NAMES, Panel, milliseconds
 from nas_kd.results.front import write_atomically
 from nas_kd.results.front_figure import front_panel
 from nas_kd.results.model_figures import blocks_panel, latency_panel
 from nas_kd.results.page import render
-from nas_kd.results.rows import ModelRow, StudySummary, sort_models
+from nas_kd.results.rows import ModelRow, StudySummary, best_of, sort_models
 from nas_kd.results.trial_figures import history_panel, importances_panel, stages_panel
 
 _MISSING = "–"
@@ -48,6 +48,7 @@ def render_report(summary: StudySummary) -> str:
         panels(summary),
         summary=summary,
         headline=headline(summary),
+        beside=beside_uniform(summary.models),
         facts=_facts(summary),
         titles=[title for title, _ in columns],
         groups=groups,
@@ -79,7 +80,8 @@ def headline(summary: StudySummary) -> str:
         return f"No model was found within {_bounds(budget)}."
     text = f"{best.name}{_reaches(best, teacher)}"
     if teacher:
-        text += f" with {_times(best, teacher, 'params')} and {_times(best, teacher, 'macs')} than the teacher"
+        gains = [_times(best, teacher, "params"), _times(best, teacher, "macs"), *_speed(best, teacher)]
+        text += f" with {', '.join(gains[:-1])} and {gains[-1]} than the teacher"
     else:
         text += f" with {short(best.cost.params)} params and {short(best.cost.macs)} MACs"
     # Cannot happen for a model that was exported; a report never claims it without looking.
@@ -90,8 +92,31 @@ def headline(summary: StudySummary) -> str:
     )
 
 
+def beside_uniform(models: Sequence[ModelRow]) -> str:
+    """The best front model that is no slower than one width everywhere, beside that; empty without such a row."""
+    uniform = next((model for model in models if model.role == "uniform" and model.latency_ms), None)
+    if uniform is None or uniform.latency_ms is None:
+        return ""
+    front = [model for model in models if model.role == "front" and model.latency_ms]
+    fast = best_of([model for model in front if (model.latency_ms or 0.0) <= uniform.latency_ms])
+    beside = f"one width everywhere ({_percent(uniform.accuracy)} in {uniform.latency_ms:.3g} ms)"
+    if fast is None:
+        return f"No model of the front is as fast as {beside}."
+    return f"At most as slow as {beside}: {fast.name}, {_percent(fast.accuracy)} in {fast.latency_ms:.3g} ms."
+
+
 def _bounds(budget: Budget) -> str:
-    return " and ".join(f"{amount(kind, bound)} {COST_NAMES[kind]}" for kind, bound in budget.items())
+    asked = {kind: bound for kind, bound in budget.items() if kind not in budget.fixed}
+    words = " and ".join(f"{amount(kind, bound)} {COST_NAMES[kind]}" for kind, bound in asked.items())
+    return f"{words} and no worse than the base in anything" if budget.fixed else words
+
+
+def _speed(best: ModelRow, teacher: ModelRow) -> list[str]:
+    """How many times faster a model is, where both were timed."""
+    if not (best.latency_ms and teacher.latency_ms):
+        return []
+    ratio = teacher.latency_ms / best.latency_ms
+    return [f"{ratio:.1f}× faster" if ratio >= 1 else f"{1 / ratio:.1f}× slower"]
 
 
 def _reaches(best: ModelRow, teacher: ModelRow | None) -> str:
@@ -130,7 +155,8 @@ _COLUMNS: tuple[_Cell, ...] = (
     ("× smaller", lambda model, teacher: _ratio(model, teacher, "params")),
     ("MACs", lambda model, _: short(model.cost.macs)),
     ("× fewer", lambda model, teacher: _ratio(model, teacher, "macs")),
-    ("latency", lambda model, _: _MISSING if model.latency_ms is None else f"{model.latency_ms:.2f} ms"),
+    ("latency", lambda model, _: milliseconds(model.latency_ms) or _MISSING),
+    ("× faster", lambda model, teacher: _faster(model, teacher)),
 )
 
 
@@ -139,7 +165,7 @@ def _columns(summary: StudySummary) -> tuple[_Cell, ...]:
     others = [kind for kind in summary.budget if kind not in (*KINDS, LATENCY)]
     bytes_each = ((kind, partial(_bytes, kind)) for kind in others)
     levels: tuple[_Cell, ...] = (("best within", _levels),) if len(summary.levels) > 1 else ()
-    return (*_COLUMNS[:-1], *bytes_each, _COLUMNS[-1], *levels)
+    return (*_COLUMNS[:-2], *bytes_each, *_COLUMNS[-2:], *levels)
 
 
 def _levels(model: ModelRow, _: ModelRow | None) -> str:
@@ -178,6 +204,12 @@ def _ratio(model: ModelRow, teacher: ModelRow | None, kind: str) -> str:
     if teacher is None or model.cost[kind] == 0:
         return _MISSING
     return f"{teacher.cost[kind] / model.cost[kind]:.1f}"
+
+
+def _faster(model: ModelRow, teacher: ModelRow | None) -> str:
+    if teacher is None or not (teacher.latency_ms and model.latency_ms):
+        return _MISSING
+    return f"{teacher.latency_ms / model.latency_ms:.1f}"
 
 
 def _percent(accuracy: float | None) -> str:

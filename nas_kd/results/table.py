@@ -14,7 +14,7 @@ from nas_kd.budget import KINDS, LATENCY, short
 from nas_kd.results.rows import ModelRow, sort_models
 
 # Plain ASCII: a terminal or a file of another encoding must not lose the end of a long study to a dash.
-_BEFORE, _AFTER = ("model", "val %", "test %", "params", "MACs", "x smaller"), ("latency ms", "path")
+_BEFORE, _AFTER = ("model", "val %", "test %", "params", "MACs", "x smaller"), ("latency ms", "x faster", "path")
 _LEVELS = "best within"
 _LEFT = ("model", "path")
 # A line under the head and between the groups and nothing else. Its eight rows are rich's own order: top, head, line
@@ -28,11 +28,11 @@ _GROUPS = {"teacher": 0, "front": 1}  # all other roles are baselines
 def render_table(models: Sequence[ModelRow], *, folder: Path | None = None, kinds: Sequence[str] = KINDS) -> Table:
     """One line per model: the teacher, then the front, then the baselines, with a line between the groups.
 
-    "x smaller" compares parameters with the teacher's. Of `kinds` of cost those besides params and MACs get a column
-    of their own: what a budget bounds; and so do levels, where models are the best of several. `folder` goes before
-    each model's path, so that the path can be given to `timm.create_model("local-dir:…")` as it stands. No cell is ever
-    cut, wrapped or read as markup: print the table with `console.print(table, crop=False)`, since a console cuts what
-    is wider than itself, also in a file.
+    "x smaller" compares parameters with the teacher's, "x faster" latency. Of `kinds` of cost those besides params and
+    MACs get a column of their own: what a budget bounds; and so do levels, where models are the best of several.
+    `folder` goes before each model's path, so that the path can be given to `timm.create_model("local-dir:…")` as it
+    stands. No cell is ever cut, wrapped or read as markup: print the table with `console.print(table, crop=False)`,
+    since a console cuts what is wider than itself, also in a file.
     """
     ordered = sort_models(list(models))
     teacher = next((model for model in ordered if model.role == "teacher"), None)
@@ -40,7 +40,7 @@ def render_table(models: Sequence[ModelRow], *, folder: Path | None = None, kind
     rows = [_cells(model, teacher, folder, others) for model in ordered]
     table = Table(box=_LINES, show_edge=False, pad_edge=False)
     levels = sorted({level for model in ordered for level in model.best_at})
-    after = (_AFTER[0], _LEVELS, *_AFTER[1:]) if len(levels) > 1 else _AFTER
+    after = (*_AFTER[:-1], _LEVELS, _AFTER[-1]) if len(levels) > 1 else _AFTER
     for title in (*_BEFORE, *others, *after):
         table.add_column(title, justify="left" if title in _LEFT else "right", no_wrap=True)
     for index, (model, row) in enumerate(zip(ordered, rows, strict=True)):
@@ -61,6 +61,8 @@ def _group(model: ModelRow) -> int:
 
 def _cells(model: ModelRow, teacher: ModelRow | None, folder: Path | None, others: Sequence[str]) -> tuple[str, ...]:
     smaller = teacher.cost.params / model.cost.params if teacher and model.cost.params else None
+    times = (teacher.latency_ms if teacher else None, model.latency_ms)
+    faster = times[0] / times[1] if times[0] and times[1] else None
     return (
         model.name if model.role in _GROUPS else f"{model.name} ({model.role})",
         _number(model.val_accuracy, 100, 1),
@@ -69,7 +71,8 @@ def _cells(model: ModelRow, teacher: ModelRow | None, folder: Path | None, other
         short(model.cost.macs),
         _number(smaller, 1, 1),
         *(short(model.cost[kind]) if model.cost[kind] else _MISSING for kind in others),
-        _number(model.latency_ms, 1, 2),
+        _MISSING if model.latency_ms is None else f"{model.latency_ms:.3g}",
+        _number(faster, 1, 1),
         _path(model, folder),
     )
 

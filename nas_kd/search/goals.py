@@ -7,12 +7,14 @@ bound.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+_ASKED = 0.5  # share of bounds that ask for less than the base has, of one kind that nobody asked for
 _ROOTS = 40  # steps to the root of x^(D + 1) = x + 1, far below the rounding
 
 
@@ -66,25 +68,44 @@ def spread(count: int, dimensions: int, shift: Array) -> Array:
     return points
 
 
+def most_useful(goals: Goals, scores: Array, costs: Array, first: Sequence[int] = ()) -> Iterator[tuple[int, float]]:
+    """All of N genotypes: the `first`, then one by one the one that adds the most to the goals, with what it adds."""
+    left = np.ones(len(scores), dtype=bool)
+    forced = list(first)
+    while left.any():
+        gains = np.where(left, goals.gains(scores, costs), -np.inf)
+        best = forced.pop(0) if forced else int(gains.argmax())
+        goals = goals.with_points(scores[[best]], costs[[best]])
+        left[best] = False
+        yield best, float(gains[best])
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Box:
     """D kinds of cost, each from the `least` that can be reached to the `most` that is allowed, at `levels` of which
-    (the last is 1) something is wanted."""
+    (the last is 1) something is wanted. Of kinds that are `fixed`, bounded by what the base has, it is factors that
+    count, and levels do not."""
 
     kinds: tuple[str, ...]
     least: Array
     most: Array
     levels: tuple[float, ...] = (1.0,)
+    fixed: tuple[str, ...] = ()
 
     def bounds(self, count: int, shift: Array | None = None) -> Array:
         """`count` bounds (count × D): on each cost evenly over each stretch between two levels, and over all of them
-        alike."""
+        alike; where it is fixed the whole of it, or for `_ASKED` of them less, evenly over the logarithm."""
         dimensions, stretches = len(self.most), len(self.levels)
-        shares = stretches * spread(count, dimensions, np.full(dimensions, 0.5) if shift is None else shift)
-        edges = np.stack(
-            [np.maximum(np.minimum(self.least, self.most), level * self.most) for level in (0, *self.levels)]
-        )
-        stretch = np.minimum(shares.astype(int), stretches - 1)
+        shares = spread(count, dimensions, np.full(dimensions, 0.5) if shift is None else shift)
+        least = np.minimum(self.least, self.most)
+        edges = np.stack([np.maximum(least, level * self.most) for level in (0, *self.levels)])
+        stretch = np.minimum((stretches * shares).astype(int), stretches - 1)
         low, high = (np.take_along_axis(edges, stretch + step, axis=0) for step in (0, 1))
-        between: Array = low + (shares - stretch) * (high - low)
-        return between
+        between: Array = low + (stretches * shares - stretch) * (high - low)
+        low, high = np.maximum(least, 1.0), np.maximum(self.most, 1.0)
+        factors = low * (high / low) ** np.minimum(1, shares / _ASKED)
+        return np.where([kind in self.fixed for kind in self.kinds], factors, between)
+
+    def level(self, share: float) -> Array:
+        """The bounds (D) of one level."""
+        return np.where([kind in self.fixed for kind in self.kinds], self.most, share * self.most)

@@ -13,6 +13,8 @@ from nas_kd.genotype import Choice, is_conv_kind
 
 DEFAULT = ("width", "kernel", "conv")  # what is open when nothing is said
 DIMENSIONS = (*DEFAULT, "keep")
+FAST = "fast"  # conv=fast: the kinds that save time wherever they save anything, docs/decisions.md
+_FAST_KINDS = ("standard", "depthwise", "blueprint")
 _YES_NO = {"yes": True, "no": False}
 _FIELDS: Mapping[str, Callable[[Choice], object]] = {
     "width": lambda choice: choice.width,
@@ -52,7 +54,8 @@ class Options:
 def parse_options(space: str = ",".join(DEFAULT), pins: Sequence[str] = (), *, search_stages: bool = False) -> Options:
     """Reads `width,conv=standard/depthwise` and pins such as `layer1.*:conv=standard` or `conv1:width=0.5/1`.
 
-    `keep` lets blocks around an identity shortcut be dropped; `search_stages` gives each residual stream a width.
+    `conv=fast` limits kinds to those that save time, where a block offers any of them; `keep` lets blocks around an
+    identity shortcut be dropped; `search_stages` gives each residual stream a width.
 
     Raises GenotypeError and says how to write it.
     """
@@ -73,6 +76,8 @@ def _dimension(name: str) -> str:
 
 
 def _values(dimension: str, text: str) -> tuple[object, ...]:
+    if dimension == "conv" and text.strip() == FAST:
+        return _FAST_KINDS
     return tuple(_value(dimension, word.strip()) for word in text.split("/"))
 
 
@@ -89,7 +94,7 @@ def _value(dimension: str, word: str) -> object:
     except ValueError as error:
         raise GenotypeError(f"cannot read the {dimension} {word!r}: write a number, as in {dimension}=…/…") from error
     if not is_conv_kind(word):
-        raise GenotypeError(f"unknown conv {word!r}: use standard, depthwise, blueprint, shift or group4")
+        raise GenotypeError(f"unknown conv {word!r}: use standard, depthwise, blueprint, shift, group4, or fast alone")
     return word
 
 
@@ -119,6 +124,8 @@ def restrict(analysis: Analysis, options: Options) -> Analysis:
 
 def _check_offered(analysis: Analysis, name: str, values: Sequence[object]) -> None:
     """Raises GenotypeError for a listed value that no block offers: it would be passed over in silence."""
+    if values == _FAST_KINDS:  # whatever of them a block offers
+        return
     offered = dict.fromkeys(_FIELDS[name](choice) for block in analysis.blocks for choice in block.choices)
     for value in values:
         if value not in offered:

@@ -93,11 +93,11 @@ class Proposer:
         # what has no bound is of interest up to the dearest so far
         dearest = self.costs.max(axis=0) if len(self.rows) else self._base()
         most = np.array([budget.get(kind, own) for kind, own in zip(self.kinds, dearest, strict=True)])
+        box = Box(kinds=self.kinds, least=least, most=most, levels=levels, fixed=budget.fixed)
         if self.wanted.kinds and self.generator.random() >= _WHOLE:
-            box = Box(kinds=self.kinds, least=least, most=most, levels=levels)
             return box.bounds(_BOUNDS, self.generator.random(len(most)))
-        reachable = [level for level in levels if (level * most >= least).all()] or [1.0]
-        return most[None] * reachable[int(self.generator.integers(len(reachable)))]
+        reachable = [level for level in levels if (box.level(level) >= least).all()] or [1.0]
+        return box.level(reachable[int(self.generator.integers(len(reachable)))])[None]
 
     def _goals(self, belief: Belief) -> Goals:
         """What is reached within the bounds: at the least what the cheapest genotypes are believed to score. Genotypes

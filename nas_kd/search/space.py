@@ -13,7 +13,7 @@ import optuna
 from numpy.typing import NDArray
 from torch import nn
 
-from nas_kd.analysis.structure import Block
+from nas_kd.analysis.structure import Analysis, Block
 from nas_kd.budget import LATENCY, Budget, Cost, amount, kinds_of, parse_budget
 from nas_kd.costs.cost_table import cost_table
 from nas_kd.costs.latency_table import LatencyTable, Meter
@@ -25,6 +25,7 @@ from nas_kd.library.library import Library
 from nas_kd.networks.hub import input_channels
 from nas_kd.networks.plain import plain, tell_of_hooks, unwrapped
 from nas_kd.networks.rebuilt import check_exportable
+from nas_kd.search.further import reachable_by_opening
 from nas_kd.search.options import Options, parse_options, restrict
 from nas_kd.search.solver import solve
 from nas_kd.search.starts import calibration, feasible_starts, mixed_starts, prior_damages
@@ -81,8 +82,9 @@ class Space(Generic[Network]):
         tell_of_hooks(unwrapped(base))
         check_exportable(self.base)
         self.input_size = input_size_of(self.base, img_size)
-        options = options or parse_options()
-        self.analysis = restrict(analyse(self.base, self.input_size, name=name, open=options.aspects), options)
+        self.options = options or parse_options()
+        analysis = analyse(self.base, self.input_size, name=name, open=self.options.aspects)
+        self.analysis = restrict(analysis, self.options)
         self.table = cost_table(self.analysis, self.base)
         self.budget: Budget | None = None
         self.levels: tuple[float, ...] = (1.0,)
@@ -173,10 +175,18 @@ class Space(Generic[Network]):
         if impossible or not self._admits_any(budget):
             reachable = ", ".join(f"{kind}={amount(kind, cost)}" for kind, cost in smallest.items())
             together = "" if impossible else " (each alone; no student meets all bounds together)"
+            more = reachable_by_opening(
+                self.base, self.analysis, self.options, impossible or list(budget), self._fastest
+            )
             raise BudgetError(
                 f"no student of {self.analysis.name} is within {budget}: the smallest reachable is {reachable}"
-                f"{together}; raise the budget or open more choices (--space)"
+                f"{together}; raise the budget{' or open more choices: ' if more else ''}{more}"
             )
+
+    def _fastest(self, analysis: Analysis, genotype: Genotype) -> int:
+        """The latency of a student of the base with other choices open."""
+        assert self.latency is not None
+        return LatencyTable(self.base, analysis, self.input_size, self.latency.meter).whole(genotype)
 
     def _smallest(self, kind: str) -> int:
         """The smallest reachable cost; of latencies the smallest that a whole student was measured to have."""

@@ -14,7 +14,7 @@ from nas_kd.budget import KINDS, LATENCY, Budget, Cost, kinds_of
 from nas_kd.costs.cost_table import CostTable
 from nas_kd.genotype import CONV_KINDS, Choice, Genotype, group_count
 from nas_kd.search.additive import total
-from nas_kd.search.goals import Box, Goals
+from nas_kd.search.goals import Box, Goals, most_useful
 from nas_kd.search.solver import solve
 
 Damages = Sequence[NDArray[np.float64]]  # per block over its choices
@@ -108,6 +108,7 @@ def knapsack_starts(
         # what has no bound shall not cost more than with the whole budget
         most=np.array([budget.get(kind, float(corner[kind])) for kind in kinds]),
         levels=tuple(levels),
+        fixed=budget.fixed,
     )
     apart = [Budget(tuple(zip(kinds, bounds, strict=True))) for bounds in box.bounds(_PER_START * count).tolist()]
     pool = dict.fromkeys((*at_levels, *_solutions(table, apart, damages)))
@@ -126,14 +127,7 @@ def _most_useful(table: CostTable, pool: Sequence[Genotype], damages: Damages, b
     scores = -total(damages, rows)
     costs = table.priced(rows, box.kinds)
     goals = Goals(bounds=box.bounds(_BOUNDS), best=np.full(_BOUNDS, scores.min() - _BELOW * np.ptp(scores)))
-    chosen: list[int] = []
-    while len(chosen) < len(pool):
-        gains = goals.gains(scores, costs)
-        gains[chosen] = -np.inf
-        best = len(chosen) if len(chosen) < first else int(gains.argmax())
-        goals = goals.with_points(scores[[best]], costs[[best]])
-        chosen.append(best)
-    return [pool[index] for index in chosen]
+    return [pool[index] for index, _ in most_useful(goals, scores, costs, range(first))]
 
 
 def solve_in_time(table: CostTable, level: Budget, damages: Damages) -> Genotype | None:

@@ -217,6 +217,15 @@ def check_study(storage: BaseStorage, name: str, config: Mapping[str, Any]) -> N
                 _check_config(name, {key: begun.get(key) for key in config}, _plain(config))
 
 
+def begun_study(storage: BaseStorage, name: str) -> dict[str, Any] | None:
+    """The user attributes of the study of this name; None where there is none, or none that was begun."""
+    with storage_errors(f"use the study {name!r} in its storage"):
+        if name not in optuna.get_all_study_names(storage):
+            return None
+        attributes = optuna.load_study(study_name=name, storage=storage).user_attrs
+    return attributes if CONFIG in attributes else None
+
+
 def _begun_with(study: optuna.Study) -> dict[str, Any] | None:
     begun: dict[str, Any] | None = study.user_attrs.get(CONFIG)
     if begun is None and (study.user_attrs or study.get_trials(deepcopy=False)):

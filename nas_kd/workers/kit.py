@@ -23,8 +23,9 @@ from nas_kd.errors import ArtifactError, CheckpointError, StudyError
 from nas_kd.library.entries import EntryFile
 from nas_kd.library.library import Library, entry_file, made_choices
 from nas_kd.preparation.augmenting import fresh_images
-from nas_kd.preparation.job import Job, choices_made, in_chans_of, make_base, make_space, proxy_recipe_of
+from nas_kd.preparation.job import Job, choices_made, in_chans_of, make_base, proxy_recipe_of
 from nas_kd.preparation.materials import Materials
+from nas_kd.preparation.opening import make_space
 from nas_kd.search.artifacts import Store, open_store, pack, unpack
 from nas_kd.search.space import Space
 from nas_kd.search.storage import CONFIG, storage_errors

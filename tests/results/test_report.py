@@ -118,13 +118,25 @@ def test_every_model_and_fact_is_named(page: Page, summary: StudySummary) -> Non
 
 def test_the_result_in_one_sentence(summary: StudySummary) -> None:
     assert headline(summary) == (
-        "resnet18-0.98M-97.8 reaches 97.5% test accuracy (teacher 98.3%) with 11.4× fewer params and 4.1× fewer MACs"
-        " than the teacher, within 1M params and 44.65M MACs."
+        "resnet18-0.98M-97.8 reaches 97.5% test accuracy (teacher 98.3%) with 11.4× fewer params, 4.1× fewer MACs and"
+        " 2.8× faster than the teacher, within 1M params and 44.65M MACs."
     )
     assert headline(replace(summary, models=summary.models[:1])).startswith("No model was found within 1M params")
     assert "2.5% test accuracy" not in headline(without(summary, "test_accuracy"))
     assert "97.8% validation accuracy (teacher 98.6%)" in headline(without(summary, "test_accuracy"))
     assert "982.1K params and 36.34M MACs, within" in headline(replace(summary, models=summary.models[1:]))
+
+
+def test_the_front_is_compared_at_the_speed_of_one_width_everywhere(summary: StudySummary) -> None:
+    front = next(model for model in summary.models if model.role == "front")
+    uniform = replace(front, name="narrow", role="uniform", latency_ms=2.0, val_accuracy=0.9, test_accuracy=0.91)
+    fast, slow = (replace(front, name=f"at {ms} ms", latency_ms=ms) for ms in (1.0, 3.0))
+    assert beside_uniform((fast, slow, uniform)) == (
+        f"At most as slow as one width everywhere (91.0% in 2 ms): at 1.0 ms, {front.test_accuracy:.1%} in 1 ms."
+    )
+    assert beside_uniform((slow, uniform)).startswith("No model of the front is as fast as one width everywhere")
+    assert beside_uniform((fast, slow)) == ""
+    assert "at 1.0 ms, " in render_report(replace(summary, models=(fast, slow, uniform)))
 
 
 def test_a_model_over_the_budget_is_never_called_within(summary: StudySummary) -> None:

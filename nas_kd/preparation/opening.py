@@ -1,0 +1,103 @@
+"""The space of a study: what its base may become, within bounds that it is asked for or that the base has."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from optuna.storages import BaseStorage
+from torch import nn
+
+from nas_kd.arguments.study import Settings
+from nas_kd.budget import KINDS, LATENCY, parse_budget, parse_levels
+from nas_kd.errors import GenotypeError, ModelError, OutputError
+from nas_kd.genotype import Genotype
+from nas_kd.preparation.latency import make_meter, measure_latency
+from nas_kd.progress import Stages
+from nas_kd.search.options import parse_options
+from nas_kd.search.space import Space
+from nas_kd.search.storage import CONFIG, begun_study
+from nas_kd.training.data import DIGITS
+
+DIGITS_SIZE = 16  # at the base's own stride: measured, docs/decisions.md
+BASE_BOUNDS = (*KINDS, "peak_memory", LATENCY)  # that a student is not to have more of than its base, by default
+_STAGES, _BASE_BOUNDS = "search stages", "base bounds"  # as a study notes them
+_logger = logging.getLogger(__name__)
+
+
+def make_space(settings: Settings, base: nn.Module, stages: Stages | None = None) -> Space[nn.Module]:
+    """What the base may become within the budget. Raises as `Space` does."""
+    space = Space(
+        base,
+        img_size=settings.img_size or (DIGITS_SIZE if settings.dataset == DIGITS else None),
+        options=parse_options(settings.space, settings.pin, search_stages=settings.search_stages),
+        name=settings.model,
+    )
+    _set_bounds(space, settings, stages)
+    space.set_levels(parse_levels(settings.levels))
+    return space
+
+
+def _set_bounds(space: Space[nn.Module], settings: Settings, stages: Stages | None) -> None:
+    """Bounds a space as it is asked, and what that leaves out by the base's own; latencies are measured for it."""
+    given = parse_budget(settings.budget)
+    own = [kind for kind in BASE_BOUNDS if settings.base_bounds and kind not in given]
+    if LATENCY in (*given, *own):
+        try:
+            measure_latency(space, make_meter(settings), stages)
+        except ModelError as error:
+            if LATENCY in given:
+                raise
+            own.remove(LATENCY)
+            _logger.warning("latency is not bounded by the base's: %s", error)
+    base = space.base_cost()
+    space.set_budget(parse_budget(settings.budget, base).no_worse_than(base, own))
+
+
+def as_begun(settings: Settings, storage: BaseStorage) -> Settings:
+    """The settings with what they leave open of the space as the study of this name began, if there is one."""
+    begun = None if settings.new_study else begun_study(storage, settings.name)
+    if begun is None:
+        return settings
+    config = begun[CONFIG]
+    noted = {
+        "space": config["space"],
+        "search_stages": config.get(_STAGES, False),
+        "base_bounds": config.get(_BASE_BOUNDS, False),
+    }
+    return dataclasses.replace(settings, **{name: own for name, own in noted.items() if name in settings.left_open})
+
+
+def read_start(path: Path, space: Space[nn.Module]) -> Genotype:
+    """The genotype in a file: in `structure.json` under "genotype", or alone. Warns when it is over the space's budget.
+
+    Raises OutputError when the file cannot be read, GenotypeError when it holds none of this space.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"cannot read --start-from {path}: {reason}; give a structure.json") from error
+    try:
+        data = json.loads(text)
+        genotype = Genotype.from_json(json.dumps(data.get("genotype", data) if isinstance(data, dict) else data))
+        cost = space.cost(genotype)
+    except (ValueError, GenotypeError) as error:
+        raise GenotypeError(f"--start-from {path} holds no genotype of this space: {error}") from error
+    if space.budget is not None and (words := space.budget.explain(cost)):
+        _logger.warning("the genotype in %s is left out, it is %s", path, words)
+    return genotype
+
+
+def space_of(settings: Settings) -> dict[str, Any]:
+    """The arguments that say what a base may become."""
+    stages = {_STAGES: True} if settings.search_stages else {}
+    return {"space": settings.space, "pin": list(settings.pin), **stages}
+
+
+def bounds_of(settings: Settings) -> dict[str, Any]:
+    """Whether students are bounded by what the base has, as a study notes it."""
+    return {_BASE_BOUNDS: True} if settings.base_bounds else {}

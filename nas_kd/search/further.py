@@ -1,0 +1,61 @@
+"""What a budget that no student meets could be met by: the smallest costs with choices that are not open yet."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from torch import nn
+
+from nas_kd.analysis.structure import Analysis
+from nas_kd.budget import LATENCY, amount
+from nas_kd.costs.cost_table import cost_table
+from nas_kd.costs.verification import analyse
+from nas_kd.errors import ModelError
+from nas_kd.genotype import Genotype
+from nas_kd.search.options import Options, restrict
+
+Fastest = Callable[[Analysis, Genotype], int]  # nanoseconds of a whole student
+
+
+def further_options(options: Options) -> Iterator[tuple[str, Options]]:
+    """What could be opened beside `options`, in words, each alone and then all of it."""
+    opened = dict(options.open)
+    more: dict[str, Options] = {}
+    for name in ("width", "conv", "keep"):
+        if opened.get(name, (None,)):  # closed, or limited to some values
+            more[f"{name} in --space"] = dataclasses.replace(options, open={**opened, name: ()})
+    if not options.search_stages:
+        more["--search-stages"] = dataclasses.replace(options, search_stages=True)
+    yield from more.items()
+    if len(more) > 1:
+        everything = {**opened, "width": (), "conv": (), "keep": ()}
+        yield "all of these", Options(everything, options.pins, search_stages=True)
+
+
+def reachable_by_opening(
+    base: nn.Module, analysis: Analysis, options: Options, kinds: Sequence[str], fastest: Fastest
+) -> str:
+    """In words, the smallest costs of `kinds` that further choices would reach; empty where none would be smaller.
+
+    `fastest` measures the latency of the student of such an analysis that has the fewest MACs."""
+    now = _smallest(base, analysis, kinds, fastest)
+    parts = []
+    for words, further in further_options(options):
+        try:
+            wider = analyse(base, analysis.input_size, name=analysis.name, open=further.aspects)
+            smallest = _smallest(base, restrict(wider, further), kinds, fastest)
+        except ModelError:  # what cannot be opened reaches nothing
+            continue
+        if any(smallest[kind] < now[kind] for kind in kinds):
+            parts.append(f"with {words} {', '.join(f'{kind}={amount(kind, smallest[kind])}' for kind in kinds)}")
+    return "; ".join(parts)
+
+
+def _smallest(base: nn.Module, analysis: Analysis, kinds: Sequence[str], fastest: Fastest) -> Mapping[str, int]:
+    table = cost_table(analysis, base)
+    cheapest = {kind: table.cheapest("macs" if kind == LATENCY else kind) for kind in kinds}
+    return {
+        kind: fastest(analysis, genotype) if kind == LATENCY else table.cost(genotype)[kind]
+        for kind, genotype in cheapest.items()
+    }
