@@ -46,7 +46,8 @@ from rich.console import Console
 
 from nas_kd.arguments.study import parse_study
 from nas_kd.distill import main as distill
-from nas_kd.pipeline.models import Wanted, make_models
+from nas_kd.pipeline.baselines import Wanted
+from nas_kd.pipeline.models import make_models
 from nas_kd.preparation.job import prepare
 from nas_kd.preparation.materials import gather
 from nas_kd.preparation.records import Records

@@ -23,7 +23,7 @@ from nas_kd.budget import Cost
 from nas_kd.costs.verification import measure
 from nas_kd.library.building import LibrarySpec, build_library
 from nas_kd.library.library import Library
-from nas_kd.pipeline.models import choose_front
+from nas_kd.pipeline.choosing import choose_front
 from nas_kd.pipeline.search import search
 from nas_kd.preparation.job import prepare
 from nas_kd.preparation.materials import gather

@@ -22,7 +22,8 @@ from nas_kd.learnt_widths.arguments import StructureSettings
 from nas_kd.learnt_widths.channel_cost import segments_of
 from nas_kd.learnt_widths.learning import Goal, LearntWidths, WidthLearner, learn_widths
 from nas_kd.learnt_widths.scale_factors import FILTERS, ScaleFactors
-from nas_kd.pipeline.models import Start, Wanted, make_models, plain_baselines
+from nas_kd.pipeline.baselines import Start, Wanted, plain_baselines
+from nas_kd.pipeline.models import make_models
 from nas_kd.preparation.augmenting import images_key
 from nas_kd.preparation.job import Job, prepare, recipe_of, refine_epochs
 from nas_kd.preparation.materials import Materials, gather_whole

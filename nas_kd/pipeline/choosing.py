@@ -44,7 +44,8 @@ def choose_front(
         levels=tuple(levels) or (1.0,),
         fixed=budget.fixed if budget else (),
     )
-    goals = Goals(bounds=box.bounds(_BOUNDS), best=np.full(_BOUNDS, scores.min() - _BELOW * max(np.ptp(scores), 1e-3)))
+    bounds = np.concatenate([box.bounds(_BOUNDS), box.most[None]])
+    goals = Goals(bounds=bounds, best=np.full(len(bounds), scores.min() - _BELOW * max(np.ptp(scores), 1e-3)))
     ordered = list(most_useful(goals, scores, costs, first))[: max(count, len(first))]
     chosen = [
         number

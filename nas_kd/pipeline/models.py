@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from nas_kd.arguments.study import Settings
-from nas_kd.budget import COUNTED, LATENCY, Budget, Cost, amount
-from nas_kd.costs.latency_table import LatencyTable, Meter
+from nas_kd.budget import COUNTED, LATENCY, Cost, amount
 from nas_kd.errors import ModelError
 from nas_kd.genotype import Genotype
 from nas_kd.networks.onnx import is_installed
+from nas_kd.pipeline.baselines import Wanted, baselines, whole_models
 from nas_kd.pipeline.choosing import choose_front
 from nas_kd.preparation.augmenting import fresh_images, images_key
 from nas_kd.preparation.job import TEACHER_LR, Job, make_base, recipe_of, refine_epochs
@@ -27,36 +27,13 @@ from nas_kd.progress import Advance, Stages
 from nas_kd.results.export import Card, export
 from nas_kd.results.refine import Candidate, Refined, Refinement, refine
 from nas_kd.results.rows import ModelRow, Role
-from nas_kd.search.options import parse_options
 from nas_kd.search.space import Space
-from nas_kd.search.starts import random_genotype, uniform_width_student, uniform_width_students
 from nas_kd.students.building import build_student
 from nas_kd.training.augment import derive_seed
 from nas_kd.training.loop import CALIBRATION, evaluate, recalibrate
 from nas_kd.training.recipe import Recipe
 
 _logger = logging.getLogger(__name__)
-_ATTEMPTS = 5  # to draw a random student that is as fast as its blocks promise
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Start:
-    """Weights that a model begins with: how to build the student with them, and a digest that names them."""
-
-    build: Callable[[], nn.Module]
-    digest: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Wanted:
-    """A model to be made: what for, which genotype, and the space that the genotype is of; how many epochs it trains,
-    and what it begins with where that is not what the space gives."""
-
-    role: Role
-    genotype: Genotype
-    space: Space[nn.Module]
-    epochs: int
-    start: Start | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -77,7 +54,7 @@ def take_home(job: Job, study: optuna.Study, materials: Materials, stages: Stage
     epochs = refine_epochs(job, materials.splits.train)
     chosen = choose_front(study, job.settings.front, job.budget, job.space.levels)
     plan = [Wanted(role="front", genotype=genotype, space=job.space, epochs=epochs) for genotype in chosen]
-    return make_models(job, [*plan, *_baselines(job, chosen[0], epochs)], materials, stages)
+    return make_models(job, [*plan, *baselines(job, chosen[0], epochs)], materials, stages)
 
 
 def make_models(job: Job, plan: Sequence[Wanted], materials: Materials, stages: Stages) -> list[ModelRow]:
@@ -115,59 +92,6 @@ def _latencies(job: Job, plan: Sequence[Wanted], advance: Advance) -> list[int]:
         wholes.append(tables[id(wanted.space)].whole(wanted.genotype))
         advance(wanted.role)
     return wholes
-
-
-def whole_models(space: Space[nn.Module], meter: Meter) -> LatencyTable:
-    """What measures whole students of a space: its own, or one that knows of no blocks."""
-    return space.latency or LatencyTable(space.base, space.analysis, space.input_size, meter)
-
-
-def _baselines(job: Job, best: Genotype, epochs: int) -> list[Wanted]:
-    """What the front must beat: its own best one without a teacher, one width everywhere, a random genotype."""
-    baselines = plain_baselines(job, best, epochs)
-    drawn = _random(job)
-    if drawn is not None:
-        baselines.append(Wanted(role="random", genotype=drawn, space=job.space, epochs=epochs))
-    return baselines
-
-
-def plain_baselines(job: Job, best: Genotype, epochs: int) -> list[Wanted]:
-    """What any way to choose `best` must beat: the same without a teacher, and one width everywhere."""
-    baselines = [Wanted(role="no teacher", genotype=best, space=job.space, epochs=epochs)]
-    whole = _whole_space(job)
-    uniform = None if whole is None else _uniform(job, whole)
-    if whole is not None and uniform is not None:
-        baselines.append(Wanted(role="uniform", genotype=uniform, space=whole, epochs=epochs))
-    return baselines
-
-
-def _uniform(job: Job, whole: Space[nn.Module]) -> Genotype | None:
-    """The widest uniform student within the budget, its latency measured where that is bounded."""
-    if job.space.latency is None or LATENCY not in job.budget:
-        return uniform_width_student(whole.table, job.budget)
-    others = Budget(tuple((kind, bound) for kind, bound in job.budget.items() if kind != LATENCY))
-    table, bound = whole_models(whole, job.space.latency.meter), job.budget[LATENCY]
-    return next((g for g in uniform_width_students(whole.table, others) if table.whole(g) <= bound), None)
-
-
-def _random(job: Job) -> Genotype | None:
-    """The first random student within the budget, its latency measured where that is bounded."""
-    for attempt in range(_ATTEMPTS):
-        seed = derive_seed(job.settings.seed, "random genotype", *([attempt] if attempt else []))
-        drawn = random_genotype(job.space.table, job.budget, seed)
-        if drawn is None or job.budget.admits(job.space.confirmed_cost(drawn)):
-            return drawn
-    return None
-
-
-def _whole_space(job: Job) -> Space[nn.Module] | None:
-    """The base with every width open, residual streams too: what a person narrows without a search."""
-    options = parse_options("width", search_stages=True)
-    try:
-        return Space(job.space.base, img_size=job.space.input_size[1], options=options, name=job.settings.model)
-    except ModelError as error:
-        _logger.warning("no uniform student to compare with: %s", error)
-        return None
 
 
 def _refine(job: Job, wanted: Wanted, materials: Materials, advance: Advance) -> Refined:

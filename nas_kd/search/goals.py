@@ -70,14 +70,13 @@ def spread(count: int, dimensions: int, shift: Array) -> Array:
 
 def most_useful(goals: Goals, scores: Array, costs: Array, first: Sequence[int] = ()) -> Iterator[tuple[int, float]]:
     """All of N genotypes: the `first`, then one by one the one that adds the most to the goals, with what it adds."""
-    left = np.ones(len(scores), dtype=bool)
-    forced = list(first)
-    while left.any():
-        gains = np.where(left, goals.gains(scores, costs), -np.inf)
-        best = forced.pop(0) if forced else int(gains.argmax())
+    left, forced = list(range(len(scores))), list(first)
+    while left:
+        gains = goals.gains(scores[left], costs[left])
+        place = left.index(forced.pop(0)) if forced else int(gains.argmax())
+        best = left.pop(place)
         goals = goals.with_points(scores[[best]], costs[[best]])
-        left[best] = False
-        yield best, float(gains[best])
+        yield best, float(gains[place])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

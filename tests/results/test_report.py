@@ -15,7 +15,7 @@ from nas_kd.budget import parse_budget
 from nas_kd.errors import OutputError
 from nas_kd.genotype import Choice, Genotype
 from nas_kd.results.figures import duration
-from nas_kd.results.report import headline, panels, render_report, write_report
+from nas_kd.results.report import beside_uniform, headline, panels, render_report, write_report
 from nas_kd.results.rows import ModelRow, StudySummary
 
 SECTIONS = (

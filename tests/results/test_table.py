@@ -31,15 +31,25 @@ def test_teacher_then_front_then_baselines_with_lines_between(summary: StudySumm
 
 def test_numbers_are_written_for_people(summary: StudySummary) -> None:
     cells = printed(summary.models)[4].split()
-    assert cells == ["resnet18-0.98M-97.8", "97.8", "97.5", "982.1K", "36.34M", "11.4", "2.00", "resnet18-0.98M-97.8"]
+    assert cells == [
+        "resnet18-0.98M-97.8",
+        "97.8",
+        "97.5",
+        "982.1K",
+        "36.34M",
+        "11.4",
+        "2",
+        "2.8",
+        "resnet18-0.98M-97.8",
+    ]
 
 
 def test_bytes_are_shown_where_the_budget_bounds_them(summary: StudySummary) -> None:
     file = io.StringIO()
     Console(file=file).print(render_table(summary.models[:2], kinds=("params", "macs", "peak_memory")), crop=False)
     head, _, teacher, _, first = file.getvalue().splitlines()
-    assert head.split()[-4:] == ["peak_memory", "latency", "ms", "path"]
-    assert (teacher.split()[-3], first.split()[-3]) == ("163.8K", "65.54K")
+    assert head.split()[-6:] == ["peak_memory", "latency", "ms", "x", "faster", "path"]
+    assert (teacher.split()[-4], first.split()[-4]) == ("163.8K", "65.54K")
 
 
 @pytest.mark.parametrize("width", [20, 80, 300])
@@ -62,7 +72,7 @@ def test_columns_are_aligned(summary: StudySummary) -> None:
 
 def test_missing_values_and_no_teacher(summary: StudySummary) -> None:
     bare = replace(summary.models[1], val_accuracy=None, test_accuracy=None, latency_ms=None, path=None)
-    assert printed([bare])[-1].split() == ["resnet18-0.98M-97.8", "-", "-", "982.1K", "36.34M", "-", "-", "-"]
+    assert printed([bare])[-1].split() == ["resnet18-0.98M-97.8", "-", "-", "982.1K", "36.34M", "-", "-", "-", "-"]
 
 
 def test_an_ascii_terminal_shows_it(summary: StudySummary) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from nas_kd.budget import Budget, Cost
 from nas_kd.errors import BudgetError
-from nas_kd.pipeline.models import choose_front
+from nas_kd.pipeline.choosing import choose_front
 from nas_kd.search.budgets import count_trained, note_budget
 from nas_kd.search.sampler import KnapsackSampler
 from nas_kd.search.space import Space

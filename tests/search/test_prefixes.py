@@ -14,7 +14,7 @@ from torch import nn
 
 from nas_kd.budget import KINDS, kinds_of
 from nas_kd.genotype import Genotype
-from nas_kd.pipeline.models import choose_front
+from nas_kd.pipeline.choosing import choose_front
 from nas_kd.pipeline.showcase import _trials
 from nas_kd.pipeline.summary import _trial_row
 from nas_kd.progress import Stages, console_for

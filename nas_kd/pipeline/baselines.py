@@ -1,0 +1,96 @@
+"""What is to be made a model of the results, and the baselines that a front must beat."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from nas_kd.budget import LATENCY, Budget
+from nas_kd.costs.latency_table import LatencyTable, Meter
+from nas_kd.errors import ModelError
+from nas_kd.genotype import Genotype
+from nas_kd.preparation.job import Job
+from nas_kd.results.rows import Role
+from nas_kd.search.options import parse_options
+from nas_kd.search.space import Space
+from nas_kd.search.starts import random_genotype, uniform_width_student, uniform_width_students
+from nas_kd.training.augment import derive_seed
+
+_ATTEMPTS = 5  # to draw a random student that is as fast as its blocks promise
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Start:
+    """Weights that a model begins with: how to build the student with them, and a digest that names them."""
+
+    build: Callable[[], nn.Module]
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Wanted:
+    """A model to be made: what for, which genotype, and the space that the genotype is of; how many epochs it trains,
+    and what it begins with where that is not what the space gives."""
+
+    role: Role
+    genotype: Genotype
+    space: Space[nn.Module]
+    epochs: int
+    start: Start | None = None
+
+
+def whole_models(space: Space[nn.Module], meter: Meter) -> LatencyTable:
+    """What measures whole students of a space: its own, or one that knows of no blocks."""
+    return space.latency or LatencyTable(space.base, space.analysis, space.input_size, meter)
+
+
+def baselines(job: Job, best: Genotype, epochs: int) -> list[Wanted]:
+    """What the front must beat: its own best one without a teacher, one width everywhere, a random genotype."""
+    wanted = plain_baselines(job, best, epochs)
+    drawn = _random(job)
+    if drawn is not None:
+        wanted.append(Wanted(role="random", genotype=drawn, space=job.space, epochs=epochs))
+    return wanted
+
+
+def plain_baselines(job: Job, best: Genotype, epochs: int) -> list[Wanted]:
+    """What any way to choose `best` must beat: the same without a teacher, and one width everywhere."""
+    baselines = [Wanted(role="no teacher", genotype=best, space=job.space, epochs=epochs)]
+    whole = _whole_space(job)
+    uniform = None if whole is None else _uniform(job, whole)
+    if whole is not None and uniform is not None:
+        baselines.append(Wanted(role="uniform", genotype=uniform, space=whole, epochs=epochs))
+    return baselines
+
+
+def _uniform(job: Job, whole: Space[nn.Module]) -> Genotype | None:
+    """The widest uniform student within the budget, its latency measured where that is bounded."""
+    if job.space.latency is None or LATENCY not in job.budget:
+        return uniform_width_student(whole.table, job.budget)
+    others = Budget(tuple((kind, bound) for kind, bound in job.budget.items() if kind != LATENCY))
+    table, bound = whole_models(whole, job.space.latency.meter), job.budget[LATENCY]
+    return next((g for g in uniform_width_students(whole.table, others) if table.whole(g) <= bound), None)
+
+
+def _random(job: Job) -> Genotype | None:
+    """The first random student within the budget, its latency measured where that is bounded."""
+    for attempt in range(_ATTEMPTS):
+        seed = derive_seed(job.settings.seed, "random genotype", *([attempt] if attempt else []))
+        drawn = random_genotype(job.space.table, job.budget, seed)
+        if drawn is None or job.budget.admits(job.space.confirmed_cost(drawn)):
+            return drawn
+    return None
+
+
+def _whole_space(job: Job) -> Space[nn.Module] | None:
+    """The base with every width open, residual streams too: what a person narrows without a search."""
+    options = parse_options("width", search_stages=True)
+    try:
+        return Space(job.space.base, img_size=job.space.input_size[1], options=options, name=job.settings.model)
+    except ModelError as error:
+        _logger.warning("no uniform student to compare with: %s", error)
+        return None
