@@ -22,9 +22,10 @@ class Cost:
     """What a network costs.
 
     `params`, learnable scalars; `macs`, multiply-accumulates of convolutions and linear layers for one image; `size`,
-    bytes of the exported weights; `peak_memory`, bytes of the activations that are alive at once for one image (both
-    at float32, see `nas_kd.costs.peak_memory`; 0 where they were not counted); `latency`, nanoseconds of one forward
-    pass (measured, see `nas_kd.costs.latency_table`; 0 where it was not). Costs are equal when params and macs are.
+    bytes of the exported weights; `peak_memory`, bytes of the activations that are alive at once for one image in a
+    deployed graph (both at float32, see `nas_kd.analysis.schedule`; 0 where they were not counted); `latency`,
+    nanoseconds of one forward pass (measured, see `nas_kd.costs.latency_table`; 0 where it was not). Costs are equal
+    when params and macs are.
     """
 
     params: int

@@ -50,7 +50,7 @@ def followed(network: nn.Module, image: Tensor) -> Run:
         formula = flop_registry.get(operator._overloadpacket)
         if formula is not None and not shifting:
             flops += formula(*arguments, **keywords, out_val=output)
-        activations.record("", tensors([*arguments, keywords]), tensors(output))
+        activations.record("", operator, arguments, tensors([*arguments, keywords]), tensors(output))
 
     def turn(*_: Any) -> None:
         nonlocal shifting

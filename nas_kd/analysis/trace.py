@@ -22,7 +22,7 @@ from nas_kd.analysis.labels import FROZEN, Axes, Call, Labelling, Labels, Split,
 from nas_kd.analysis.labels import Flow as Flow
 from nas_kd.analysis.operator_hook import OperatorHook
 from nas_kd.analysis.operators import rule_of
-from nas_kd.analysis.schedule import Moment, bytes_of, lifetimes
+from nas_kd.analysis.schedule import Moment, bytes_of
 from nas_kd.errors import ModelError
 from nas_kd.networks.convolutions import Shift2d
 from nas_kd.networks.plain import named_tensors as named_tensors
@@ -46,7 +46,6 @@ class Trace:
     residual: tuple[str, ...]  # modules that add something to their own input
     moments: tuple[Moment, ...]  # the operators on activations, in order
     stored: tuple[Stored, ...]  # the activations by number
-    outputs: tuple[int, ...]  # the numbers of those that the network returns
     lives: Mapping[int, tuple[int, int]]  # by number, of those that are read: the first and last moment of its life
     labels: int  # one more than the largest label
 
@@ -112,9 +111,9 @@ def trace(network: nn.Module, input_size: Sequence[int], *, clock: Callable[[], 
             handle.remove()
     for tensor in tensors(output):
         labelling.freeze(labelling.get(tensor))
-    moments, outputs = tuple(labelling.activations.moments), labelling.activations.numbers(tensors(output))
+    schedule = labelling.activations.schedule(tensors(output))
     _trace_heads(meta, image, labelling, hook)
-    return replace(_result(labelling), moments=moments, outputs=outputs, lives=lifetimes(moments, outputs))
+    return replace(_result(labelling), moments=schedule.moments, lives=schedule.lives)
 
 
 def _way_out() -> str:
@@ -165,7 +164,7 @@ def _rules_hook(labelling: Labelling, name: str, clock: Callable[[], float]) -> 
             labelling.give_up(str(func), inputs)
         else:
             rule(labelling, arguments, output)
-        labelling.activations.record(labelling.running, inputs, tensors(output))
+        labelling.activations.record(labelling.running, func, args, inputs, tensors(output))
 
     return OperatorHook(hook)
 
@@ -197,7 +196,6 @@ def _result(labelling: Labelling) -> Trace:
         residual=tuple(labelling.residual),
         moments=(),
         stored=tuple(map(stored, labelling.activations.made)),
-        outputs=(),
         lives={},
         labels=labelling.count,
     )

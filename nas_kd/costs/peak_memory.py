@@ -23,13 +23,14 @@ from timm.layers import Conv2dSame
 from torch import nn
 
 from nas_kd.analysis.operator_hook import followed
-from nas_kd.analysis.schedule import Activations, bytes_of, lifetimes
+from nas_kd.analysis.schedule import Activations, bytes_of
 from nas_kd.analysis.structure import Analysis, Site, is_replaced, replaced
 from nas_kd.analysis.trace import passage
 from nas_kd.costs.cost_terms import Counts
 from nas_kd.costs.polynomial import ByChoices, Polynomial, Vector
 from nas_kd.networks.convolutions import ConvSpec, build_conv
 
+RULE = "as deployed (earlier versions counted otherwise)"  # noted by studies that bound it
 _DENSE = 2**14  # entries of a table at most; moments that depend on more choices stay sums
 
 
@@ -197,10 +198,11 @@ def _steps(spec: ConvSpec, is_cheap: bool, size: tuple[int, ...]) -> tuple[Polyn
     with torch.device("meta"):
         module = build_conv(spec) if is_cheap else _plain(spec)
         run = followed(module, torch.empty(size[0], spec.in_channels, *size[1:]))
-    activations = run.activations
-    alive = lifetimes(activations.moments, activations.numbers(run.outputs))
-    moments = [[n for n, (first, last) in alive.items() if first <= i <= last] for i in range(len(activations.moments))]
-    steps = _largest([_step(numbers, activations, spec.in_channels) for numbers in moments])
+    schedule = run.activations.schedule(run.outputs)
+    alive = [
+        [n for n, (first, last) in schedule.lives.items() if first <= i <= last] for i in range(len(schedule.moments))
+    ]
+    steps = _largest([_step(numbers, run.activations, spec.in_channels) for numbers in alive])
     return tuple(Polynomial({(name,): n for name, n in zip(_NAMES, step, strict=True) if n}) for step in steps)
 
 

@@ -122,7 +122,8 @@ class Shift2d(nn.Module):
             columns = reach - (image.shape[3] - 1) % self.stride
             if reach < self.stride - 1:
                 rows, columns = max(rows, 0), max(columns, 0)
-            image = F.pad(image, [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2])
+            sides = [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2]
+            image = F.pad(image, sides, value=0.0)  # said, or ONNX Runtime does not fold it into the convolution
         return F.conv2d(image, kernels, self.bias, self.stride, padding, self.dilation, self.taps.shape[0])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -19,6 +19,7 @@ from nas_kd.analysis.trace import meta_image, without_storage
 from nas_kd.arguments.distill import DistillSettings
 from nas_kd.arguments.study import SAMPLERS, Settings
 from nas_kd.budget import Budget
+from nas_kd.costs.peak_memory import RULE
 from nas_kd.errors import DeviceError, ModelError, NasKdError, OutputError
 from nas_kd.networks.hub import create_base
 from nas_kd.preparation.effort import Effort, choose_effort, training_images, with_effort
@@ -279,6 +280,7 @@ def choices_made(settings: Settings, budget: Budget) -> dict[str, Any]:
         "model": settings.model,
         "maximize": settings.maximize,
         "objectives": list(objectives(budget, settings.maximize)),
+        **({"peak memory": RULE} if "peak_memory" in budget else {}),
         **latency_facts(settings, budget),
         **space_of(settings),
         **bounds_of(settings),

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from families import FAMILIES, FEW, base, family
 from hypothesis import given
 from hypothesis import strategies as st
+from runtime_memory import most_alive
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -18,6 +20,7 @@ from nas_kd.analysis.schedule import Activations, bytes_of_weights
 from nas_kd.budget import Budget
 from nas_kd.costs.verification import measure
 from nas_kd.genotype import Genotype
+from nas_kd.networks.onnx import write_onnx
 from nas_kd.results.export import export
 from nas_kd.search.solver import solve
 from nas_kd.students.building import build_student
@@ -50,30 +53,65 @@ def test_blocks_dropped_in_a_row_leave_what_the_first_of_them_reads() -> None:
 
 
 class _Small(nn.Module):
-    """Between 4×8×8 images and a 2×8×8 output: 8 channels twice, the second time in place."""
+    """Between 4×8×8 images and a 2×8×8 output: 8 channels twice, of which the sum takes no more."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 1)
-        self.last = nn.Conv2d(8, 2, 1)
+        self.norm, self.last = nn.BatchNorm2d(8), nn.Conv2d(8, 2, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = torch.relu_(self.first(x))
-        inner = self.second(inner).flatten(2).view(1, 8, 8, 8)
-        return self.last(inner)
+        inner = torch.relu(self.first(x))
+        inner = torch.sigmoid(self.norm(self.second(inner))).flatten(2).view(1, 8, 8, 8) + inner
+        return self.last(F.pad(inner, [1, 1, 1, 1]))
+
+
+class _Copies(nn.Module):
+    """A norm that is behind no convolution, on the image, and a half of what it makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x)[:, 2:] * 2
 
 
 def test_the_schedule() -> None:
     pixels, float_bytes = 64, 4
     assert measure(_Small(), (4, 8, 8)).peak_memory == (8 + 8) * pixels * float_bytes
+    assert measure(_Copies(), (4, 8, 8)).peak_memory == (4 + 4) * pixels * float_bytes
+    with_image = nn.Sequential(nn.ReLU(), _Copies())
+    assert measure(with_image, (4, 8, 8)).peak_memory == (4 + 4) * pixels * float_bytes
+
+
+# max pooling, shortcuts with an average, another order of branches, padding "same", cheap convolutions with strides
+@pytest.mark.parametrize(
+    ("name", "side", "seed"),
+    [("resnet18", 64, None), ("cifar_resnet20", 32, 0), ("regnetx_002", 64, None), ("tf_efficientnet_lite0", 64, 1)],
+)
+def test_it_is_what_onnx_runtime_keeps_alive(name: str, side: int, seed: int | None, tmp_path: Path) -> None:
+    subject = base(name, side)
+    genotype = subject.analysis.identity if seed is None else subject.genotype(seed)
+    student = build_student(timm.create_model(name, num_classes=10).eval(), subject.analysis, genotype)
+    write_onnx(student, (torch.zeros(1, 3, side, side),), tmp_path / "student.onnx")
+    assert most_alive(tmp_path / "student.onnx") == subject.table.cost(genotype).peak_memory
+
+
+@pytest.mark.parametrize("kind", ["depthwise", "shift", "group4"])
+@pytest.mark.parametrize("name", ["cifar_resnet20", "mobilenetv2_100"])
+def test_cheap_convolutions_need_no_more_than_what_they_replace(name: str, kind: str) -> None:
+    subject = base(name, 32)
+    kinds = {b.name: next((c for c in b.choices if c.conv == kind), b.default) for b in subject.table.blocks}
+    assert subject.table.cost(kinds).peak_memory <= subject.table.base().peak_memory
 
 
 def test_what_nothing_reads_does_not_count() -> None:
     activations = Activations()
     image, kept, lost = (torch.empty(n, device="meta") for n in (10, 20, 1000))
     activations.begin(image)
-    activations.record("", [image], [kept, lost])
-    activations.record("", [kept], [kept])  # in place
+    activations.record("", torch.ops.aten.max_pool2d_with_indices.default, [], [image], [kept, lost])
+    activations.record("", torch.ops.aten.relu_.default, [], [kept], [kept])
     assert activations.peak([kept]) == 4 * (10 + 20)
 
 

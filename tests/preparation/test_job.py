@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import optuna
 import pytest
 
 from nas_kd.arguments.study import parse_study
+from nas_kd.budget import parse_budget
+from nas_kd.errors import StudyError
 from nas_kd.preparation.effort import training_images
-from nas_kd.preparation.job import proxy_recipe_of, recipe_of
+from nas_kd.preparation.job import choices_made, proxy_recipe_of, recipe_of
+from nas_kd.search.storage import CONFIG, check_study
 from nas_kd.training.sources import open_source
 
 
@@ -33,3 +37,14 @@ def test_the_plan_counts_the_images_that_are_left_to_train_on() -> None:
     settings = parse_study(["--budget", "params=1M"])
     assert training_images(open_source("digits", None), settings) == 1150
     assert training_images(open_source("digits", None), replace(settings, train_images=100)) == 100
+
+
+def test_a_study_that_bounded_peak_memory_by_an_earlier_rule_does_not_go_on() -> None:
+    settings = parse_study(["--budget", "params=1M,peak_memory=1M", "--proxy-epochs", "1"])
+    now = choices_made(settings, parse_budget(settings.budget))
+    storage = optuna.storages.InMemoryStorage()
+    study = optuna.create_study(study_name="old", storage=storage)
+    study.set_user_attr(CONFIG, {key: value for key, value in now.items() if key != "peak memory"})
+    with pytest.raises(StudyError, match=r"begun with peak memory None, not 'as deployed .*; choose another"):
+        check_study(storage, "old", now)
+    assert "peak memory" not in choices_made(settings, parse_budget("params=1M"))
