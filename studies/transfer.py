@@ -41,16 +41,18 @@ from torch import Tensor, nn
 
 from nas_kd.preparation.job import TRANSFER_LR, transfer_epochs
 from nas_kd.training.anchoring import anchor
-from nas_kd.training.augment import default_augmentation
+from nas_kd.training.augment import AnyAugmentation, default_augmentation
 from nas_kd.training.data import DataSpec, Splits, load_splits
 from nas_kd.training.images import AugmentedImages, Images
 from nas_kd.training.loop import CALIBRATION, evaluate, recalibrate
+from nas_kd.training.preprocessing import Preprocessing
 from nas_kd.training.probe import features_of, find_head, fit_probe, install
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.teacher import TeacherCache, Teaching, prepare_teacher
 from nas_kd.training.transfer import settle
 
 ORIGINALS = 224  # pixels of the pictures that timm crops from
+DETAIL = 2.0  # times their size is the short side of the originals that ours are cropped from, at most
 TRIED = (("sgd", 0.005), ("sgd", 0.02), ("sgd", 0.05), ("adamw", 1e-4), ("adamw", 3e-4), ("adamw", 1e-3))
 DECAY = {"sgd": 2e-5, "adamw": 0.05}  # timm's default, and what is usual with AdamW
 SMOOTHING = 0.1  # train.py's default
@@ -67,11 +69,15 @@ class Ground:
 
     @property
     def epochs(self) -> int:
-        return transfer_epochs(None, self.splits, torch.device("cpu"))
+        return transfer_epochs(None, len(self.splits.train), torch.device("cpu"))
 
     @property
     def augmented(self) -> AugmentedImages:
-        return AugmentedImages(self.splits.train, default_augmentation("folder"), self.arguments.seed)
+        return AugmentedImages(self.splits.train, self.augmentation, self.arguments.seed)
+
+    @property
+    def augmentation(self) -> AnyAugmentation:
+        return default_augmentation("folder", self.arguments.img_size)
 
     def network(self) -> nn.Module:
         torch.manual_seed(self.arguments.seed)
@@ -103,6 +109,8 @@ def make_ground(arguments: argparse.Namespace, side: int) -> Splits:
         std=config["std"],
         train_images=arguments.train_images,
         seed=arguments.seed,
+        preprocessing=Preprocessing(crop_pct=config["crop_pct"], interpolation=config["interpolation"]),
+        originals=DETAIL,
     )
     return load_splits(spec, Path(arguments.cache))
 
@@ -129,7 +137,7 @@ def ours(ground: Ground) -> Iterator[tuple[str, Scores]]:
     settle(network, ground.splits, seen, head="new")
     yield "linear probe", ground.scores(network)
     recipe = Recipe(epochs=ground.epochs, lr=TRANSFER_LR, distill_weight=0.0, seed=ground.arguments.seed)
-    teaching = Teaching(recipe=recipe, augmentation=default_augmentation("folder"), head="new")
+    teaching = Teaching(recipe=recipe, augmentation=ground.augmentation, head="new")
     cache = TeacherCache(folder=ground.cache, key=ground.arguments.model)
     result = prepare_teacher(ground.network(), ground.splits, teaching, cache=cache)
     yield "teacher", ground.scores(result.network)
