@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 import optuna
@@ -17,11 +18,14 @@ from torch import nn
 from nas_kd.analysis.structure import Analysis
 from nas_kd.arguments.study import Settings
 from nas_kd.costs.forward_time import STEP, forward_seconds
+from nas_kd.search.space import Space
+from nas_kd.search.starts import feasible_starts
 from nas_kd.search.storage import begun_study
 from nas_kd.training.data import TEST_FRACTION
 from nas_kd.training.sources import Source
 
-STUDENT = 0.5  # of its base's time does a student take: small operations are slow for their MACs
+STUDENT = 0.5  # of its base's time does a student take, while its budget is not known
+_STARTS, _SLOW = 8, 0.6  # MACs to this power go with time
 # at most, by default, where images are dear: predicted seconds of one core of a CPU
 _TEACHER, _TRIAL, _MODEL = 900.0, 40.0, 190.0
 _GPU = 10  # times as many does a GPU afford
@@ -73,6 +77,14 @@ def note_effort(study: optuna.Study, effort: Effort) -> None:
     """Notes on a study what it does, so that it goes on like that."""
     if _NOTE not in study.user_attrs:
         study.set_user_attr(_NOTE, asdict(effort))
+
+
+def student_share(space: Space[nn.Module]) -> float:
+    """Of its base's time, what a student takes, predicted from the MACs of uniform ones within the budget: small
+    operations are slow for their MACs."""
+    starts, base = feasible_starts(space.table, space.budget, _STARTS), space.table.base().macs
+    shares = [(space.table.cost(genotype).macs / base) ** _SLOW for genotype in starts]
+    return fmean(shares) if shares else STUDENT
 
 
 def with_effort(settings: Settings, effort: Effort) -> Settings:

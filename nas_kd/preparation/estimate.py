@@ -13,7 +13,7 @@ from nas_kd.costs.forward_time import STEP, forward_seconds
 from nas_kd.library.effort import ENTRY, PASSES, UNBEATEN
 from nas_kd.library.frame_training import MOST_IMAGES
 from nas_kd.library.library import made_choices
-from nas_kd.preparation.effort import STUDENT
+from nas_kd.preparation.effort import student_share
 from nas_kd.preparation.job import Job
 from nas_kd.training.loop import LOOK_CALIBRATION, memory_layout, suits_channels_last
 
@@ -70,8 +70,9 @@ def predicted_seconds(job: Job, teacher_epochs: int, refine_epochs: int) -> Mapp
     entries = sum(len(made_choices(block)) for block in job.space.blocks)
     once = min(_FIT, MOST_IMAGES * each / len(job.space.blocks))
     library = entries * (ENTRY + PASSES * once + UNBEATEN * (ENTRY + min(_DAMAGE, MOST_IMAGES * each) / 2))
-    trial = settings.proxy_epochs * proxy * STUDENT * step + STUDENT * each * (val + LOOK_CALIBRATION)
-    model = refine_epochs * STUDENT * (images * step + val * each)
+    student = student_share(job.space)
+    trial = student * (settings.proxy_epochs * proxy * step + each * (val + LOOK_CALIBRATION))
+    model = refine_epochs * student * (images * step + val * each)
     transfer = PROBE * images * step if job.transferred else 0.0
     return {
         "teacher": teacher_epochs * (images * step + val * each) + transfer,

@@ -12,7 +12,7 @@ from torch import nn
 from nas_kd.library.building import LibrarySpec, build_library, plan_library
 from nas_kd.library.library import Library
 from nas_kd.preparation.augmenting import augmentation_of, fresh_images
-from nas_kd.preparation.effort import STUDENT
+from nas_kd.preparation.effort import student_share
 from nas_kd.preparation.estimate import BASELINES, PROBE, plan_line
 from nas_kd.preparation.job import (
     TEACHER,
@@ -116,7 +116,7 @@ def _library_images(job: Job, splits: Splits) -> float:
     teacher = _teacher_epochs(job, len(splits.train))
     refine = refine_epochs(job, splits.train) * (settings.front + BASELINES)
     trials = settings.trials * settings.proxy_epochs * min(settings.proxy_images, len(splits.train))
-    students = STUDENT * (trials + refine * len(splits.train))
+    students = student_share(job.space) * (trials + refine * len(splits.train))
     return share * _STEP * (teacher * len(splits.train) + students)
 
 
