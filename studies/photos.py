@@ -18,12 +18,9 @@ import argparse
 import dataclasses
 import functools
 import json
-import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from pruned import METHODS, prune

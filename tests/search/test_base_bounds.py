@@ -84,5 +84,5 @@ def test_what_refuses_a_budget_says_what_would_reach_it() -> None:
     text = str(refused.value)
     assert "no student of resnet18 is within" in text
     assert "with --search-stages peak_memory=" in text
-    assert "with keep in --space" not in text  # which does not lower it
+    assert "with width in --space" not in text  # which is open
     assert "with all of these peak_memory=" in text
