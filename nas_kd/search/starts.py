@@ -18,6 +18,7 @@ from nas_kd.search.goals import Box, Goals, most_useful
 from nas_kd.search.solver import solve
 
 Damages = Sequence[NDArray[np.float64]]  # per block over its choices
+_GAP = 0.01  # by which a solution's damages may be larger than the least: they are estimates
 _PER_START = 2  # knapsacks that are solved for each that is chosen
 _BOUNDS = 512  # random bounds that stand for the budget
 _BELOW = 0.1  # of the range of scores, how far below the worst gains begin: the cheapest counts as well
@@ -133,7 +134,7 @@ def _most_useful(table: CostTable, pool: Sequence[Genotype], damages: Damages, b
 def solve_in_time(table: CostTable, level: Budget, damages: Damages) -> Genotype | None:
     """What `solve` finds, or None where there is nothing or its time ran out first."""
     try:
-        return solve(table, level, damages)
+        return solve(table, level, damages, gap=_GAP)
     except TimeoutError:
         return None
 
