@@ -35,6 +35,7 @@ class SpaceSettings:
     space: str
     search_stages: bool
     pin: tuple[str, ...]
+    channel_multiple: int
     budget: str | None
     as_json: bool
 
@@ -80,7 +81,12 @@ def show_space(settings: SpaceSettings) -> int:
     base = create_base(settings.model, in_chans=settings.in_chans, **given)
     if settings.reduction is not None:
         reduce_stride(base, settings.reduction, settings.in_chans)
-    options = parse_options(settings.space, settings.pin, search_stages=settings.search_stages)
+    options = parse_options(
+        settings.space,
+        settings.pin,
+        search_stages=settings.search_stages,
+        channel_multiple=settings.channel_multiple,
+    )
     space = Space(base, img_size=settings.img_size, options=options, name=settings.model)
     budget = parse_budget(settings.budget, space.table.base()) if settings.budget else None
     facts = describe(space, block_prices(space.table, space.analysis, base), budget)

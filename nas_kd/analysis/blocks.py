@@ -18,11 +18,11 @@ from timm.layers import Conv2dSame
 from torch import nn
 
 from nas_kd.analysis.labels import FROZEN, Call, Labels, Split
+from nas_kd.analysis.structure import ROUND_TO, Widths, padding_for
 from nas_kd.analysis.structure import Analysis as Analysis
 from nas_kd.analysis.structure import Block as Block
 from nas_kd.analysis.structure import Channels as Channels
 from nas_kd.analysis.structure import Site as Site
-from nas_kd.analysis.structure import Widths, padding_for
 from nas_kd.analysis.trace import Trace, passage, trace
 from nas_kd.errors import ModelError
 from nas_kd.genotype import Choice, group_count
@@ -37,7 +37,12 @@ ASPECTS = ("width", "kernel", "conv")  # what is open by default; also "stages" 
 
 
 def unverified_analysis(
-    network: nn.Module, input_size: Sequence[int], *, name: str = "", open: Collection[str] = ASPECTS
+    network: nn.Module,
+    input_size: Sequence[int],
+    *,
+    name: str = "",
+    open: Collection[str] = ASPECTS,
+    channel_multiple: int = ROUND_TO,
 ) -> Analysis:
     """Reads the blocks of `network` and what each may become off a trace, as `nas_kd.analyse` takes and documents them,
     before any student was built to check it."""
@@ -45,7 +50,7 @@ def unverified_analysis(
     name = name or type(network).__name__
     _check_searchable(network, name, open)
     traced = trace(network, input_size)
-    blocks, left_alone = _find_blocks(network, traced, frozenset(open))
+    blocks, left_alone = _find_blocks(network, traced, frozenset(open), channel_multiple)
     if not blocks and any(isinstance(module, Shift2d) for module in network.modules()):
         raise ModelError(
             f"{name} offers nothing to search, its shifts keep their channels: search a base with depthwise "
@@ -75,10 +80,12 @@ def _check_searchable(network: nn.Module, name: str, open: Collection[str]) -> N
         raise ModelError(f"{name} is in its inference form, which nothing can be made of: search its training form")
 
 
-def _find_blocks(network: nn.Module, traced: Trace, open: frozenset[str]) -> tuple[list[Block], list[tuple[str, str]]]:
+def _find_blocks(
+    network: nn.Module, traced: Trace, open: frozenset[str], multiple: int
+) -> tuple[list[Block], list[tuple[str, str]]]:
     """Find every block with more than one choice, and what is left alone and why."""
     owners = {call.module: block_of(network, call.module) for call in traced.calls}
-    found, left_alone = _find_channels(traced, owners, open)
+    found, left_alone = _find_channels(traced, owners, open, multiple)
     widths = Widths(found, traced.labels)
     sites = _find_sites(network, traced, owners) if open & {"kernel", "conv"} else {}
     blocks = []
@@ -151,7 +158,7 @@ def _is_droppable(block: str, network: nn.Module, traced: Trace, owners: Mapping
 
 
 def _find_channels(
-    traced: Trace, owners: Mapping[str, str], open: frozenset[str]
+    traced: Trace, owners: Mapping[str, str], open: frozenset[str], multiple: int
 ) -> tuple[defaultdict[str, list[Channels]], list[tuple[str, str]]]:
     """Find per block the channels that its width narrows, and what cannot be narrowed with the reason."""
     found: defaultdict[str, list[Channels]] = defaultdict(list)
@@ -169,7 +176,8 @@ def _find_channels(
         units = np.unique(outputs[outputs != FROZEN])
         first = next(call.outputs for call in calls if call.outputs is not None and (call.outputs != FROZEN).any())
         size = int(np.unique(first[first != FROZEN], return_counts=True)[1].max())
-        candidates.append((name, Channels(producers=producers, segments=_segments(units, traced.splits), size=size)))
+        segments = _segments(units, traced.splits)
+        candidates.append((name, Channels(producers=producers, segments=segments, size=size, multiple=multiple)))
     even = _even(candidates, traced)
     for (name, channels), is_even in zip(candidates, even, strict=True):
         if is_even:

@@ -35,24 +35,25 @@ class Channels:
     """Channels of one block that are narrowed by its width.
 
     `segments` are arrays of units, each narrowed by the same share; a network that splits these channels in its
-    forward pass has several. `size` is how many channels of its producer a unit holds: 1, or a whole group.
+    forward pass has several. `size` is how many channels of its producer a unit holds: 1, or a whole group. What stays
+    of many is a multiple of `multiple` channels.
     """
 
     producers: tuple[str, ...]
     segments: tuple[Labels, ...]
     size: int
+    multiple: int = ROUND_TO
 
     def kept(self, width: float) -> tuple[int, ...]:
-        """Count the units of each segment that stay at this width: of many, a multiple of `ROUND_TO` channels."""
-        return tuple(_kept(len(segment), self.size, width) for segment in self.segments)
+        """Count the units of each segment that stay at this width: of many, a multiple of `multiple` channels."""
+        return tuple(self._kept(len(segment), width) for segment in self.segments)
 
-
-def _kept(units: int, size: int, width: float) -> int:
-    if width == 1:
-        return units
-    multiple = min(ROUND_TO, 1 << max(0, (units * size // 4).bit_length() - 1))
-    step = multiple // math.gcd(multiple, size)
-    return min(units, max(step, round(units * width / step) * step))
+    def _kept(self, units: int, width: float) -> int:
+        if width == 1:
+            return units
+        multiple = min(self.multiple, 1 << max(0, (units * self.size // 4).bit_length() - 1))
+        step = multiple // math.gcd(multiple, self.size)
+        return min(units, max(step, round(units * width / step) * step))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -104,6 +104,13 @@ def add_choices(add: Callable[..., object]) -> None:
         help="each stage's residual stream gets a width as well (yes)",
     )
     add("--pin", action="append", default=[], metavar="P", help="limit blocks: 'layer1.*:conv=standard' (repeatable)")
+    add(
+        "--channel-multiple",
+        type=number(1),
+        default=8,
+        metavar="N",
+        help="what stays of many channels is a multiple of it, as runtimes and accelerators like it (8)",
+    )
 
 
 def add_library(add: Callable[..., object]) -> None:

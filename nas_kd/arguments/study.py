@@ -112,6 +112,7 @@ class Settings:
     teacher_pretrained: bool = False
     teacher_checkpoint: str | None = None
     base_bounds: bool = False
+    channel_multiple: int = 8
     left_open: tuple[str, ...] = ()  # of `OPEN`: as the study began, or chosen in `preparation`
 
     @property

@@ -20,7 +20,7 @@ from torch import nn
 from nas_kd.analysis.blocks import ASPECTS, unverified_analysis
 from nas_kd.analysis.operator_hook import followed
 from nas_kd.analysis.schedule import bytes_of_weights
-from nas_kd.analysis.structure import Analysis
+from nas_kd.analysis.structure import ROUND_TO, Analysis
 from nas_kd.analysis.trace import meta_image, without_storage
 from nas_kd.budget import COUNTED, Cost
 from nas_kd.costs.cost_table import CostTable, cost_table
@@ -54,16 +54,24 @@ def _measured(meta: nn.Module, input_size: Sequence[int]) -> tuple[Cost, list[to
 
 
 def analyse(
-    network: nn.Module, input_size: Sequence[int], *, name: str = "", open: Collection[str] = ASPECTS
+    network: nn.Module,
+    input_size: Sequence[int],
+    *,
+    name: str = "",
+    open: Collection[str] = ASPECTS,
+    channel_multiple: int = ROUND_TO,
 ) -> Analysis:
     """Finds the blocks of `network` for images of `input_size` (C, H, W) and what each may become.
 
     `open` says which aspects of a block may change: `width`, `kernel` (size) and `conv` (kind); also `stages`, one
     more width for each residual stream, as a block of its own named `….stream`, and `keep`, blocks around an identity
-    shortcut may be dropped. Whatever the shape of a built student shows to be wrong is left alone.
+    shortcut may be dropped. Of many channels a multiple of `channel_multiple` stays. Whatever the shape of a built
+    student shows to be wrong is left alone.
     Raises ModelError when the network cannot run at that size, has no convolution, or offers no choice.
     """
-    return verified(unverified_analysis(network, input_size, name=name, open=open), network)
+    return verified(
+        unverified_analysis(network, input_size, name=name, open=open, channel_multiple=channel_multiple), network
+    )
 
 
 def verified(analysis: Analysis, network: nn.Module) -> Analysis:

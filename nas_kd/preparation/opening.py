@@ -11,6 +11,7 @@ from typing import Any
 from optuna.storages import BaseStorage
 from torch import nn
 
+from nas_kd.analysis.structure import ROUND_TO
 from nas_kd.arguments.study import Settings
 from nas_kd.budget import KINDS, LATENCY, parse_budget, parse_levels
 from nas_kd.errors import GenotypeError, ModelError, OutputError
@@ -33,7 +34,12 @@ def make_space(settings: Settings, base: nn.Module, stages: Stages | None = None
     space = Space(
         base,
         img_size=settings.img_size or (DIGITS_SIZE if settings.dataset == DIGITS else None),
-        options=parse_options(settings.space, settings.pin, search_stages=settings.search_stages),
+        options=parse_options(
+            settings.space,
+            settings.pin,
+            search_stages=settings.search_stages,
+            channel_multiple=settings.channel_multiple,
+        ),
         name=settings.model,
     )
     _set_bounds(space, settings, stages)
@@ -95,7 +101,8 @@ def read_start(path: Path, space: Space[nn.Module]) -> Genotype:
 def space_of(settings: Settings) -> dict[str, Any]:
     """The arguments that say what a base may become."""
     stages = {_STAGES: True} if settings.search_stages else {}
-    return {"space": settings.space, "pin": list(settings.pin), **stages}
+    multiple = {} if settings.channel_multiple == ROUND_TO else {"channel multiple": settings.channel_multiple}
+    return {"space": settings.space, "pin": list(settings.pin), **stages, **multiple}
 
 
 def bounds_of(settings: Settings) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def further_options(options: Options) -> Iterator[tuple[str, Options]]:
     yield from more.items()
     if len(more) > 1:
         everything = {**opened, "width": (), "conv": (), "keep": ()}
-        yield "all of these", Options(everything, options.pins, search_stages=True)
+        yield "all of these", dataclasses.replace(options, open=everything, search_stages=True)
 
 
 def reachable_by_opening(
@@ -43,7 +43,10 @@ def reachable_by_opening(
     parts = []
     for words, further in further_options(options):
         try:
-            wider = analyse(base, analysis.input_size, name=analysis.name, open=further.aspects)
+            multiple = further.channel_multiple
+            wider = analyse(
+                base, analysis.input_size, name=analysis.name, open=further.aspects, channel_multiple=multiple
+            )
             smallest = _smallest(base, restrict(wider, further), kinds, fastest)
         except ModelError:  # what cannot be opened reaches nothing
             continue

@@ -7,7 +7,7 @@ import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from nas_kd.analysis.structure import Analysis, Block
+from nas_kd.analysis.structure import ROUND_TO, Analysis, Block
 from nas_kd.errors import GenotypeError, nearest
 from nas_kd.genotype import Choice, is_conv_kind
 
@@ -37,11 +37,12 @@ class Pin:
 @dataclass(frozen=True, slots=True)
 class Options:
     """The open dimensions, each with the values it is limited to (none: all), and pins that limit single blocks; and
-    whether each residual stream gets a width too."""
+    whether each residual stream gets a width too. Of many channels a multiple of `channel_multiple` stays."""
 
     open: Mapping[str, tuple[object, ...]] = field(default_factory=lambda: {name: () for name in DEFAULT})
     pins: tuple[Pin, ...] = ()
     search_stages: bool = False
+    channel_multiple: int = ROUND_TO
 
     @property
     def aspects(self) -> frozenset[str]:
@@ -51,11 +52,18 @@ class Options:
         return frozenset({*DEFAULT, *keep, *(["stages"] if self.search_stages else [])})
 
 
-def parse_options(space: str = ",".join(DEFAULT), pins: Sequence[str] = (), *, search_stages: bool = False) -> Options:
+def parse_options(
+    space: str = ",".join(DEFAULT),
+    pins: Sequence[str] = (),
+    *,
+    search_stages: bool = False,
+    channel_multiple: int = ROUND_TO,
+) -> Options:
     """Reads `width,conv=standard/depthwise` and pins such as `layer1.*:conv=standard` or `conv1:width=0.5/1`.
 
     `conv=fast` limits kinds to those that save time, where a block offers any of them; `keep` lets blocks around an
-    identity shortcut be dropped; `search_stages` gives each residual stream a width.
+    identity shortcut be dropped; `search_stages` gives each residual stream a width;
+    what stays of many channels is a multiple of `channel_multiple`.
 
     Raises GenotypeError and says how to write it.
     """
@@ -66,7 +74,7 @@ def parse_options(space: str = ",".join(DEFAULT), pins: Sequence[str] = (), *, s
     for part in parts:
         name, _, values = part.partition("=")
         opened[_dimension(name)] = _values(name, values) if values else ()
-    return Options(opened, tuple(_pin(pin) for pin in pins), search_stages)
+    return Options(opened, tuple(_pin(pin) for pin in pins), search_stages, channel_multiple)
 
 
 def _dimension(name: str) -> str:

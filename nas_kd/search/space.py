@@ -83,7 +83,13 @@ class Space(Generic[Network]):
         check_exportable(self.base)
         self.input_size = input_size_of(self.base, img_size)
         self.options = options or parse_options()
-        analysis = analyse(self.base, self.input_size, name=name, open=self.options.aspects)
+        analysis = analyse(
+            self.base,
+            self.input_size,
+            name=name,
+            open=self.options.aspects,
+            channel_multiple=self.options.channel_multiple,
+        )
         self.analysis = restrict(analysis, self.options)
         self.table = cost_table(self.analysis, self.base)
         self.budget: Budget | None = None

@@ -113,3 +113,15 @@ def test_a_space_offers_what_its_options_leave() -> None:
 def test_a_value_that_no_block_offers_is_refused(analysis: Analysis, space: str, words: str) -> None:
     with pytest.raises(GenotypeError, match=words):
         restrict(analysis, parse_options(space))
+
+
+@pytest.mark.parametrize("multiple", [4, 16, 32])
+def test_what_stays_of_many_channels_is_the_multiple_that_is_asked_for(multiple: int) -> None:
+    base = timm.create_model("mobilenetv2_100", num_classes=10).eval()
+    space = Space(base, img_size=32, options=parse_options("width", channel_multiple=multiple))
+    many = [(b, c) for b in space.blocks for c in b.channels if sum(c.kept(1.0)) * c.size >= 4 * multiple]
+    kept = {count * c.size for block, c in many for width in block.widths[1:] for count in c.kept(width)}
+    assert all(count % multiple == 0 for count in kept)
+    assert any(count % (2 * multiple) for count in kept)
+    student = space.student(space.table.cheapest("macs"))
+    assert sum(p.numel() for p in student.parameters()) == space.cost(space.table.cheapest("macs")).params
