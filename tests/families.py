@@ -22,7 +22,7 @@ from nas_kd.costs.cost_table import CostTable, cost_table
 from nas_kd.costs.verification import analyse
 from nas_kd.genotype import Choice, Genotype
 
-FEW = settings(max_examples=3)  # where each example builds a network
+FEW = settings(max_examples=2)  # where each example builds a network
 
 COVERED = (
     "resnet18 resnet50 resnet26d seresnet50 resnext50_32x4d wide_resnet50_2 res2net50_26w_4s resnest26d skresnet18 "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -114,7 +115,9 @@ def fork(run: Callable[[], None]) -> int:
     """Runs something in a child process; returns its number."""
     sys.stdout.flush()
     sys.stderr.flush()
-    child = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12+: pytest-xdist has threads that only listen
+        child = os.fork()
     if child:
         return child
     code = 1
@@ -133,6 +136,12 @@ def ended_well(child: int) -> bool:
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert code in (0, _DIED), f"a process ended with {code}"
     return code == 0
+
+
+def exit_code(command: Callable[[], int]) -> int:
+    """Runs a command in a child process; its exit code, or the negative number of the signal that ended it."""
+    child = fork(lambda: os._exit(command()))
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from injection import exit_code
 from safetensors.torch import load_file, save_file
 
 import nas_kd
@@ -26,25 +27,6 @@ from nas_kd.training.loop import evaluate
 
 pytestmark = pytest.mark.usefixtures("short_timing", "restore_logging")
 SMALL = "test_resnet --img-size 32 --train-images 120 --epochs 2 --batch-size 32 -q"
-
-# a command in a process that is killed as soon as the state after its second epoch is written
-KILLED = """
-import os, signal, sys
-from nas_kd.distill import main
-
-replace, states = os.replace, []
-
-def replaced(draft, path):
-    replace(draft, path)
-    if str(path).endswith(".resume"):
-        states.append(path)
-        if len(states) == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-os.replace = replaced
-sys.exit(main(sys.argv[1:]))
-"""
-
 
 def command(out: Path, *more: str) -> list[str]:
     return [*SMALL.split(), "--out", str(out), *more]
@@ -72,6 +54,24 @@ def online(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert (done.returncode, done.stderr) == (0, "")
     assert "local-dir:" in done.stdout
     return out
+
+
+def killed_after_two_states(arguments: list[str]) -> int:
+    """The exit code of a command in a process that is killed as soon as the state after its second epoch is written."""
+    replace, states = os.replace, []
+
+    def replaced(draft: Any, path: Any) -> None:
+        replace(draft, path)
+        if str(path).endswith(".resume"):
+            states.append(path)
+            if len(states) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def run() -> int:
+        os.replace = replaced
+        return main(arguments)
+
+    return exit_code(run)
 
 
 class TestOnline:
@@ -124,9 +124,7 @@ class TestOnline:
 
     def test_a_killed_run_goes_on_to_the_same_weights(self, tmp_path: Path) -> None:
         arguments, killed = ["--online", "--peers", "2", "--epochs", "3"], tmp_path / "killed"
-        program = [sys.executable, "-c", KILLED, *command(killed, *arguments)]
-        done = subprocess.run(program, capture_output=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert killed_after_two_states(command(killed, *arguments)) == -signal.SIGKILL
         assert list(killed.glob("cache/*.resume"))
         assert main(command(killed, *arguments)) == 0
         assert main(command(tmp_path / "whole", *arguments)) == 0

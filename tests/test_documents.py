@@ -30,6 +30,7 @@ from nas_kd.rank_check.arguments import parse_rank_check
 from nas_kd.results.export import Card, export
 from nas_kd.space import parse_space
 
+pytestmark = pytest.mark.usefixtures("short_timing", "restore_logging")
 ROOT = Path(__file__).parent.parent
 PARSE: dict[str, Callable[[Sequence[str]], Any]] = {
     "study": parse_study,
@@ -172,6 +173,7 @@ def make_what_they_name(words: list[str], place: Path, monkeypatch: pytest.Monke
         "DIR": str(data),
         "FILE": str(place / "weights.pth"),
         "MODEL": "test_resnet",
+        "160": "64",  # pixels
         "s3://bucket": str(place / "bucket"),
         "postgresql+psycopg://me@db/nas": f"sqlite:///{place / 'server.db'}",
     }

@@ -61,7 +61,7 @@ def test_the_snippet_runs_as_it_stands(digits: tuple[Tensor, Tensor], teacher: n
 
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=0))
     space.enqueue(study)
-    study.optimize(objective, n_trials=12)
+    study.optimize(objective, n_trials=8)
 
     student = space.student(study.best_trial)
     my_own_training(student, digits, epochs=1)
@@ -73,7 +73,7 @@ def test_the_snippet_runs_as_it_stands(digits: tuple[Tensor, Tensor], teacher: n
     assert sum(p.numel() for p in loaded.parameters()) <= 100_000
     states = {trial.state for trial in study.trials}
     assert states <= {TrialState.COMPLETE, TrialState.PRUNED}
-    assert sum(trial.state == TrialState.COMPLETE for trial in study.trials) >= 8
+    assert sum(trial.state == TrialState.COMPLETE for trial in study.trials) >= 5
 
 
 def test_a_study_of_several_objectives(digits: tuple[Tensor, Tensor], teacher: nn.Module) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -12,10 +13,13 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from injection import exit_code
 
+from nas_kd.preparation.records import Records
 from nas_kd.rank_check import main
 from nas_kd.results.rank_rows import FILE, RankCheck, read_check
 from nas_kd.study import main as study
@@ -23,24 +27,6 @@ from nas_kd.study import main as study
 pytestmark = pytest.mark.usefixtures("short_timing", "restore_logging")
 BASE = "--model test_resnet --img-size 32 --teacher-epochs 1 --train-images 100 --budget macs=40%".split()
 SMALL = "--genotypes 3 --truth-images 64 --proxy-images 32 --val-images 20 --batch-size 8".split()
-# a command in a process that is sent a signal as soon as so many records are written
-SIGNALLED = """
-import os, signal, sys
-from nas_kd.preparation.records import Records
-from nas_kd.rank_check import main
-
-sent, count, write, written = signal.Signals[sys.argv[1]], int(sys.argv[2]), Records.__setitem__, []
-
-def noted(records, key, record):
-    write(records, key, record)
-    written.append(key)
-    if len(written) == count:
-        os.kill(os.getpid(), sent)
-
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs tests in the background ignores it
-Records.__setitem__ = noted
-sys.exit(main(sys.argv[3:]))
-"""
 STARTS = ("fresh weights", "closed form", "library")
 
 
@@ -83,9 +69,26 @@ def command(out: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "nas_kd.rank_check", *BASE, *SMALL, "--out", str(out), *more]
 
 
-def signalled(out: Path, name: str, count: int) -> subprocess.CompletedProcess[str]:
-    arguments = [name, str(count), *BASE, *SMALL, "--out", str(out)]
-    return subprocess.run([sys.executable, "-c", SIGNALLED, *arguments], capture_output=True, text=True, check=False)
+def signalled(out: Path, sent: signal.Signals, count: int) -> tuple[int, str]:
+    """Runs the command in a process that is sent a signal as soon as so many records are written: its exit code, and
+    what it wrote to its standard error."""
+    write = Records.__setitem__
+    written: list[str] = []
+
+    def noted(records: Records, key: str, record: Any) -> None:
+        write(records, key, record)
+        written.append(key)
+        if len(written) == count:
+            os.kill(os.getpid(), sent)
+
+    def run() -> int:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs tests in the background ignores it
+        Records.__setitem__ = noted  # type: ignore[method-assign]
+        with errors.open("w", buffering=1) as sys.stderr:
+            return main([*BASE, *SMALL, "--out", str(out)])
+
+    errors = out.with_suffix(".stderr")
+    return exit_code(run), errors.read_text()
 
 
 def test_it_prints_every_score_and_where_the_rest_is(finished: tuple[Path, str, str]) -> None:
@@ -187,7 +190,7 @@ def test_near_the_optimum_alone_and_as_a_study_trains(finished: tuple[Path, str,
 
 def test_a_killed_check_goes_on_where_it_was(finished: tuple[Path, str, str], prepared: Path) -> None:
     out = prepared
-    assert signalled(out, "SIGKILL", 5).returncode == -signal.SIGKILL
+    assert signalled(out, signal.SIGKILL, 5)[0] == -signal.SIGKILL
     kept = records(out)
     assert not (out / FILE).exists()
     assert main([*BASE, *SMALL, "--out", str(out), "-q"]) == 0
@@ -201,9 +204,9 @@ def test_a_killed_check_goes_on_where_it_was(finished: tuple[Path, str, str], pr
 
 def test_ctrl_c_says_that_nothing_is_lost(prepared: Path) -> None:
     out = prepared
-    stopped = signalled(out, "SIGINT", 1)
-    assert "the same command goes on from there" in stopped.stderr
-    assert stopped.returncode == 130
+    code, errors = signalled(out, signal.SIGINT, 1)
+    assert "the same command goes on from there" in errors
+    assert code == 130
 
 
 @pytest.mark.parametrize("asked", ["", "--search-stages"])

@@ -20,6 +20,7 @@ import optuna
 import pytest
 import timm
 import torch
+from injection import exit_code
 from optuna.trial import TrialState
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -32,22 +33,6 @@ SMALL = (
     "--model test_resnet --img-size 32 --teacher-epochs 1 --proxy-epochs 1 --refine-epochs 1 --train-images 120"
     " --no-onnx --space width=0.25/0.5/1,kernel,conv=standard/depthwise"  # a library of few entries
 )
-# a command in a process that is killed as soon as the second trial's genotype is noted
-KILLED = """
-import os, signal, sys
-import optuna
-from nas_kd.study import main
-
-note = optuna.Trial.set_user_attr
-
-def noted(trial, key, value):
-    note(trial, key, value)
-    if trial.number == 1 and "digest" in trial.user_attrs:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-optuna.Trial.set_user_attr = noted
-sys.exit(main(sys.argv[1:]))
-"""
 BUDGET = "params=100K,macs=30%"
 
 
@@ -96,6 +81,22 @@ def run(arguments: list[str], **more: Any) -> subprocess.CompletedProcess[str]:
         env=environment,
         **more,
     )
+
+
+def killed_at_the_second_trial(arguments: list[str]) -> int:
+    """The exit code of a command in a process that is killed as soon as the second trial's genotype is noted."""
+    note = optuna.Trial.set_user_attr
+
+    def noted(trial: optuna.Trial, key: str, value: Any) -> None:
+        note(trial, key, value)
+        if trial.number == 1 and "digest" in trial.user_attrs:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def run() -> int:
+        optuna.Trial.set_user_attr = noted  # type: ignore[method-assign]
+        return main(arguments)
+
+    return exit_code(run)
 
 
 class TestResults:
@@ -213,7 +214,8 @@ class TestResume:
     @pytest.mark.parametrize("how", [["dkd"], ["online", "--peers", "2"]])
     def test_another_distillation_refines_anew_what_was_found(self, again: Path, how: list[str]) -> None:
         found = digests(again)
-        assert main([*command(again, "-q"), "--distill", *how]) == 0
+        arguments = command(again, "-q", "--front", "1", "--distill", *how)
+        assert main(arguments) == 0
         assert digests(again) == found  # nothing is searched again
         facts = [json.loads((again / row["path"] / "config.json").read_text())["nas_kd"] for row in rows(again)]
         assert {fact["role"]: fact.get("distillation") for fact in facts} == {
@@ -223,7 +225,7 @@ class TestResume:
         assert ("learnt online" in (again / "report.html").read_text()) is (how[0] == "online")
         before = {path.name for path in (again / "cache").glob("refined-*")}
         assert len(before) > len(rows(again))
-        assert main([*command(again, "-q"), "--distill", *how]) == 0
+        assert main(arguments) == 0
         assert {path.name for path in (again / "cache").glob("refined-*")} == before
 
     def test_another_budget_begins_with_what_is_there(self, again: Path) -> None:
@@ -250,8 +252,7 @@ class TestResume:
         out = tmp_path / "killed"
         whole = ["--space", "width,kernel,conv", "--library-budget", "0"]  # the space that a user has
         arguments = command(out, *whole, "--views", "1", "--trials", "2")
-        killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, check=False)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert killed_at_the_second_trial(arguments) == -signal.SIGKILL
         left = trials(out)
         (finished_before,) = [trial for trial in left if trial.state.is_finished()]
         (running,) = [trial for trial in left if trial.state == TrialState.RUNNING]
@@ -431,6 +432,7 @@ def test_image_folders_of_other_sizes_and_channels_work(images: Path, tmp_path: 
     (images / "dog" / "3.png").unlink()
     Image.new("L", (50, 40), 7).save(images / "dog" / "3.png")
     arguments = ["--dataset", "folder", "--data-dir", str(images), "--train-images", "6", "-q", "--trials", "1"]
+    arguments += ["--library-budget", "0"]
     assert main([*command(tmp_path / "out"), *arguments]) == 0
     config = json.loads((tmp_path / "out" / rows(tmp_path / "out")[0]["path"] / "config.json").read_text())
     assert (config["num_classes"], config["pretrained_cfg"]["input_size"]) == (2, [3, 32, 32])
@@ -438,7 +440,8 @@ def test_image_folders_of_other_sizes_and_channels_work(images: Path, tmp_path: 
 
 
 def test_a_search_in_which_nothing_can_be_trained_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(command(tmp_path / "out", "-q", "--lr", "1e20", "--trials", "2")) == 2
+    arguments = command(tmp_path / "out", "-q", "--lr", "1e20", "--trials", "2", "--library-budget", "0")
+    assert main(arguments) == 2
     assert "came to its end: lower --lr" in only_line(capsys.readouterr().err)
 
 

@@ -68,14 +68,12 @@ def trials(url: str, wait: float = 60.0) -> list[FrozenTrial]:
         close_storage(storage)
 
 
-def stop_a_worker(
-    url: str, process: subprocess.Popen[str], besides: tuple[int, ...] = (), patience: float = 1800
-) -> int:
-    """The process number of a worker, besides those, whose trial has come to its first rung: it is stopped, so that
-    its trial runs for as long as it takes to look. The caller kills it or lets it go on."""
+def stop_a_worker(url: str, process: subprocess.Popen[str], patience: float = 1800) -> int:
+    """The process number of a worker whose trial has come to its first rung: it is stopped, so that its trial runs for
+    as long as it takes to look. The caller kills it or lets it go on."""
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline and process.poll() is None:
-        for worker in at_a_rung(url) - {*besides}:
+        for worker in at_a_rung(url):
             os.kill(worker, signal.SIGSTOP)
             if worker in at_a_rung(url):
                 return worker
@@ -139,6 +137,7 @@ def shared(request: pytest.FixtureRequest, database: str) -> Iterator[str]:
 
 
 @needs_postgres
+@pytest.mark.parametrize("shared", [pytest.param("postgresql", marks=pytest.mark.slow), "grpc"], indirect=True)
 def test_of_two_workers_one_is_killed_and_the_study_completes(shared: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     # a grace that no living worker exceeds on a busy machine; the parent sees at once that its own worker died
@@ -209,16 +208,14 @@ def test_a_worker_on_another_machine_gets_all_it_needs(shared: str, tmp_path: Pa
     close_storage(storage)
 
 
-def test_workers_that_are_killed_are_restarted_by_ray(mistake: Path) -> None:
+def test_a_worker_that_is_killed_is_restarted_by_ray(mistake: Path) -> None:
     pytest.importorskip("ray")
     url = f"sqlite:///{mistake / 'study.db'}"
     study = optuna.load_study(study_name=NAME, storage=url)
     kit = study.user_attrs["nas_kd kit"]
     study.set_user_attr("nas_kd kit", {**kit, "settings": {**kit["settings"], "trials": 3}})
     process = start("nas_kd.worker", [*joining(mistake), "--jobs", "2", "--ray", "local", "--grace-period", "600"])
-    first = stop_a_worker(url, process)
-    os.kill(first, signal.SIGKILL)
-    os.kill(stop_a_worker(url, process, besides=(first,)), signal.SIGKILL)
+    os.kill(stop_a_worker(url, process), signal.SIGKILL)
     errors = process.communicate(timeout=1200)[1]
     assert process.returncode == 0, errors
     assert "Traceback" not in errors
@@ -228,7 +225,7 @@ def test_workers_that_are_killed_are_restarted_by_ray(mistake: Path) -> None:
     assert [trial.user_attrs["retry of"] for trial in found if "retry of" in trial.user_attrs] == [
         trial.number for trial in dead
     ]
-    assert len({trial.user_attrs[WORKER] for trial in found if WORKER in trial.user_attrs}) >= 4
+    assert len({trial.user_attrs[WORKER] for trial in found if WORKER in trial.user_attrs}) >= 3
 
 
 # what may be wrong

@@ -42,6 +42,7 @@ from nas_kd.training.augment import derive_seed
 from nas_kd.training.images import Images
 from nas_kd.training.loop import CALIBRATION, predict_logits
 from nas_kd.training.resume import replace_file
+from nas_kd.training.step_memory import give_back
 from nas_kd.training.views import weights_digest
 
 _VERSION = 4  # of what the entries hold
@@ -72,10 +73,9 @@ def build_library(
         anchor_where_foreign(base, images[:CALIBRATION])
     builder = _Builder(base, analysis, images, spec, folder)
     report(builder.effort.step("prepare", "", "frames found"))
-    builder.rank(report)
-    builder.inherit(report)
-    builder.train(report)
-    builder.measure(report)
+    for stage in (builder.rank, builder.inherit, builder.train, builder.measure):
+        stage(report)
+        give_back()
     return Library(base, analysis, builder.folder, builder.bench.order, builder.bench.entries)
 
 

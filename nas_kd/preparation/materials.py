@@ -125,9 +125,10 @@ def _teacher_epochs(job: Job, images: int) -> int:
     given = job.settings.teacher_epochs
     if job.trained_elsewhere:
         return given or 0
+    affordable = epochs_of(given, (job.effort.teacher_images, TEACHER[1]), images, job.device)
     if job.transferred:
-        return transfer_epochs(given, images, job.device)
-    return epochs_of(given, (job.effort.teacher_images, TEACHER[1]), images, job.device)
+        return min(affordable, transfer_epochs(given, images, job.device))
+    return affordable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

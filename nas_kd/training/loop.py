@@ -21,6 +21,7 @@ from nas_kd.training.images import Batch, Images, TrainingData, normalise
 from nas_kd.training.losses import student_loss
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.resume import Stateful, restore, store
+from nas_kd.training.step_memory import give_back, kept_bytes, pieces_for
 
 Criterion = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # outputs, labels, the teacher's logits → mean loss
 _CHECK_STEPS = 50  # between two looks at the loss: each look makes a GPU wait
@@ -140,6 +141,8 @@ def fit(
                 if task.measure is not None:
                     report(progress.epoch, progress.accuracies[-1][1])
         stepper.adopt_average()
+        del stepper
+    give_back()
     return TrainResult(
         accuracies=progress.accuracies,
         losses=progress.losses,
@@ -162,6 +165,18 @@ class _Stepper:
         self.dtype = amp_dtype(self.device) if recipe.amp else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.average = recipe.make_average(self.network)
+        if self.device.type == "cpu":
+            self.pieces = self._pieces(data)
+
+    def _pieces(self, data: TrainingData) -> int:
+        """In how many pieces batches go, by what one image of them takes of a CPU's memory."""
+        pixels = normalise(data.batch(0, torch.arange(min(2, len(data)))).pixels, self.mean, self.std, self.device)
+        try:
+            with eval_mode(self.network):
+                each = kept_bytes(self.network, memory_layout(pixels, self.recipe.channels_last))
+        except torch.OutOfMemoryError:  # the first step says it
+            return 1
+        return pieces_for(min(self.recipe.batch_size, len(data)), each / (2 if self.dtype is not None else 1))
 
     def step(self, batch: Batch, step: int) -> Tensor:
         """Descends on one batch; its mean loss, still on the device. `step` counts from the start of the training."""

@@ -139,7 +139,7 @@ def test_narrow_students_fold_as_their_bases(name: str, side: int) -> None:
     assert sum(p.numel() for p in fused(student).parameters()) == sum(p.numel() for p in theirs.parameters())
 
 
-@pytest.mark.parametrize(("name", "side"), FOLDED.items())
+@pytest.mark.parametrize(("name", "side"), [("repvgg_a0", 32), ("fastvit_t8", 64)])
 def test_students_fold_where_they_can(name: str, side: int) -> None:
     subject, image = base(name, side), torch.randn(1, 3, side, side)
     student = inherit_student(real(name), subject.analysis, subject.genotype(1)).eval()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -8,6 +9,7 @@ import optuna
 import pytest
 import timm
 from numpy.typing import NDArray
+from space_fixtures import BASES
 from torch import nn
 
 from nas_kd.budget import Budget, kinds_of
@@ -75,9 +77,14 @@ def test_every_proposal_is_within_every_bound_and_new(tight: Space[nn.Module]) -
 
 
 BUDGETS = ("params=30%", "macs=20%,params=40%", "peak_memory=100%,size=30%")
+# the solver takes long over VGG: every budget of it is for the long run
+SLOW = [("vgg11_bn", budget) for budget in BUDGETS[:2]]
+PAIRS = [
+    pytest.param(*pair, marks=pytest.mark.slow if pair in SLOW else ()) for pair in itertools.product(BASES, BUDGETS)
+]
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize(("space", "budget"), PAIRS, indirect=["space"])
 def test_no_proposal_is_over_any_kind_of_budget(space: Space[nn.Module], within: Within, budget: str) -> None:
     limited = within(space, budget)
     assert limited.budget is not None

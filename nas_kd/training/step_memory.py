@@ -1,0 +1,47 @@
+"""How much memory a training step takes on a CPU, where nothing says no before the machine swaps."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import torch
+from torch import Tensor, nn
+
+STEP_BYTES = 640 << 20  # that a step on a CPU may keep for its way back; on that way it needs nearly as much again
+_LEAST = 8  # images of a piece: batch norms need some
+
+
+def kept_bytes(network: nn.Module, images: Tensor) -> float:
+    """The bytes per image that a forward pass of `network` over N×C×H×W normalised images keeps for its backward pass;
+    changes nothing in the network."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.random.fork_rng(devices=[]), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = network(images)  # it keeps alive what was counted
+    del outputs
+    return sum(kept.values()) / len(images)
+
+
+def pieces_for(batch_size: int, image_bytes: float) -> int:
+    """In how many pieces a batch goes forth and back, so that each keeps at most `STEP_BYTES`; 1 where it fits.
+
+    >>> pieces_for(64, 2 << 20), pieces_for(64, 20 << 20), pieces_for(64, 1 << 30)
+    (1, 2, 8)
+    """
+    return max(1, min(math.ceil(batch_size * image_bytes / STEP_BYTES), batch_size // _LEAST))
+
+
+def give_back() -> None:
+    """Gives freed memory back to the system where the C library keeps it (glibc), so that stages do not add up."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, TypeError, OSError):  # another C library
+        return
