@@ -70,7 +70,7 @@ def as_begun(settings: Settings, storage: BaseStorage) -> Settings:
         return settings
     config = begun[CONFIG]
     noted = {
-        "space": config["space"],
+        "space": config.get("space", settings.space),
         "search_stages": config.get(_STAGES, False),
         "base_bounds": config.get(_BASE_BOUNDS, False),
     }
