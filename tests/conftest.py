@@ -67,6 +67,6 @@ def restore_logging() -> Iterator[None]:
 def short_timing() -> Iterator[None]:
     """Latencies are measured for real, but not until they are stable, which takes seconds a model on a busy machine."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("PART", "WHOLE"):
+        for name in ("ROUGH", "WHOLE"):
             patch.setattr(latency_table, name, replace(getattr(latency_table, name), limit_s=0.05))
         yield

@@ -32,7 +32,7 @@ from nas_kd.training.dataset_names import choose_dataset
 
 STORAGE = "NAS_KD_STORAGE"  # environment variable: a URL with a password is not for every eye on the machine
 DISTILLATIONS = ("kd", "dkd", "online")
-RUNTIMES = ("torch", "onnx")  # that time a network
+RUNTIMES = ("onnx", "torch")  # that time a network
 SAMPLERS = ("knapsack", "tpe", "nsgaii", "nsgaiii", "random")
 # what is done by default, of an effort at most
 OPEN = {
@@ -63,11 +63,12 @@ class Settings:
     val_fraction: float
     budget: str
     levels: str
-    latency_runtime: str
+    latency_runtime: str | None
     latency_device: str
     latency_batch: int
     latency_threads: int
     latency_command: str
+    latency_timeout: int
     trials: int
     space: str
     search_stages: bool
@@ -202,7 +203,11 @@ def _sampler(text: str) -> str:
 
 
 def _add_latency(add: Callable[..., object]) -> None:
-    add("--latency-runtime", choices=RUNTIMES, default="torch", help="what runs a network while it is timed (torch)")
+    add(
+        "--latency-runtime",
+        choices=RUNTIMES,
+        help="what runs a network while it is timed: onnx (ONNX Runtime) or torch (onnx)",
+    )
     add("--latency-device", default="cpu", metavar="D", help="where it is timed: cpu, cuda, cuda:1, … (cpu)")
     add("--latency-batch", type=number(1), default=1, metavar="N", help="images that go through it at once (1)")
     add("--latency-threads", type=number(1), default=1, metavar="N", help="CPU threads that it may use (1)")
@@ -212,6 +217,7 @@ def _add_latency(add: Callable[..., object]) -> None:
         metavar="CMD",
         help="a command of yours that is given an ONNX file and prints the milliseconds of one forward pass",
     )
+    add("--latency-timeout", type=number(1), default=600, metavar="S", help="seconds that this command may take (600)")
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:

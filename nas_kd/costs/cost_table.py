@@ -40,13 +40,16 @@ class CostTable:
         """The kinds of cost that this table tells."""
         return (*COUNTED, LATENCY) if LATENCY in self.single else COUNTED
 
-    def with_latency(self, constant: int, single: Sequence[Vector]) -> CostTable:
-        """Add a latency (nanoseconds) to this table: a constant plus a number per choice of each block."""
+    def with_latency(
+        self, constant: int, single: Sequence[Vector], pairs: Mapping[tuple[int, int], Vector] | None = None
+    ) -> CostTable:
+        """Add a latency (nanoseconds) to this table: a constant, a number per choice of each block, and a matrix per
+        pair of blocks."""
         return replace(
             self,
             constants={**self.constants, LATENCY: constant},
             single={**self.single, LATENCY: tuple(single)},
-            pairs={**self.pairs, LATENCY: {}},
+            pairs={**self.pairs, LATENCY: pairs or {}},
         )
 
     def indices(self, genotype: Mapping[str, Choice]) -> Vector:
@@ -91,19 +94,20 @@ class CostTable:
 
         Every cost grows with every width, and at given widths each block's kernel and kind count for themselves, so
         the narrowest choice of each block that is cheapest beside the narrowest others is the cheapest of all. Of a
-        peak the moments in which a block's own kinds run count alone: others may hide them. A latency is a sum over
-        blocks, each of which counts for itself.
+        peak the moments in which a block's own kinds run count alone: others may hide them.
         """
-        if kind == LATENCY:
-            return self.genotype([int(vector.argmin()) for vector in self.single[kind]])
+        return self.genotype([int(totals.argmin()) for totals in self.beside_narrowest(kind)])
+
+    def beside_narrowest(self, kind: str) -> list[Vector]:
+        """Return, per block over its choices, the costs of this kind (of a peak: its own) where all other blocks have
+        their narrowest choice."""
         narrowest = [block.narrowest for block in self.blocks]
-        chosen = list(narrowest)
+        found = []
         for column, block in enumerate(self.blocks):
             rows = np.tile(np.array(narrowest), (len(block.choices), 1))
             rows[:, column] = np.arange(len(block.choices))
-            totals = self._total(kind, rows) if is_sum(kind) else self._own_peak(column, rows)
-            chosen[column] = int(totals.argmin())
-        return self.genotype(chosen)
+            found.append(self._total(kind, rows) if is_sum(kind) else self._own_peak(column, rows))
+        return found
 
     def _own_peak(self, column: int, rows: Vector) -> Vector:
         """Return the peak of a block's own moments for each of its choices; wider ones than the narrowest are out."""

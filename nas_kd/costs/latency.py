@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,22 +17,26 @@ from torch import Tensor, nn
 from nas_kd.errors import DeviceError, ModelError
 
 _log = logging.getLogger(__name__)
-_AGREEING = 3  # medians in a row that must agree
+_LEAST_TURNS = 3
+_LEAST_TIME = 1e-9  # seconds
+_OF_MEDIAN = (
+    1.4826 * 1.2533
+)  # from the median deviation of normal values to the standard error of their median, times √N
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
     """How long to measure.
 
-    A turn is `repeats` timed runs after one untimed run, which brings the model back into the caches. Turns go on
-    until the medians after the last three lie within `tolerance` (a fraction) of each other, or until `limit_s`
-    seconds per model are over; at least one turn is always made. `warmup` runs come before the first turn.
+    A turn is the median of `repeats` timed runs after one untimed run, which brings the model back into the caches.
+    Three turns or more are made, until the standard error of their median is within `tolerance` (a fraction), or until
+    `limit_s` seconds per model are over; at least one is always made. `warmup` runs come before the first turn.
     Raises ValueError for a value outside its range.
     """
 
     warmup: int = 3
     repeats: int = 10
-    tolerance: float = 0.02
+    tolerance: float = 0.01
     limit_s: float = 3.0
 
     def __post_init__(self) -> None:
@@ -81,37 +86,56 @@ def measure_together(
 
 
 def take_turns(
-    runs: Mapping[str, Callable[[], object]], timing: Timing, clock: Callable[[], float] = time.perf_counter
+    runs: Mapping[str, Callable[[], object]],
+    timing: Timing,
+    clock: Callable[[], float] = time.perf_counter,
+    reference: str | None = None,
 ) -> dict[str, float]:
-    """The median milliseconds of each of `runs`, called turn by turn until all medians are stable (see `Timing`)."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    medians: dict[str, list[float]] = {name: [] for name in runs}
+    """The median milliseconds of each of `runs`, called turn by turn until all are known well enough (see `Timing`).
+
+    With a `reference`, one of them, the others' are the medians of what they took beside it in the same turn, times its
+    own: a machine that changes its pace meanwhile changes both."""
+    turns: dict[str, list[float]] = {name: [] for name in runs}  # the medians of the turns
     end = clock() + timing.limit_s * len(runs)
     while runs:
         for name, run in runs.items():
-            times[name] += _turn(run, timing.repeats, clock)
-            medians[name].append(statistics.median(times[name]))
-        if all(_stable(history, timing.tolerance) for history in medians.values()):
+            turns[name].append(_turn(run, timing.repeats, clock))
+        relative = _beside(turns, reference)
+        if all(_is_known(own, timing.tolerance) for own in relative.values()):
             break
         if clock() >= end:
-            _log.debug("latency not stable within %s s per model", timing.limit_s)
+            _log.debug("latency not known to %s within %s s per model", timing.tolerance, timing.limit_s)
             break
-    return {name: 1000 * statistics.median(seconds) for name, seconds in times.items()}
+    scale = 1000 * (1.0 if reference is None else statistics.median(turns[reference]))
+    return {name: scale * statistics.median(own) for name, own in _beside(turns, reference).items()}
 
 
-def _turn(run: Callable[[], object], repeats: int, clock: Callable[[], float]) -> list[float]:
+def _beside(turns: Mapping[str, list[float]], reference: str | None) -> Mapping[str, list[float]]:
+    """What each took in each turn, as a multiple of what the reference took, where there is one."""
+    if reference is None:
+        return turns
+    return {
+        name: [one / max(other, _LEAST_TIME) for one, other in zip(own, turns[reference], strict=True)]
+        for name, own in turns.items()
+    }
+
+
+def _turn(run: Callable[[], object], repeats: int, clock: Callable[[], float]) -> float:
     run()
     seconds = []
     for _ in range(repeats):
         start = clock()
         run()
         seconds.append(clock() - start)
-    return seconds
+    return statistics.median(seconds)
 
 
-def _stable(medians: list[float], tolerance: float) -> bool:
-    last = medians[-_AGREEING:]
-    return len(last) == _AGREEING and max(last) - min(last) <= tolerance * last[-1]
+def _is_known(turns: list[float], tolerance: float) -> bool:
+    """Whether the standard error of the median of some turns is within a tolerance: by their median deviation, which
+    a few disturbed turns do not touch."""
+    middle = statistics.median(turns)
+    deviation = _OF_MEDIAN * statistics.median(abs(turn - middle) for turn in turns)
+    return len(turns) >= _LEAST_TURNS and deviation / math.sqrt(len(turns)) <= tolerance * middle
 
 
 def _ready(name: str, model: nn.Module, image: Tensor, warmup: int) -> Callable[[], object]:

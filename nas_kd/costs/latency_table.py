@@ -1,38 +1,38 @@
-"""Latency as a cost: measured for each choice of each block, added up, corrected by whole models.
+"""Latency as a cost: students are timed whole, and what their layers took is what others are expected to take.
 
-A block's choice is measured in its frame (`nas_kd.students.frames`) beside the base's own, and what it adds or saves is
-taken to be the same whatever the other blocks are. That is not so (caches, launches, fused operations), so whole models
-are measured too, and a straight line through them corrects the sum. What decides is always a whole model's own latency.
-Every measurement is made once and kept: decisions do not change when a study is resumed.
+Some students are timed before the search, layer by layer where the runtime tells (`layer_times`), and a straight line
+through what they took as wholes corrects the sum. What decides is always a whole student's own latency. Every
+measurement is made once and kept: decisions do not change when a study is resumed.
 """
 
 from __future__ import annotations
 
-import copy
+import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
-from torch.utils import _pytree as pytree
 
-from nas_kd.analysis.structure import Analysis
+from nas_kd.analysis.structure import Analysis, Block
 from nas_kd.costs.cost_table import CostTable
 from nas_kd.costs.latency import Timing
-from nas_kd.costs.runtimes import LatencySpec, Measure, Subject, measurer
+from nas_kd.costs.layer_times import Layer, Observed, Terms, fit, layers_of, summed, total_of
+from nas_kd.costs.runtimes import REFERENCE, LatencySpec, Measure, Measured, Subject, measurer
 from nas_kd.genotype import Choice, Genotype
 from nas_kd.students.building import build_student
-from nas_kd.students.frames import Passage, find_frames, recording, swapped
 
-PART = Timing(warmup=2, repeats=5, tolerance=0.02, limit_s=0.5)  # of a block: its choices are many
-WHOLE = Timing(warmup=3, repeats=10, tolerance=0.02, limit_s=3.0)
-_TOGETHER = 8  # subjects that take turns with their reference
+ROUGH = Timing(warmup=1, repeats=2, tolerance=0.01, limit_s=0.15)  # of one student of many
+WHOLE = Timing(warmup=2, repeats=3, tolerance=0.004, limit_s=0.7)  # of one that is decided on
+STUDENTS = 24  # that are timed before the search
+_TOGETHER = 6  # subjects that take turns with their reference
 _OFFSET, _SLOPE, _NOISE = 0.1, 0.5, 0.03  # standard deviations, as fractions of the base: what a correction may be
 _LEAST_SLOPE = 0.1
+_DROPPED = 0.6  # how often a block is dropped, beside each of its kinds
+_SPREAD = 0.25  # of widths around a student's own level
 
 
 class Store(Protocol):
@@ -46,9 +46,9 @@ class Store(Protocol):
 class Meter:
     """Measures modules as a `LatencySpec` says, each one once: what was measured is looked up in `store`.
 
-    Modules are told apart by their structure and the shapes that go in, so equal blocks are measured once. A module is
-    measured beside a reference, turn by turn, and keeps its ratio to what the reference took at first: a machine that
-    is busier than then treats both alike. A user's command has no reference.
+    Modules are told apart by their structure and the shapes that go in. A module is measured beside a reference, turn
+    by turn, and keeps its ratio to what the reference took at first: a machine that is busier than then treats both
+    alike. A user's command has no reference.
     """
 
     def __init__(self, spec: LatencySpec, *, store: Store | None = None, measure: Measure | None = None) -> None:
@@ -57,49 +57,51 @@ class Meter:
         self._measure = measure or measurer(spec)
         self.measured = 0  # modules that were not in the store
 
-    def nanoseconds(
-        self, reference: Subject, subjects: Iterator[Subject] | Sequence[Subject], timing: Timing
-    ) -> tuple[int, list[int]]:
-        """The latencies of a reference and of some subjects."""
-        base = self._alone(reference, timing)
-        keys, waiting = [], {}
+    def milliseconds(self, reference: Subject, subjects: Iterable[Subject], timing: Timing) -> Iterator[Measured]:
+        """The latencies of some subjects, as they are known; that of the reference itself is among them if given."""
+        waiting: dict[str, Subject | None] = {}
         for subject in subjects:
-            keys.append(key := _key(subject, timing))
-            if key not in self.store and key not in waiting:
-                waiting[key] = subject
-            if len(waiting) == _TOGETHER:
-                self._beside(reference, base, waiting, timing)
+            key = _key(subject, timing)
+            waiting[key] = None if key in self.store else subject
+            if sum(one is not None for one in waiting.values()) == _TOGETHER:
+                yield from self._all(reference, waiting, timing)
                 waiting = {}
-        self._beside(reference, base, waiting, timing)
-        return base, [int(self.store[key]["ns"]) for key in keys]
+        yield from self._all(reference, waiting, timing)
 
-    def _alone(self, reference: Subject, timing: Timing) -> int:
-        key = _key(reference, timing)
+    def alone(self, reference: Subject) -> float:
+        """The milliseconds of a reference, by itself."""
+        key = _key(reference, WHOLE)
         if key not in self.store:
-            self._keep(key, self._measure({key: reference}, timing)[key])
-        return int(self.store[key]["ns"])
+            self._keep(key, self._measure({REFERENCE: reference}, WHOLE)[REFERENCE])
+        return float(self.store[key]["ns"]) / 1e6
 
-    def _beside(self, reference: Subject, base: int, waiting: Mapping[str, Subject], timing: Timing) -> None:
-        if not waiting:
-            return
-        if self.spec.command:
-            times = self._measure(waiting, timing)
-        else:
-            times = self._measure({"reference": reference, **waiting}, timing)
-            now = times.pop("reference")
-            times = {key: value / now * base / 1e6 for key, value in times.items()}
-        for key, value in times.items():
-            self._keep(key, value)
+    def _all(self, reference: Subject, waiting: Mapping[str, Subject | None], timing: Timing) -> Iterator[Measured]:
+        fresh = {key: subject for key, subject in waiting.items() if subject is not None}
+        if fresh and self.spec.command:
+            for key, measured in self._measure(fresh, timing).items():
+                self._keep(key, measured)
+        elif fresh:
+            base = self.alone(reference)
+            found = self._measure({REFERENCE: reference, **fresh}, timing)
+            pace = base / found.pop(REFERENCE).milliseconds
+            for key, measured in found.items():
+                self._keep(key, measured.times(pace))
+        for key in waiting:
+            record = self.store[key]
+            layers = {name: ns / 1e6 for name, ns in record.get("layers", {}).items()}
+            yield Measured(milliseconds=record["ns"] / 1e6, layers=layers)
 
-    def _keep(self, key: str, milliseconds: float) -> None:
-        self.store[key] = {"ns": max(1, round(milliseconds * 1e6))}
+    def _keep(self, key: str, measured: Measured) -> None:
+        layers = {name: round(time * 1e6) for name, time in measured.layers.items()}
+        record: dict[str, Any] = {"ns": max(1, round(measured.milliseconds * 1e6))}
+        self.store[key] = {**record, "layers": layers} if layers else record
         self.measured += 1
 
 
 class LatencyTable:
     """The latency of every student of a base as a sum, and of those that were measured as whole models.
 
-    `measure_blocks` fills the table; `whole` measures a student; `onto` gives a cost table the corrected sums.
+    `measure_students` fills it; `wholes` measures students; `onto` gives a cost table what is expected of all others.
     """
 
     def __init__(self, base: nn.Module, analysis: Analysis, input_size: Sequence[int], meter: Meter) -> None:
@@ -107,88 +109,128 @@ class LatencyTable:
         device = next((tensor.device for tensor in base.parameters()), torch.device("cpu"))
         generator = torch.Generator().manual_seed(0)
         self._images = torch.randn(meter.spec.batch, *input_size, generator=generator).to(device)
-        self.whole_base = 0  # nanoseconds
-        self.parts: list[NDArray[np.int64]] = []  # per block over its choices, what each adds to the base
-        self._pairs: dict[str, tuple[int, int]] = {}  # by digest: the plain sum, and what the whole model took
-        self._exact: dict[str, int] = {}
-        self._reference = self._subject(analysis.identity)
+        self._exact: dict[str, int] = {}  # nanoseconds by digest
+        self._observed: dict[str, Observed] = {}
 
-    def measure_blocks(self, report: Callable[[str], None] = lambda words: None) -> None:
-        """Measures the base and every choice of every block. Raises ModelError when something cannot be run."""
-        self.whole_base = self.meter.nanoseconds(self._reference, (), WHOLE)[0]
-        base = copy.deepcopy(self.base).eval()  # the user's own keeps its mode
-        frames = find_frames(base, self.analysis, self._images)
-        with torch.no_grad(), recording(base, frames) as passages:
-            base(self._images)
-        for block in self.analysis.blocks:
-            frame, passage = frames[block.name], passages[block.name][0]
+    @functools.cached_property
+    def _reference(self) -> Subject:
+        return self._subject(self.analysis.identity)
 
-            def students(block: Any = block, frame: Any = frame, passage: Passage = passage) -> Iterator[Subject]:
-                for choice in block.choices:
-                    student = build_student(self.base, self.analysis, swapped(self.analysis, block, choice))
-                    yield _inside(frame.inside(student), passage)
+    @functools.cached_property
+    def _layers(self) -> list[Layer]:
+        return layers_of(self.analysis)
 
-            own, times = self.meter.nanoseconds(_inside(frame.inside(base), passage), students(), PART)
-            self.parts.append(np.array(times, dtype=np.int64) - own)
-            report(block.name)
+    @property
+    def whole_base(self) -> int:
+        """The latency of the base (nanoseconds)."""
+        return self.whole(self.analysis.identity)
+
+    def measure_students(self, report: Callable[[str], None] = lambda words: None) -> None:
+        """Measures the base and some students of all kinds and widths, layer by layer; `report` is told of each.
+        Raises ModelError when something cannot be run."""
+        self.whole(self.analysis.identity)
+        report("base")
+        chosen = [self.analysis.identity, *drawn(self.analysis.blocks, STUDENTS - 1)]
+        subjects = (self._subject(genotype, layers=True) for genotype in chosen)
+        found = self.meter.milliseconds(self._reference, subjects, ROUGH)
+        for number, (genotype, measured) in enumerate(zip(chosen, found, strict=True), 1):
+            self._observed[genotype.digest] = self._seen(genotype, measured)
+            report(f"student {number}")
 
     def whole(self, genotype: Mapping[str, Choice]) -> int:
         """The latency of a whole student (nanoseconds): measured, or as it was measured before."""
-        student = Genotype.of(dict(genotype))
-        if student.digest not in self._exact:
-            times = self.meter.nanoseconds(self._reference, [self._subject(student)], WHOLE)[1]
-            self.observe(student, times[0])
-        return self._exact[student.digest]
+        return self.wholes([Genotype.of(dict(genotype))])[0]
+
+    def wholes(self, genotypes: Sequence[Genotype], *, layers: bool = False) -> list[int]:
+        """The latencies of whole students (nanoseconds): measured turn by turn, or as they were measured before; with
+        `layers` also what their layers take, for a better fit."""
+        new = [genotype for genotype in dict.fromkeys(genotypes) if genotype.digest not in self._exact]
+        if self.analysis.identity in new:
+            new.remove(self.analysis.identity)
+            self._exact[self.analysis.identity.digest] = round(1e6 * self.meter.alone(self._reference))
+        subjects = (self._subject(genotype, layers=layers) for genotype in new)
+        for genotype, measured in zip(new, self.meter.milliseconds(self._reference, subjects, WHOLE), strict=True):
+            self.observe(genotype, round(1e6 * measured.milliseconds))
+            self._observed[genotype.digest] = self._seen(genotype, measured)
+        return [self._exact[genotype.digest] for genotype in genotypes]
 
     def known(self, genotype: Genotype) -> int | None:
         """The latency of a whole student, None when it was not measured."""
         return self._exact.get(genotype.digest)
 
+    def fastest(self) -> int:
+        """The smallest latency of those whole students that were measured."""
+        return min(self._exact.values())
+
     def observe(self, genotype: Genotype, nanoseconds: int) -> None:
         """Notes what a whole student took: it corrects the sums."""
         self._exact[genotype.digest] = nanoseconds
-        if self.parts:
-            self._pairs[genotype.digest] = (self.sum_of(genotype), nanoseconds)
+        self._observed[genotype.digest] = self._seen(genotype, Measured(milliseconds=nanoseconds / 1e6))
 
-    def sum_of(self, genotype: Mapping[str, Choice]) -> int:
-        """The base's latency and what each block's choice adds to it, not corrected (nanoseconds)."""
-        added = (
-            part[block.choices.index(genotype[block.name])]
-            for part, block in zip(self.parts, self.analysis.blocks, strict=True)
-        )
-        return self.whole_base + int(sum(added))
+    def sums(self) -> Terms:
+        """What the layers of students take together, as a sum over blocks and pairs of blocks (nanoseconds)."""
+        return summed(self._layers, fit(self._layers, self._students()))
 
-    def correction(self) -> tuple[float, float]:
-        """Offset (as a fraction of the base) and slope of the line through the whole models that were measured.
+    def correction(self, sums: Terms) -> tuple[float, float]:
+        """Offset (as a fraction of the base) and slope of the line through the whole students that were measured.
 
         Least squares of relative errors, with a prior around none and one: a few models say little.
         """
-        pairs = np.array(list(self._pairs.values()), dtype=np.float64).reshape(-1, 2) / max(1, self.whole_base) - 1
-        weights = 1 / (1 + pairs[:, 1:])  # of the errors, by what each took
-        design = weights * np.stack([np.ones(len(pairs)), pairs[:, 0]], axis=1)
+        students = self._students()
+        pairs = np.array([(total_of(sums, one.row), one.total) for one in students]) / self.whole_base
+        weights = 1 / pairs[:, 1]  # of the errors, by what each took
+        design = weights[:, None] * np.stack([np.ones(len(pairs)), pairs[:, 0]], axis=1)
         precision = design.T @ design / _NOISE**2 + np.diag([_OFFSET**-2, _SLOPE**-2])
-        evidence = design.T @ (weights[:, 0] * pairs[:, 1]) / _NOISE**2 + np.array([0.0, _SLOPE**-2])
+        evidence = design.T @ (weights * pairs[:, 1]) / _NOISE**2 + np.array([0.0, _SLOPE**-2])
         offset, slope = np.linalg.solve(precision, evidence)
         return float(offset), max(_LEAST_SLOPE, float(slope))
 
     def onto(self, table: CostTable) -> CostTable:
         """A cost table with the corrected sums as its latency."""
-        offset, slope = self.correction()
-        parts = [np.rint(slope * part).astype(np.int64) for part in self.parts]
-        return table.with_latency(round(self.whole_base * (1 + offset)), parts)
+        sums = self.sums()
+        offset, slope = self.correction(sums)
+        whole = {blocks: np.rint(slope * numbers).astype(np.int64) for blocks, numbers in sums.items()}
+        nothing = [np.zeros(len(block.choices), dtype=np.int64) for block in self.analysis.blocks]
+        return table.with_latency(
+            int(whole.get((), np.int64(0))) + round(offset * self.whole_base),
+            [whole.get((index,), zeros) for index, zeros in enumerate(nothing)],
+            {(blocks[0], blocks[1]): matrix for blocks, matrix in whole.items() if len(blocks) == 2},
+        )
 
-    def _subject(self, genotype: Mapping[str, Choice]) -> Subject:
+    def _students(self) -> list[Observed]:
+        """The students that were measured, in an order that does not depend on when."""
+        return [student for _, student in sorted(self._observed.items())]
+
+    def _seen(self, genotype: Genotype, measured: Measured) -> Observed:
+        row = [block.choices.index(genotype[block.name]) for block in self.analysis.blocks]
+        layers = {name: 1e6 * time for name, time in measured.layers.items()}
+        return Observed(row=np.array(row), total=1e6 * measured.milliseconds, layers=layers)
+
+    def _subject(self, genotype: Mapping[str, Choice], *, layers: bool = False) -> Subject:
         student = build_student(self.base, self.analysis, genotype)
-        return Subject(module=student.eval(), arguments=(self._images,))
+        modules = tuple(layer.module for layer in self._layers) if layers else ()
+        return Subject(module=student.eval(), arguments=(self._images,), layers=modules)
 
 
-def _inside(module: nn.Module, passage: Passage) -> Subject:
-    arguments, keywords = pytree.tree_unflatten(list(passage.inputs), passage.structure)
-    return Subject(module=module.eval(), arguments=arguments, keywords=keywords)
+def drawn(blocks: Sequence[Block], count: int, seed: int = 0) -> list[Genotype]:
+    """Random genotypes, each with mostly narrow or mostly wide blocks, and as many of each kind of convolution."""
+    generator = np.random.default_rng(seed)
+    levels = generator.permutation(np.linspace(0, 1, count))
+    return [Genotype.of({block.name: _drawn(block, level, generator) for block in blocks}) for level in levels]
+
+
+def _drawn(block: Block, level: float, generator: np.random.Generator) -> Choice:
+    kinds = list(dict.fromkeys((choice.conv, choice.kernel_size, choice.keep) for choice in block.choices))
+    odds = np.array([1.0 if keep else _DROPPED for _, _, keep in kinds])
+    kind = kinds[generator.choice(len(kinds), p=odds / odds.sum())]
+    fitting = [choice for choice in block.choices if (choice.conv, choice.kernel_size, choice.keep) == kind]
+    odds = np.array([np.exp(-abs(choice.width - level) / _SPREAD) for choice in fitting])
+    return fitting[generator.choice(len(fitting), p=odds / odds.sum())]
 
 
 def _key(subject: Subject, timing: Timing) -> str:
-    return f"{'whole' if timing == WHOLE else 'part'} {structure_of(subject)}"
+    kind = "whole" if timing == WHOLE else "rough"
+    return f"{kind}{' layers' if subject.layers else ''} {structure_of(subject)}"
 
 
 def structure_of(subject: Subject) -> str:
@@ -213,4 +255,4 @@ def _is_plain(name: str, value: object) -> bool:
 
 def store_key(spec: LatencySpec) -> str:
     """Names the file of measurements: of this specification, machine and versions."""
-    return hashlib.sha256(json.dumps(["1", spec.facts()], sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(["2", spec.facts()], sort_keys=True).encode()).hexdigest()[:16]

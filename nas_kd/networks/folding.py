@@ -1,11 +1,18 @@
-"""How the branches of re-parameterised networks are folded (RepVGG, MobileOne, FastViT, RepGhost)."""
+"""What only training needs, folded away: branches of re-parameterised networks (RepVGG, MobileOne, FastViT, RepGhost),
+and batch norms."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+_METHODS = ("fuse", "reparameterize", "switch_to_deploy")  # by which a module folds itself
 
 
 def fold(network: nn.Module) -> None:
@@ -17,14 +24,59 @@ def fold(network: nn.Module) -> None:
 
 def folded(module: Any) -> nn.Module:
     """The inference form of one module, or the module itself where it has none."""
+    if not any(hasattr(module, method) for method in _METHODS):
+        return module  # type: ignore[no-any-return]
     draft: Any = copy.deepcopy(module)  # a module may fail when it is half done
     try:
         if hasattr(draft, "fuse"):
             return draft.fuse()  # type: ignore[no-any-return]
-        for method in ("reparameterize", "switch_to_deploy"):
+        for method in _METHODS[1:]:
             if hasattr(draft, method):
                 getattr(draft, method)()
                 return draft  # type: ignore[no-any-return]
     except (AttributeError, AssertionError, RuntimeError, TypeError):  # what they raise over a replaced convolution
         pass
     return module  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def fold_norms(network: nn.Module, arguments: Sequence[Any], keywords: Mapping[str, Any] | None = None) -> None:
+    """Folds in place each batch norm into the convolution that wrote what it reads in a run on these arguments; what
+    else a norm does (an activation) stays. In evaluation mode, and for networks in which nothing but the norm reads
+    such a convolution: outputs are then the same up to rounding."""
+    for conv, path in _normed(network, arguments, keywords or {}):
+        norm: Any = network.get_submodule(path)
+        weight, bias = fuse_conv_bn_weights(
+            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        )
+        conv.weight, conv.bias = weight, bias
+        network.set_submodule(path, getattr(norm, "act", None) or nn.Identity())
+
+
+def _normed(network: nn.Module, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> list[tuple[nn.Conv2d, str]]:
+    """Each convolution that runs once, with the path of the batch norm that reads what it wrote."""
+    wrote: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # the tensor is kept, or another would get its id
+    found: list[tuple[nn.Conv2d, str]] = []
+    ran: list[int] = []
+
+    def after(module: nn.Conv2d, inputs: Any, output: Tensor) -> None:
+        wrote[id(output)] = module, output
+        ran.append(id(module))
+
+    def before(path: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            ran.append(id(module))
+            if id(inputs[0]) in wrote:
+                found.append((wrote[id(inputs[0])][0], path))
+
+        return hook
+
+    with ExitStack() as stack:
+        for path, module in network.named_modules():
+            if isinstance(module, nn.Conv2d):
+                stack.callback(module.register_forward_hook(after).remove)
+            elif isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
+                stack.callback(module.register_forward_pre_hook(before(path)).remove)
+        network(*arguments, **keywords)
+    once = {module for module in ran if ran.count(module) == 1}
+    return [(conv, path) for conv, path in found if {id(conv), id(network.get_submodule(path))} <= once]

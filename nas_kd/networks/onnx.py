@@ -1,4 +1,4 @@
-"""Networks as ONNX files. Needs the extra `nas-kd[onnx]`."""
+"""Networks as ONNX files, and ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def need(*packages: str) -> None:
     """Raises NasKdError when one of these packages is not installed."""
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
-        raise NasKdError(f"ONNX needs {' and '.join(missing)}: pip install 'nas-kd[onnx]'")
+        raise NasKdError(f"ONNX needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def write_onnx(
@@ -187,12 +187,15 @@ def run_onnx(path: Path, images: Tensor) -> Tensor:
     return torch.from_numpy(outputs[0])
 
 
-def open_session(path: Path, *, threads: int, device: str = "cpu") -> Any:
-    """An ONNX Runtime session with so many threads (0: its own number) on a device."""
+def open_session(path: Path, *, threads: int, device: str = "cpu", profile: Path | None = None) -> Any:
+    """An ONNX Runtime session with so many threads (0: its own number) on a device; with `profile` it notes how long
+    each operator takes, in a file whose name begins so."""
     need("onnxruntime")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
     provider = "CUDAExecutionProvider" if device.startswith("cuda") else "CPUExecutionProvider"

@@ -2,38 +2,49 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
 from nas_kd.arguments.study import Settings
 from nas_kd.budget import LATENCY, Budget
-from nas_kd.costs.latency_table import LatencyTable, Meter, store_key
-from nas_kd.costs.runtimes import LatencySpec, Runtime
+from nas_kd.costs.latency_table import STUDENTS, Meter, store_key
+from nas_kd.costs.runtimes import LatencySpec, Runtime, default_runtime
 from nas_kd.errors import OutputError
 from nas_kd.preparation.records import Records
 from nas_kd.progress import Stages
 from nas_kd.search.space import Space
 
-_WHOLE = 30  # choices of blocks take about as long as the whole students of the correction
+_logger = logging.getLogger(__name__)
 
 
 def latency_spec(settings: Settings) -> LatencySpec:
-    """What the latency of a study is."""
-    runtime: Runtime = "onnx" if settings.latency_runtime == "onnx" else "torch"
+    """What the latency of a study is: of ONNX Runtime, if nothing else is asked for and that is there."""
+    named = {runtime: runtime for runtime in get_args(Runtime)}
+    runtime: Runtime = named.get(settings.latency_runtime) or default_runtime(settings.latency_device)[0]
     return LatencySpec(
         runtime=runtime,
         device=settings.latency_device,
         batch=settings.latency_batch,
         threads=settings.latency_threads,
         command=settings.latency_command,
+        limit_s=settings.latency_timeout,
     )
+
+
+def tell_runtime(settings: Settings) -> None:
+    """Warns when latency is measured in torch for want of ONNX Runtime."""
+    reason = default_runtime(settings.latency_device)[1]
+    if reason and settings.latency_runtime is None and not settings.latency_command:
+        _logger.warning("latency is measured in torch, which few deploy: %s", reason)
 
 
 def make_meter(settings: Settings) -> Meter:
     """A meter that keeps what it measures in the study's cache, in a file of this specification and machine."""
     spec = latency_spec(settings)
+    tell_runtime(settings)
     folder = Path(settings.out or Path("results") / settings.name) / "cache"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -43,19 +54,12 @@ def make_meter(settings: Settings) -> Meter:
 
 
 def measure_latency(space: Space[nn.Module], meter: Meter, stages: Stages | None) -> None:
-    """Measures the latency of every choice of every block of a space, and shows how far that is."""
+    """Measures what the latencies of a space are expected from, and shows how far that is."""
     if stages is None:
         space.measure_latency(meter)
         return
-    # the base first: what cannot be measured at all is told before a stage begins
-    LatencyTable(space.base, space.analysis, space.input_size, meter).whole(space.analysis.identity)
-    choices = {block.name: len(block.choices) for block in space.blocks}
-    with stages.stage("latencies", sum(choices.values()) + _WHOLE) as advance:
-
-        def report(name: str) -> None:
-            advance(name, choices.get(name, _WHOLE))
-
-        space.measure_latency(meter, report)
+    with stages.stage("latencies", 1 + STUDENTS) as advance:
+        space.measure_latency(meter, lambda name: advance(name))
 
 
 def latency_facts(settings: Settings, budget: Budget) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from nas_kd.networks.rebuilt import check_exportable
 from nas_kd.search.further import reachable_by_opening
 from nas_kd.search.options import Options, parse_options, restrict
 from nas_kd.search.solver import solve
-from nas_kd.search.starts import calibration, feasible_starts, mixed_starts, prior_damages
+from nas_kd.search.starts import feasible_starts, mixed_starts, prior_damages
 from nas_kd.search.workers import GENOTYPE
 from nas_kd.students.inheritance import inherit_student
 
@@ -120,26 +120,21 @@ class Space(Generic[Network]):
         self.levels = tuple(levels)
 
     def measure_latency(self, meter: Meter, report: Callable[[str], None] = lambda words: None) -> None:
-        """Measures every choice of every block, and some whole students to correct their sums by; `report` is told of
-        each block and, at the end, of "whole students". Costs hold a latency from then on. Raises a NasKdError when
-        something cannot be measured."""
+        """Measures some students of all kinds and widths, from which the latency of all others is expected; `report` is
+        told of each. Costs hold a latency from then on. Raises a NasKdError when something cannot be measured."""
         latency = LatencyTable(self.base, self.analysis, self.input_size, meter)
-        latency.measure_blocks(report)
+        latency.measure_students(report)
         self.latency = latency
         self.table = latency.onto(self.table)
-        for genotype in calibration(self.table):
-            self._measure(genotype)
-        self._measure(self.table.cheapest(LATENCY))
-        report("whole students")
 
-    def _measure(self, genotype: Genotype) -> int:
-        """The latency of a whole student, which corrects the table when it is new."""
+    def _measure(self, *genotypes: Genotype, layers: bool = False) -> list[int]:
+        """The latencies of whole students, which correct the table when they are new."""
         assert self.latency is not None
         with _MEASURING:
-            if (known := self.latency.known(genotype)) is not None:
-                return known
-            measured = self.latency.whole(genotype)
-            self.table = self.latency.onto(self.table)
+            known = [self.latency.known(genotype) for genotype in genotypes]
+            measured = self.latency.wholes(genotypes, layers=layers)
+            if None in known:
+                self.table = self.latency.onto(self.table)
         return measured
 
     def recall_latencies(self, study: optuna.Study) -> None:
@@ -199,7 +194,8 @@ class Space(Generic[Network]):
         cheapest = self.table.cheapest(kind)
         if kind != LATENCY or self.latency is None:
             return self.table.cost(cheapest)[kind]
-        return min(self._measure(genotype) for genotype in (cheapest, *calibration(self.table)))
+        self._measure(cheapest)
+        return self.latency.fastest()
 
     def _admits_any(self, budget: Budget) -> bool:
         if LATENCY in budget:
@@ -214,12 +210,12 @@ class Space(Generic[Network]):
     def _admits_fastest(self, budget: Budget) -> bool:
         """Whether the student that is expected to be the fastest within all other bounds is within that on latency."""
         others = Budget(tuple((kind, bound) for kind, bound in budget.items() if kind != LATENCY))
-        expected = [part.astype(np.float64) for part in self.table.single[LATENCY]]
+        expected = [totals.astype(np.float64) for totals in self.table.beside_narrowest(LATENCY)]
         try:
             fastest = solve(self.table, others, expected)
         except TimeoutError:
             return True
-        return fastest is not None and self._measure(fastest) <= budget[LATENCY]
+        return fastest is not None and self._measure(fastest)[0] <= budget[LATENCY]
 
     def suggest_genotype(self, trial: AnyTrial) -> Genotype:
         """The genotype of a trial, all parameters suggested; nothing is checked or built."""
@@ -289,7 +285,7 @@ class Space(Generic[Network]):
         cost = self.cost(genotype)
         if self.budget is None or LATENCY not in self.budget or not self.budget.admits(cost):
             return cost
-        return dataclasses.replace(cost, latency=self._measure(genotype))
+        return dataclasses.replace(cost, latency=self._measure(genotype)[0])
 
     def student(self, source: Genotype | AnyTrial) -> Network:
         """The student of a genotype or of a trial, with weights inherited from the base, or from the library.

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from nas_kd.analysis.blocks import WIDTHS
 from nas_kd.analysis.structure import Block
-from nas_kd.budget import KINDS, LATENCY, Budget, Cost, kinds_of
+from nas_kd.budget import KINDS, Budget, Cost, kinds_of
 from nas_kd.costs.cost_table import CostTable
 from nas_kd.genotype import CONV_KINDS, Choice, Genotype, group_count
 from nas_kd.search.additive import total
@@ -51,14 +51,6 @@ def uniform_ladder(table: CostTable, kinds_of_cost: Iterable[str] = KINDS) -> di
     rungs += [_dropped(table.blocks, genotype) for genotype in rungs]
     rungs += [table.cheapest(kind) for kind in kinds_of_cost]
     return {genotype: table.cost(genotype) for genotype in dict.fromkeys(rungs)}
-
-
-def calibration(table: CostTable, count: int = 6) -> list[Genotype]:
-    """Uniform genotypes from the fastest to the slowest by the table, to compare its sums with."""
-    ladder = uniform_ladder(table)
-    latencies = {genotype: cost[LATENCY] for genotype, cost in ladder.items()}
-    ordered = sorted(ladder, key=lambda genotype: (latencies[genotype], genotype.digest))
-    return [ordered[index] for index in dict.fromkeys(np.linspace(0, len(ordered) - 1, count).round().astype(int))]
 
 
 def tightness(cost: Cost, budget: Budget | None, base: Cost) -> float:

@@ -13,8 +13,8 @@ from torch import nn
 import nas_kd.models  # noqa: F401  # registers cifar_resnet20
 from nas_kd.budget import LATENCY
 from nas_kd.costs.latency import Timing
-from nas_kd.costs.latency_table import WHOLE, Meter
-from nas_kd.costs.runtimes import LatencySpec, Subject
+from nas_kd.costs.latency_table import Meter
+from nas_kd.costs.runtimes import LatencySpec, Measured, Subject
 from nas_kd.errors import BudgetError
 from nas_kd.search.options import parse_options
 from nas_kd.search.sampler import KnapsackSampler
@@ -27,13 +27,13 @@ class Machine:
     def __init__(self) -> None:
         self.wholes = 0
 
-    def __call__(self, subjects: Mapping[str, Subject], timing: Timing) -> dict[str, float]:
-        self.wholes += len(subjects) * (timing == WHOLE)
-        return {name: self.milliseconds(subject.module, timing == WHOLE) for name, subject in subjects.items()}
+    def __call__(self, subjects: Mapping[str, Subject], timing: Timing) -> dict[str, Measured]:
+        self.wholes += len(subjects)
+        return {name: Measured(milliseconds=self.milliseconds(subject.module)) for name, subject in subjects.items()}
 
-    def milliseconds(self, module: nn.Module, whole: bool) -> float:
+    def milliseconds(self, module: nn.Module) -> float:
         params = sum(p.numel() for p in module.parameters())
-        return params / 1000 + 1.0 * whole * sum(1 for _ in module.modules())
+        return params / 1000 + 1.0 * sum(1 for _ in module.modules())
 
 
 def make_space(
@@ -45,7 +45,7 @@ def make_space(
 
 
 def truth(space: Space[nn.Module], student: nn.Module) -> float:
-    return Machine().milliseconds(student, whole=True) * 1e6
+    return Machine().milliseconds(student) * 1e6
 
 
 def objective_of(space: Space[nn.Module], built: list[float]) -> object:
@@ -98,7 +98,7 @@ def test_an_impossible_latency_names_the_smallest_that_was_measured() -> None:
 class Reversed(Machine):
     """A machine on which more parameters are faster."""
 
-    def milliseconds(self, module: nn.Module, whole: bool) -> float:
+    def milliseconds(self, module: nn.Module) -> float:
         return 1000 - sum(p.numel() for p in module.parameters()) / 1000
 
 
