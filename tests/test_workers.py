@@ -20,6 +20,7 @@ from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import OperationalError
 
+from nas_kd.budget import LATENCY
 from nas_kd.errors import OutputError
 from nas_kd.search.storage import close_storage, open_storage
 from nas_kd.search.workers import WORKER
@@ -196,6 +197,8 @@ def test_a_worker_on_another_machine_gets_all_it_needs(shared: str, tmp_path: Pa
     study = optuna.load_study(study_name=NAME, storage=storage)
     kit = study.user_attrs["nas_kd kit"]
     study.set_user_attr("nas_kd kit", {**kit, "settings": {**kit["settings"], "trials": 3}})
+    latencies = study.user_attrs["nas_kd latency"]
+    study.set_user_attr("nas_kd latency", {**latencies, "facts": {"machine": "another one"}})
     silent = study.ask()
     silent.set_user_attr(WORKER, "elsewhere-0000:1")
     (tmp_path / "first").rename(tmp_path / "gone")
@@ -203,6 +206,9 @@ def test_a_worker_on_another_machine_gets_all_it_needs(shared: str, tmp_path: Pa
     assert work(joined) == 0
     found = trials(shared)
     check_nothing_lost(found, 3)
+    for trial in found[1:]:  # nothing is timed here: latencies are those that are expected there
+        assert trial.state != TrialState.COMPLETE or trial.user_attrs[LATENCY] > 0
+        assert "measured" not in trial.user_attrs
     assert found[silent.number].state == TrialState.FAIL or shared.startswith("postgresql")
     assert {path.name for path in (tmp_path / "second" / "cache").iterdir()} >= {kit["weights"], kit["views"]}
     close_storage(storage)

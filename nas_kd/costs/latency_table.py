@@ -101,7 +101,8 @@ class Meter:
 class LatencyTable:
     """The latency of every student of a base as a sum, and of those that were measured as whole models.
 
-    `measure_students` fills it; `wholes` measures students; `onto` gives a cost table what is expected of all others.
+    `measure_students` fills it, or `tell` with the `notes` of another machine's; `wholes` measures students; `onto`
+    gives a cost table what is expected of all others.
     """
 
     def __init__(self, base: nn.Module, analysis: Analysis, input_size: Sequence[int], meter: Meter) -> None:
@@ -111,6 +112,7 @@ class LatencyTable:
         self._images = torch.randn(meter.spec.batch, *input_size, generator=generator).to(device)
         self._exact: dict[str, int] = {}  # nanoseconds by digest
         self._observed: dict[str, Observed] = {}
+        self.is_told = False  # measured on another machine
 
     @functools.cached_property
     def _reference(self) -> Subject:
@@ -136,6 +138,21 @@ class LatencyTable:
         for number, (genotype, measured) in enumerate(zip(chosen, found, strict=True), 1):
             self._observed[genotype.digest] = self._seen(genotype, measured)
             report(f"student {number}")
+
+    def notes(self) -> dict[str, Any]:
+        """What was measured, as JSON values."""
+        observed = {
+            digest: {"row": one.row.tolist(), "total": one.total, "layers": dict(one.layers)}
+            for digest, one in self._observed.items()
+        }
+        return {"exact": dict(self._exact), "observed": observed}
+
+    def tell(self, notes: Mapping[str, Any]) -> None:
+        """Takes over what another machine measured and noted."""
+        self._exact.update(notes["exact"])
+        for digest, one in notes["observed"].items():
+            self._observed[digest] = Observed(row=np.array(one["row"]), total=one["total"], layers=one["layers"])
+        self.is_told = True
 
     def whole(self, genotype: Mapping[str, Choice]) -> int:
         """The latency of a whole student (nanoseconds): measured, or as it was measured before."""

@@ -44,8 +44,9 @@ class Wanted:
 
 
 def whole_models(space: Space[nn.Module], meter: Meter) -> LatencyTable:
-    """What measures whole students of a space: its own, or one that knows of no blocks."""
-    return space.latency or LatencyTable(space.base, space.analysis, space.input_size, meter)
+    """What measures whole students of a space on this machine: its own, or one that knows of no blocks."""
+    own = space.latency
+    return own if own and not own.is_told else LatencyTable(space.base, space.analysis, space.input_size, meter)
 
 
 def baselines(job: Job, best: Genotype, epochs: int) -> list[Wanted]:

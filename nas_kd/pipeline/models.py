@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,7 @@ def make_models(job: Job, plan: Sequence[Wanted], materials: Materials, stages: 
     """Measures the latency of each model of a plan and of the teacher, refines, tests each once, and exports."""
     with stages.stage("latency", 1 + len(plan)) as advance:
         latencies = _latencies(job, plan, advance)
+    plan, latencies = _in_time(job, plan, latencies)
     models = [_timed(_teacher_model(job, materials), latencies[0])]
     with stages.stage("refine", sum(wanted.epochs for wanted in plan)) as advance:
         for wanted, latency in zip(plan, latencies[1:], strict=True):
@@ -92,6 +94,16 @@ def _latencies(job: Job, plan: Sequence[Wanted], advance: Advance) -> list[int]:
         wholes.append(tables[id(wanted.space)].whole(wanted.genotype))
         advance(wanted.role)
     return wholes
+
+
+def _in_time(job: Job, plan: Sequence[Wanted], latencies: list[int]) -> tuple[Sequence[Wanted], list[int]]:
+    """What of a plan is kept: a front model whose trial ran on another machine may be slower here than its bound."""
+    bound, known = job.budget.get(LATENCY, math.inf), job.space.base_cost().latency
+    bound *= latencies[0] / known if known else 1.0  # the same share of the base on every machine
+    kept = [number for number, own in enumerate(latencies[1:]) if plan[number].role != "front" or own <= bound]
+    if len(kept) < len(plan):
+        _logger.warning("%d models of the front are left out: slower here than the bound", len(plan) - len(kept))
+    return [plan[number] for number in kept], [latencies[0], *(latencies[1 + number] for number in kept)]
 
 
 def _refine(job: Job, wanted: Wanted, materials: Materials, advance: Advance) -> Refined:

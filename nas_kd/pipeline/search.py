@@ -9,6 +9,7 @@ import optuna
 from nas_kd.pipeline.showcase import announce
 from nas_kd.preparation.effort import note_effort
 from nas_kd.preparation.job import Job, choices_made, proxy_recipe_of
+from nas_kd.preparation.latency import note_latency
 from nas_kd.preparation.materials import Materials
 from nas_kd.progress import Stages
 from nas_kd.search.budgets import note_budget
@@ -28,6 +29,7 @@ def search(job: Job, materials: Materials, stages: Stages) -> optuna.Study:
     settings = job.settings
     with storage_errors(f"use the study {settings.name!r} in its storage"):
         study = _open(job, materials)
+        note_latency(study, settings, job.space)  # before workers join
         kit = publish(job, materials, study)
         note_budget(study, job.budget)
         announce(job, study)

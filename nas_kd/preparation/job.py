@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from nas_kd.progress import Stages
 from nas_kd.search.own_sampler import check_own_sampler
 from nas_kd.search.space import Space
 from nas_kd.search.storage import (
+    begun_study,
     check_study,
     close_storage,
     open_storage,
@@ -110,9 +112,10 @@ def prepare(settings: Settings, storage: BaseStorage | None = None, stages: Stag
     images = training_images(source, settings)
     storage = storage or open_storage(storage_url(settings, out), grace=settings.grace_period)
     try:
-        settings = as_begun(settings, storage)
+        begun = None if settings.new_study else begun_study(storage, settings.name)
+        settings = as_begun(settings, begun)
         networks = _networks(settings, settings.num_classes or len(source.class_names))
-        space = _checked_space(settings, networks.base, stages)
+        space = _checked_space(settings, networks.base, stages, begun)
         assert space.budget is not None
         if networks.other is not None:
             try_out(networks.other, space.input_size)
@@ -162,9 +165,11 @@ def _networks(settings: Settings, classes: int) -> _Networks:
     return _Networks(base=base, whole=whole, other=other, other_head=other_head)
 
 
-def _checked_space(settings: Settings, base: nn.Module, stages: Stages | None) -> Space[nn.Module]:
+def _checked_space(
+    settings: Settings, base: nn.Module, stages: Stages | None, begun: Mapping[str, Any] | None
+) -> Space[nn.Module]:
     """The space, with the genotypes that the search begins with, for a sampler that can propose for it."""
-    space = make_space(settings, base, stages)
+    space = make_space(settings, base, stages, begun)
     space.given = tuple(read_start(Path(file), space) for file in settings.start_from)
     if settings.sampler not in SAMPLERS and space.budget is not None:
         directions = list(objectives(space.budget, settings.maximize).values())

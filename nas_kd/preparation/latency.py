@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+import optuna
 from torch import nn
 
 from nas_kd.arguments.study import Settings
 from nas_kd.budget import LATENCY, Budget
 from nas_kd.costs.latency_table import STUDENTS, Meter, store_key
 from nas_kd.costs.runtimes import LatencySpec, Runtime, default_runtime
-from nas_kd.errors import OutputError
+from nas_kd.errors import OutputError, StudyError
 from nas_kd.preparation.records import Records
 from nas_kd.progress import Stages
 from nas_kd.search.space import Space
 
+_NOTE = "nas_kd latency"  # the study's user attribute
 _logger = logging.getLogger(__name__)
 
 
@@ -63,6 +66,25 @@ def measure_latency(space: Space[nn.Module], meter: Meter, stages: Stages | None
 
 
 def latency_facts(settings: Settings, budget: Budget) -> dict[str, Any]:
-    """What must stay the same for the latencies of a study to be comparable; nothing without a bound on them."""
-    facts = latency_spec(settings).facts() if LATENCY in budget else {}
+    """What must stay the same for the latencies of a study to be comparable; nothing without a wish for them: where the
+    base's is the bound, other machines are told (`note_latency`)."""
+    facts = latency_spec(settings).facts() if LATENCY in budget and LATENCY not in budget.fixed else {}
     return {LATENCY if name == "what" else f"{LATENCY} {name}": value for name, value in facts.items()}
+
+
+def note_latency(study: optuna.Study, settings: Settings, space: Space[nn.Module]) -> None:
+    """Notes on a study that is bounded by its base's latency what was measured, for other machines. Raises StudyError
+    where another machine noted something else in the meantime."""
+    if space.latency is None or space.budget is None or LATENCY not in space.budget.fixed:
+        return
+    facts = latency_spec(settings).facts()
+    if _NOTE not in study.user_attrs:
+        study.set_user_attr(_NOTE, {"facts": facts, **space.latency.notes()})
+    elif study.user_attrs[_NOTE]["facts"] != facts and not space.latency.is_told:
+        raise StudyError(f"another machine began the study {study.study_name!r} just now: run this command again")
+
+
+def told_latency(attributes: Mapping[str, Any] | None, settings: Settings) -> Mapping[str, Any] | None:
+    """What the machine that began a study noted of latencies; None where that was this one, or nothing was noted."""
+    noted: Mapping[str, Any] | None = (attributes or {}).get(_NOTE)
+    return None if noted is None or noted["facts"] == latency_spec(settings).facts() else noted

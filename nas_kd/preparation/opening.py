@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from optuna.storages import BaseStorage
 from torch import nn
 
 from nas_kd.analysis.structure import ROUND_TO
@@ -16,11 +16,11 @@ from nas_kd.arguments.study import Settings
 from nas_kd.budget import KINDS, LATENCY, parse_budget, parse_levels
 from nas_kd.errors import GenotypeError, ModelError, OutputError
 from nas_kd.genotype import Genotype
-from nas_kd.preparation.latency import make_meter, measure_latency
+from nas_kd.preparation.latency import make_meter, measure_latency, told_latency
 from nas_kd.progress import Stages
 from nas_kd.search.options import parse_options
 from nas_kd.search.space import Space
-from nas_kd.search.storage import CONFIG, begun_study
+from nas_kd.search.storage import CONFIG
 from nas_kd.training.data import DIGITS
 
 DIGITS_SIZE = 16  # at the base's own stride: measured, docs/decisions.md
@@ -29,8 +29,15 @@ _STAGES, _BASE_BOUNDS = "search stages", "base bounds"  # as a study notes them
 _logger = logging.getLogger(__name__)
 
 
-def make_space(settings: Settings, base: nn.Module, stages: Stages | None = None) -> Space[nn.Module]:
-    """What the base may become within the budget. Raises as `Space` does."""
+def make_space(
+    settings: Settings,
+    base: nn.Module,
+    stages: Stages | None = None,
+    begun: Mapping[str, Any] | None = None,
+) -> Space[nn.Module]:
+    """What the base may become within the budget. Raises as `Space` does.
+
+    `begun` are the user attributes of the study that goes on: what another machine measured of latencies is there."""
     space = Space(
         base,
         img_size=settings.img_size or (DIGITS_SIZE if settings.dataset == DIGITS else None),
@@ -42,16 +49,20 @@ def make_space(settings: Settings, base: nn.Module, stages: Stages | None = None
         ),
         name=settings.model,
     )
-    _set_bounds(space, settings, stages)
+    _set_bounds(space, settings, stages, begun)
     space.set_levels(parse_levels(settings.levels))
     return space
 
 
-def _set_bounds(space: Space[nn.Module], settings: Settings, stages: Stages | None) -> None:
+def _set_bounds(
+    space: Space[nn.Module], settings: Settings, stages: Stages | None, begun: Mapping[str, Any] | None
+) -> None:
     """Bounds a space as it is asked, and what that leaves out by the base's own; latencies are measured for it."""
     given = parse_budget(settings.budget)
     own = [kind for kind in BASE_BOUNDS if settings.base_bounds and kind not in given]
-    if LATENCY in (*given, *own):
+    if LATENCY in own and (told := told_latency(begun, settings)):
+        space.tell_latency(make_meter(settings), told)
+    elif LATENCY in (*given, *own):
         try:
             measure_latency(space, make_meter(settings), stages)
         except ModelError as error:
@@ -63,9 +74,8 @@ def _set_bounds(space: Space[nn.Module], settings: Settings, stages: Stages | No
     space.set_budget(parse_budget(settings.budget, base).no_worse_than(base, own))
 
 
-def as_begun(settings: Settings, storage: BaseStorage) -> Settings:
-    """The settings with what they leave open of the space as the study of this name began, if there is one."""
-    begun = None if settings.new_study else begun_study(storage, settings.name)
+def as_begun(settings: Settings, begun: Mapping[str, Any] | None) -> Settings:
+    """The settings with what they leave open of the space as the study with these user attributes began."""
     if begun is None:
         return settings
     config = begun[CONFIG]

@@ -127,9 +127,18 @@ class Space(Generic[Network]):
         self.latency = latency
         self.table = latency.onto(self.table)
 
+    def tell_latency(self, meter: Meter, notes: Mapping[str, Any]) -> None:
+        """Takes over what another machine measured of this space (`LatencyTable.notes`): no student is timed, all have
+        the latency that is expected there. `meter` measures here what is not a student of a trial."""
+        self.latency = LatencyTable(self.base, self.analysis, self.input_size, meter)
+        self.latency.tell(notes)
+        self.table = self.latency.onto(self.table)
+
     def _measure(self, *genotypes: Genotype, layers: bool = False) -> list[int]:
         """The latencies of whole students, which correct the table when they are new."""
         assert self.latency is not None
+        if self.latency.is_told:
+            return [self.latency.known(one) or self.table.cost(one).latency for one in genotypes]
         with _MEASURING:
             known = [self.latency.known(genotype) for genotype in genotypes]
             measured = self.latency.wholes(genotypes, layers=layers)

@@ -53,7 +53,7 @@ def join(settings: WorkerSettings, stages: Stages, sleep: Callable[[float], None
             with stages.stage("files"):
                 cache = locate(kit, settings.out, settings.artifacts)
             with stages.stage("model"):
-                space, proxy = equip(kit, cache, device)
+                space, proxy = equip(kit, cache, device, study.user_attrs)
                 check_space(study, kit, space)
             study.sampler = make_sampler(str(kit.settings["sampler"]), space, int(kit.settings["seed"]))
             if not isinstance(study.sampler, KnapsackSampler):  # which draws from each trial's own number

@@ -177,12 +177,14 @@ def _is_there(cache: Path, path: str) -> bool:
     return (cache / path).exists()
 
 
-def equip(kit: Kit, cache: Path, device: torch.device) -> tuple[Space[nn.Module], Proxy]:
-    """The space and the proxy of a study from its kit. Raises ArtifactError for a file that is missing or damaged."""
+def equip(kit: Kit, cache: Path, device: torch.device, begun: Mapping[str, Any]) -> tuple[Space[nn.Module], Proxy]:
+    """The space and the proxy of a study from its kit and its user attributes, `begun`. Raises ArtifactError for a file
+    that is missing or damaged."""
     settings = settings_of(kit)
     base = make_base(dataclasses.replace(settings, pretrained=False), kit.num_classes, in_chans_of(settings))
     _load_weights(base, kit, cache)
-    space = make_space(dataclasses.replace(settings, out=str(cache.parent)), base.to(device).eval())
+    settings_here = dataclasses.replace(settings, out=str(cache.parent))
+    space = make_space(settings_here, base.to(device).eval(), begun=begun)
     if kit.library:
         space.library = _open_library(space, cache / kit.library)
     images = images_of(kit, cache)
