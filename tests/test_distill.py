@@ -28,6 +28,7 @@ from nas_kd.training.loop import evaluate
 pytestmark = pytest.mark.usefixtures("short_timing", "restore_logging")
 SMALL = "test_resnet --img-size 32 --train-images 120 --epochs 2 --batch-size 32 -q"
 
+
 def command(out: Path, *more: str) -> list[str]:
     return [*SMALL.split(), "--out", str(out), *more]
 

@@ -141,13 +141,12 @@ def shared(request: pytest.FixtureRequest, database: str) -> Iterator[str]:
 @pytest.mark.parametrize("shared", [pytest.param("postgresql", marks=pytest.mark.slow), "grpc"], indirect=True)
 def test_of_two_workers_one_is_killed_and_the_study_completes(shared: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    # a grace that no living worker exceeds on a busy machine; the parent sees at once that its own worker died
+    # a grace that no living worker exceeds on a busy machine: who looks first sees that a process is there no more
     more = ["--proxy-epochs", "6", "--trials", "4", "--jobs", "2", "--grace-period", "600"]
     process = start("nas_kd.study", command(out, *more, "--storage", shared))
     os.kill(stop_a_worker(shared, process), signal.SIGKILL)
     errors = process.communicate(timeout=1200)[1]
     assert process.returncode == 0, errors
-    assert "a worker died (SIGKILL)" in errors
     found = trials(shared)
     check_nothing_lost(found, 4)
     (dead,) = [trial for trial in found if trial.state == TrialState.FAIL]

@@ -204,6 +204,7 @@ class LocalWorker:
 
     def start(self) -> None:
         """Starts it, again if it has ended."""
+        self.wait(0)  # closes what the one before it had
         self.errors.close()
         self.errors = tempfile.TemporaryFile()
         self.process = subprocess.Popen(

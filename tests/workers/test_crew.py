@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import io
+import logging
+import os
 import signal
 
 import optuna
 import pytest
 from injection import ended_well, fork
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 
 from nas_kd.progress import Stages, console_for
 from nas_kd.search.workers import RETRIES, RETRY, WORKER, worker_name
-from nas_kd.workers.crew import Crew, line_of, run_crew
+from nas_kd.workers.crew import Crew, LocalWorker, line_of, run_crew
 
 
 def test_a_trial_that_notes_its_costs_just_now_is_shown_without_them() -> None:
@@ -52,6 +54,27 @@ class TooSlow:
 
     def wait(self, seconds: float) -> None:
         self.was_killed = True
+
+
+def test_a_worker_that_is_killed_is_told_of_and_started_again(caplog: pytest.LogCaptureFixture) -> None:
+    study, worker = optuna.create_study(), LocalWorker([], dict(os.environ))
+    started: list[int] = []
+
+    def look(seconds: float) -> None:
+        assert worker.process is not None
+        started.append(worker.process.pid)
+        if len(started) == 1:
+            worker.process.kill()
+            worker.process.wait()
+        else:
+            study.add_trial(create_trial(value=0.5, constraints={"rung": 0.0}))
+
+    crew = Crew(workers=(worker,), trials=1, epochs=2, grace=120)
+    with Stages(console_for(io.StringIO()), quiet=True).board("search", 1) as board, caplog.at_level(logging.WARNING):
+        run_crew(crew, study, board, sleep=look)
+    assert "a worker died (SIGKILL): its trial goes to another one" in caplog.text
+    assert len(set(started)) == len(started) == 2
+    assert worker.code() is not None
 
 
 def test_what_a_worker_was_too_slow_to_put_back_is_put_back_for_it() -> None:
