@@ -101,6 +101,7 @@ class Settings:
     teacher: str | None = None
     teacher_pretrained: bool = False
     teacher_checkpoint: str | None = None
+    int8: bool = False
     left_open: tuple[str, ...] = ()  # of `OPEN`: chosen by what the images cost, in `preparation.effort`
 
     @property
@@ -227,6 +228,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
     add_report(add)
     add_onnx(add)
+    add("--int8", action="store_true", help="write the front's models and the teacher as int8 too, and measure them")
     add("--new-study", action="store_true", help="begin anew under this name; the study that had it is kept")
     add("--storage", metavar="URL", help="Optuna storage (study.db in the output folder, or $NAS_KD_STORAGE)")
     add_workers(parser)
