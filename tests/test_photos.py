@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import nas_kd
 from nas_kd import distill, study
 from nas_kd.arguments.study import parse_study
+from nas_kd.networks.onnx import run_onnx
 from nas_kd.preparation.job import prepare
 from nas_kd.search.storage import close_storage
 from nas_kd.training.data import DataSpec, load_splits
@@ -54,15 +55,21 @@ def save(image: Image.Image, folder: Path, index: int) -> None:
         image.save(folder / f"{index}.png")
 
 
-def seen_by_timm(root: Path, model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Logits and labels of the test files, opened by us and then transformed as timm says for the model."""
+def transformed(root: Path, model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Images and labels of the test files, opened by us and then transformed as timm says for the model."""
     config = timm.data.resolve_model_data_config(model)
     transform = timm.data.create_transform(**config)
     mode = "L" if config["input_size"][0] == 1 else "RGB"
     files = [(file, label) for label, name in enumerate(CLASSES) for file in (root / "test" / name).iterdir()]
     images = torch.stack([transform(nas_kd.open_picture(file).convert(mode)) for file, _ in files])
+    return images, torch.tensor([label for _, label in files])
+
+
+def seen_by_timm(root: Path, model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Logits and labels of the test files."""
+    images, labels = transformed(root, model)
     with torch.inference_mode():
-        return model.eval()(images), torch.tensor([label for _, label in files])
+        return model.eval()(images), labels
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -70,7 +77,7 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 def test_a_study_exports_what_it_measured(photos: Path, tmp_path: Path) -> None:
-    effort = "--trials 1 --proxy-epochs 1 --refine-epochs 1 --teacher-epochs 1 --front 1 --library-budget 0 --no-onnx"
+    effort = "--trials 1 --proxy-epochs 1 --refine-epochs 1 --teacher-epochs 1 --front 1 --library-budget 0 --int8"
     arguments = f"--model test_resnet --budget macs=50% --img-size 64 {effort} {QUICK} {photos} --out {tmp_path}"
     assert study.main(arguments.split()) == 0
     rows = list(csv.DictReader((tmp_path / "front.csv").read_text().splitlines()))
@@ -80,6 +87,10 @@ def test_a_study_exports_what_it_measured(photos: Path, tmp_path: Path) -> None:
         config = timm.data.resolve_model_data_config(model)
         assert (config["crop_pct"], config["interpolation"]) == (0.95, "bilinear")  # test_resnet's own
         assert accuracy(*seen_by_timm(photos, model)) == float(row["test_accuracy"])
+        if row["role"] == "front":
+            images, labels = transformed(photos, model)
+            int8 = run_onnx(tmp_path / row["path"] / "model.int8.onnx", images)
+            assert accuracy(int8, labels) == float(row["int8_test_accuracy"])
 
 
 @pytest.mark.parametrize("more", ["--in-chans 1 --crop-pct 0.8 --interpolation bilinear", "--img-size 48"])

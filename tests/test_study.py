@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -172,8 +173,6 @@ class TestResume:
     @pytest.fixture
     def again(self, finished: Finished, tmp_path: Path) -> Path:
         """A copy of the finished run, of which nothing knows where it lies."""
-        import shutil
-
         return Path(shutil.copytree(finished.out, tmp_path / "copy"))
 
     def test_the_same_command_trains_nothing_anew(self, again: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,6 +185,22 @@ class TestResume:
         ]
         assert {p: p.stat().st_mtime_ns for p in (again / "cache").rglob("*")} == cached
         assert "refine: 1/" not in capsys.readouterr().err
+
+    def test_a_finished_study_goes_on_with_int8(
+        self, finished: Finished, again: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(command(again, "--int8", "--front", "1", "-q")) == 0
+        assert "int8 %" in capsys.readouterr().out
+        assert "ONNX int8" in (again / "report.html").read_text()
+        known = {(row["role"], row["digest"]): row["test_accuracy"] for row in rows(finished.out)}
+        quantised = [row for row in rows(again) if row["deploy"]]
+        assert [row["role"] for row in quantised] == ["front", "teacher"]
+        for row in quantised:
+            folder = again / row["path"]
+            assert row["test_accuracy"] == known[row["role"], row["digest"]]
+            assert int(row["int8_bytes"]) == (folder / "model.int8.onnx").stat().st_size < int(row["float_bytes"])
+            assert (folder / row["deploy"]).is_file()
+            assert "| int8 test accuracy |" in (folder / "README.md").read_text()
 
     def test_more_trials_run_only_the_missing_ones(self, again: Path) -> None:
         before = [trial for trial in trials(again) if trial.state.is_finished()]

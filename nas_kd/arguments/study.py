@@ -114,6 +114,7 @@ class Settings:
     teacher_checkpoint: str | None = None
     base_bounds: bool = False
     channel_multiple: int = 8
+    int8: bool = False
     left_open: tuple[str, ...] = ()  # of `OPEN`: as the study began, or chosen in `preparation`
 
     @property
@@ -251,6 +252,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
     add_report(add)
     add_onnx(add)
+    add("--int8", action="store_true", help="write the front's models and the teacher as int8 too, and measure them")
     add("--new-study", action="store_true", help="begin anew under this name; the study that had it is kept")
     add("--storage", metavar="URL", help="Optuna storage (study.db in the output folder, or $NAS_KD_STORAGE)")
     add_workers(parser)

@@ -20,6 +20,7 @@ from nas_kd.genotype import Genotype
 from nas_kd.networks.onnx import is_installed
 from nas_kd.pipeline.baselines import Wanted, baselines, whole_models
 from nas_kd.pipeline.choosing import choose_front
+from nas_kd.pipeline.quantisation import Int8Spec, Quantised, quantised_once
 from nas_kd.preparation.augmenting import fresh_images, images_key
 from nas_kd.preparation.job import TEACHER_LR, Job, make_base, recipe_of, refine_epochs
 from nas_kd.preparation.latency import latency_spec, make_meter
@@ -35,16 +36,19 @@ from nas_kd.training.loop import CALIBRATION, evaluate, recalibrate
 from nas_kd.training.recipe import Recipe
 
 _logger = logging.getLogger(__name__)
+_IN_INT8 = ("teacher", "front")  # the roles that become int8 where asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Model:
-    """One model of the results: what it is, what it costs and how well it does. `refined` holds the network."""
+    """One model of the results: what it is, what it costs and how well it does. `refined` holds the network, `int8`
+    what that becomes in int8, with the files, where it was quantised."""
 
     role: Role
     genotype: Genotype | None
     cost: Cost
     refined: Refined
+    int8: tuple[Quantised, tuple[Path, ...]] | None = None
 
 
 def take_home(job: Job, study: optuna.Study, materials: Materials, stages: Stages) -> list[ModelRow]:
@@ -70,6 +74,8 @@ def make_models(job: Job, plan: Sequence[Wanted], materials: Materials, stages: 
             cost = wanted.space.cost(wanted.genotype)
             model = Model(role=wanted.role, genotype=wanted.genotype, cost=cost, refined=refined)
             models.append(_timed(model, latency))
+    if job.settings.int8:
+        models = _quantised(job, models, materials, stages)
     with stages.stage("export", len(models)) as advance:
         rows = []
         for model in models:
@@ -161,6 +167,26 @@ def _teacher_model(job: Job, materials: Materials) -> Model:
     return Model(role="teacher", genotype=None, cost=job.space.table.base(), refined=refined)
 
 
+def _quantised(job: Job, models: Sequence[Model], materials: Materials, stages: Stages) -> list[Model]:
+    """The models, the front's and the teacher with their int8 forms; one that cannot be quantised goes without."""
+    settings, splits = job.settings, materials.splits
+    fresh = fresh_images(settings, splits.train, splits.num_classes)
+    spec = Int8Spec(threads=settings.latency_threads, seed=settings.seed)
+    done = []
+    with stages.stage("int8", sum(model.role in _IN_INT8 for model in models)) as advance:
+        for model in models:
+            if model.role in _IN_INT8:
+                try:
+                    int8 = quantised_once(model.refined.network, splits, job.cache, spec, fresh)
+                    model = dataclasses.replace(model, int8=int8)
+                    advance(f"{model.role}: {100 * int8[0].int8.test_accuracy:.1f} % in int8")
+                except ModelError as error:
+                    _logger.warning("a model (%s) goes without int8: %s", model.role, error)
+                    advance(f"{model.role}: none")
+            done.append(model)
+    return done
+
+
 def _export(job: Job, model: Model, materials: Materials) -> ModelRow:
     settings, refined = job.settings, model.refined
     genotype = model.genotype or job.space.analysis.identity
@@ -178,6 +204,7 @@ def _export(job: Job, model: Model, materials: Materials) -> ModelRow:
         "latency": f"{amount(LATENCY, model.cost.latency)} ({latency_spec(settings)})",
         "test accuracy": round(refined.test_accuracy, 4),
         **({"distillation": settings.distill} if model.role not in ("teacher", "no teacher") else {}),
+        **({} if model.int8 is None else model.int8[0].facts),
         "command": settings.command,
         "seed": settings.seed,
     }
@@ -190,7 +217,8 @@ def _export(job: Job, model: Model, materials: Materials) -> ModelRow:
         facts=facts,
         title=name,
     )
-    _export_to(job.out / name, refined.network, card, onnx=model.role == "front" and wants_onnx(settings))
+    files = () if model.int8 is None else model.int8[1]
+    _export_to(job.out / name, refined.network, card, model.role == "front" and wants_onnx(settings), files)
     return ModelRow(
         name=name,
         role=model.role,
@@ -201,6 +229,7 @@ def _export(job: Job, model: Model, materials: Materials) -> ModelRow:
         latency_ms=model.cost.latency / 1e6,
         path=name,
         genotype=genotype,
+        int8=None if model.int8 is None else model.int8[0].row,
     )
 
 
@@ -209,14 +238,14 @@ def wants_onnx(settings: Settings) -> bool:
     return is_installed() if settings.onnx is None else settings.onnx
 
 
-def _export_to(folder: Path, network: nn.Module, card: Card, *, onnx: bool) -> None:
+def _export_to(folder: Path, network: nn.Module, card: Card, onnx: bool, beside: Sequence[Path]) -> None:
     try:
-        export(network, folder, card, onnx=onnx)
+        export(network, folder, card, onnx=onnx, beside=beside)
     except ModelError as error:
         if not onnx:
             raise
         _logger.warning("%s goes without ONNX: %s", folder.name, error)
-        export(network, folder, card)
+        export(network, folder, card, beside=beside)
 
 
 def _stem(model: str) -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
+import importlib.metadata
 import json
 import logging
-from collections.abc import Sequence
+import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from nas_kd.costs.latency import Timing, take_turns
+from nas_kd.errors import OutputError
 from nas_kd.networks.int8 import LayerError, quantise
-from nas_kd.networks.onnx import open_session, write_model
+from nas_kd.networks.onnx import need, open_session, write_model
+from nas_kd.results.rows import Int8Row
 from nas_kd.training.data import Splits
 from nas_kd.training.fake_quantisation import fake_quantised
 from nas_kd.training.images import AugmentedImages, Images, normalise
@@ -25,7 +30,7 @@ from nas_kd.training.recipe import Recipe
 from nas_kd.training.resume import replace_file
 from nas_kd.training.teacher import Teacher
 from nas_kd.training.tensor_files import write_tensors
-from nas_kd.training.views import OnlineViews
+from nas_kd.training.views import OnlineViews, weights_digest
 
 FLOAT, INT8, WEIGHTS, RECORD = "model.onnx", "model.int8.onnx", "model.int8.safetensors", "int8.json"
 _TOLERATED = 0.003  # of accuracy that calibration alone may lose before it is brought back
@@ -52,24 +57,57 @@ class Quantised:
 
     `exact` is the float form. `worst` are the layers that int8 hurts most. `recovered` says whether the weights behind
     the int8 file were trained on: calibration alone had lost `calibration_loss` (a fraction) of the accuracy on
-    validation images.
+    validation images, of which `loss` is left.
     """
 
     exact: Form
     int8: Form
     worst: tuple[LayerError, ...]
     calibration_loss: float
+    loss: float
     recovered: bool
 
     @property
     def deploy(self) -> Form:
-        """The file to deploy: int8, unless it is slower and the float one is as accurate."""
+        """The file to deploy: int8, unless it is slower and no more accurate on validation images."""
         slower = self.int8.milliseconds > self.exact.milliseconds
-        return self.exact if slower and self.exact.test_accuracy >= self.int8.test_accuracy else self.int8
+        return self.exact if slower and self.loss >= 0 else self.int8
+
+    @property
+    def row(self) -> Int8Row:
+        """What tables say of it."""
+        return Int8Row(
+            test_accuracy=self.int8.test_accuracy,
+            bytes=self.int8.bytes,
+            latency_ms=self.int8.milliseconds,
+            float_bytes=self.exact.bytes,
+            float_latency_ms=self.exact.milliseconds,
+            deploy=self.deploy.file,
+        )
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a model card says of it."""
+        forms = {"ONNX": self.exact, "ONNX int8": self.int8}
+        return {
+            "int8 test accuracy": round(self.int8.test_accuracy, 4),
+            **{name: f"{form.bytes:,} bytes, {form.milliseconds:.3f} ms" for name, form in forms.items()},
+            "deploy": self.deploy.file,
+        }
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain JSON values."""
         return {**asdict(self), "deploy": self.deploy.file}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Quantised:
+        """The inverse of `to_json`. Raises KeyError or TypeError for anything else."""
+        return cls(
+            exact=Form(**values["exact"]),
+            int8=Form(**values["int8"]),
+            worst=tuple(LayerError(**layer) for layer in values["worst"]),
+            **{name: values[name] for name in ("calibration_loss", "loss", "recovered")},
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +120,37 @@ class Int8Spec:
     recover: bool = True
     threads: int = 1
     seed: int = 0
+
+
+def quantised_once(
+    network: nn.Module, splits: Splits, cache: Path, spec: Int8Spec, train_images: AugmentedImages
+) -> tuple[Quantised, tuple[Path, ...]]:
+    """What `quantise_network` makes of a network, and its files: in a folder of `cache` that its weights, images and
+    the runtime name, so that an interrupted study makes nothing twice. Raises what that raises."""
+    need("onnx", "onnxruntime")
+    runtime = importlib.metadata.version("onnxruntime")
+    facts = (weights_digest(network), splits.digest, spec, train_images.augmentation, train_images.mixing)
+    machine = (platform.node(), runtime)
+    folder = cache / f"int8-{hashlib.sha256(repr((facts, machine)).encode()).hexdigest()[:16]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write {folder}: {error.strerror}; choose another folder with --out") from error
+    result = _noted(folder) or quantise_network(network, splits, folder, spec, train_images)
+    return result, tuple(path for name in (FLOAT, INT8, WEIGHTS, RECORD) if (path := folder / name).is_file())
+
+
+def _noted(folder: Path) -> Quantised | None:
+    """What an earlier run made; the record is written last."""
+    try:
+        if not (folder / RECORD).is_file():
+            return None
+        result = Quantised.from_json(json.loads((folder / RECORD).read_text(encoding="utf-8")))
+        sizes = [(folder / form.file).stat().st_size == form.bytes for form in (result.exact, result.int8)]
+        return result if all(sizes) else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        _logger.warning("the int8 files in %s are damaged (%s): making them again", folder, error)
+        return None
 
 
 def quantise_network(
@@ -98,11 +167,13 @@ def quantise_network(
     images = _inputs(splits.train[: spec.calibration_images])
     write_model(network, size, folder / FLOAT)
     layers = quantise(folder / FLOAT, images, folder / INT8, keep_float=spec.keep_float)
-    loss = accuracy_of(folder / FLOAT, splits.val) - accuracy_of(folder / INT8, splits.val)
-    recovered = False
-    if loss > _TOLERATED and spec.recover:
-        _logger.info("calibration alone loses %.1f points of validation accuracy: training it back", 100 * loss)
-        recovered = _recover(network, splits, folder, spec, train_images)
+    exact, rounded = (accuracy_of(folder / name, splits.val) for name in (FLOAT, INT8))
+    calibrated, recovered = rounded, False
+    if exact - calibrated > _TOLERATED and spec.recover:
+        lost = 100 * (exact - calibrated)
+        _logger.info("calibration alone loses %.1f points of validation accuracy: training it back", lost)
+        rounded = max(calibrated, _recover(network, splits, folder, spec, train_images))
+        recovered = rounded > calibrated
     milliseconds = time_files([folder / FLOAT, folder / INT8], size, spec.threads)
     forms = [
         Form(
@@ -114,16 +185,21 @@ def quantise_network(
         for name in (FLOAT, INT8)
     ]
     result = Quantised(
-        exact=forms[0], int8=forms[1], worst=tuple(layers[:_WORST]), calibration_loss=loss, recovered=recovered
+        exact=forms[0],
+        int8=forms[1],
+        worst=tuple(layers[:_WORST]),
+        calibration_loss=exact - calibrated,
+        loss=exact - rounded,
+        recovered=recovered,
     )
     text = json.dumps(result.to_json(), indent=2) + "\n"
     replace_file(folder / RECORD, lambda draft: draft.write_text(text, encoding="utf-8"))
     return result
 
 
-def _recover(network: nn.Module, splits: Splits, folder: Path, spec: Int8Spec, train_images: AugmentedImages) -> bool:
+def _recover(network: nn.Module, splits: Splits, folder: Path, spec: Int8Spec, train_images: AugmentedImages) -> float:
     """Trains a copy of the network under fake quantisation beside the float one, and keeps its int8 file where that is
-    better on validation images. Returns whether it was."""
+    better on validation images. Returns its accuracy on these."""
     student = copy.deepcopy(network)
     views = OnlineViews(train_images, Teacher(network))
     epochs = max(1, round(_RECOVERY_IMAGES / len(splits.train)))
@@ -135,12 +211,13 @@ def _recover(network: nn.Module, splits: Splits, folder: Path, spec: Int8Spec, t
         write_model(student, tuple(splits.train.pixels.shape[1:]), drafts[0])
         images = _inputs(splits.train[: spec.calibration_images])
         quantise(drafts[0], images, drafts[1], keep_float=spec.keep_float)
-        if accuracy_of(drafts[1], splits.val) <= accuracy_of(folder / INT8, splits.val):
+        accuracy = accuracy_of(drafts[1], splits.val)
+        if accuracy <= accuracy_of(folder / INT8, splits.val):
             _logger.info("training brought nothing back: the calibrated file stays")
-            return False
-        drafts[1].replace(folder / INT8)
-        write_tensors(folder / WEIGHTS, student.state_dict(), {"what": f"the float weights behind {INT8}"})
-        return True
+        else:
+            drafts[1].replace(folder / INT8)
+            write_tensors(folder / WEIGHTS, student.state_dict(), {"what": f"the float weights behind {INT8}"})
+        return accuracy
     finally:
         for draft in drafts:
             draft.unlink(missing_ok=True)

@@ -23,6 +23,7 @@ from nas_kd.budget import Budget
 from nas_kd.costs.peak_memory import RULE
 from nas_kd.errors import DeviceError, ModelError, NasKdError, OutputError
 from nas_kd.networks.hub import create_base
+from nas_kd.networks.onnx import need
 from nas_kd.preparation.effort import Effort, choose_effort, training_images, with_effort
 from nas_kd.preparation.image_form import data_spec, warn_of_other_order
 from nas_kd.preparation.latency import latency_facts
@@ -106,6 +107,8 @@ def prepare(settings: Settings, storage: BaseStorage | None = None, stages: Stag
     of latencies. What the settings leave open is decided here, or as the study began.
     Raises a NasKdError for each mistake that a user can make.
     """
+    if settings.int8:
+        need("onnx", "onnxruntime")
     device = choose_device(settings.device)
     out = open_folder(Path(settings.out or Path("results") / settings.name))
     source = open_source(settings.dataset, settings.data_dir, settings.class_map)

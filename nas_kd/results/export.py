@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,15 +48,22 @@ class Card:
     summary: str = ""  # the first sentence of the README
 
 
-def export(network: nn.Module, folder: str | os.PathLike[str], card: Card = Card(), *, onnx: bool = False) -> Path:
+def export(
+    network: nn.Module,
+    folder: str | os.PathLike[str],
+    card: Card = Card(),
+    *,
+    onnx: bool = False,
+    beside: Sequence[Path] = (),
+) -> Path:
     """Writes a student, or a base, as `config.json`, `model.safetensors`, `model.py`, a model card. Returns the folder.
 
     `import timm, nas_kd.models; timm.create_model("local-dir:FOLDER", pretrained=True)` loads it with the same
     outputs; `num_classes`, `in_chans`, `features_only` work as for any timm model. `model.py` builds the same network
     with torch and timm alone. With `onnx` there is a `model.onnx` too, for any number of images, compared with the
-    network where ONNX Runtime is installed. The folder appears whole or not at all; an earlier export in it is
-    replaced. Raises ModelError for a network that timm did not create, that was changed by hand since or that cannot
-    be written as ONNX, OutputError when the folder cannot be written or holds something else.
+    network where ONNX Runtime is installed. Files `beside` are copied into it. The folder appears whole or not at all;
+    an earlier export in it is replaced. Raises ModelError for a network that timm did not create, that was changed by
+    hand since or that cannot be written as ONNX, OutputError when the folder cannot be written or holds something else.
     """
     target, network = Path(folder), plain(network)
     args = student_args(network)
@@ -67,7 +74,9 @@ def export(network: nn.Module, folder: str | os.PathLike[str], card: Card = Card
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as draft:
             whole = Path(draft, "export")
             size = _write(network, whole, args, card)
-            if onnx:
+            for file in beside:
+                shutil.copyfile(file, whole / file.name)
+            if onnx and not (whole / ONNX).exists():
                 _write_onnx(network, size, whole, earlier=target)
             _put(whole, target, aside=Path(draft, "earlier"))
     except OSError as error:

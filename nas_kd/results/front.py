@@ -15,9 +15,17 @@ import numpy.typing as npt
 
 from nas_kd.budget import COUNTED, KINDS, Cost
 from nas_kd.errors import OutputError
-from nas_kd.results.rows import ModelRow, Role, sort_models
+from nas_kd.results.rows import Int8Row, ModelRow, Role, sort_models
 
 T = TypeVar("T")
+INT8_COLUMNS = (
+    "int8_test_accuracy",
+    "int8_bytes",
+    "int8_latency_ms",
+    "float_bytes",
+    "float_latency_ms",
+    "deploy",
+)  # last, where models were quantised
 COLUMNS = ("model", "digest", "role", "val_accuracy", "test_accuracy", *COUNTED, "latency_ms", "best_at", "path")
 _FILE_ORDER: tuple[Role, ...] = ("front", "teacher", "uniform", "no teacher", "random")
 
@@ -55,12 +63,14 @@ def write_front_csv(path: Path, models: Sequence[ModelRow]) -> None:
     Within a role the model with the most MACs comes first. Accuracies are fractions with four decimals, `latency_ms`
     has four too, costs are exact (`size` and `peak_memory` in bytes), `best_at` lists the levels (shares of the budget)
     that a model is the best of, a missing value is an empty cell; `path` is relative to the file's folder.
-    Raises OutputError when the file cannot be written.
+    Where models were quantised, `INT8_COLUMNS` follow. Raises OutputError when the file cannot be written.
     """
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows(_cells(model) for model in sort_models(list(models), _FILE_ORDER))
+    quantised = any(model.int8 is not None for model in models)
+    writer.writerow((*COLUMNS, *INT8_COLUMNS) if quantised else COLUMNS)
+    ordered = sort_models(list(models), _FILE_ORDER)
+    writer.writerows((*_cells(model), *(_int8_cells(model.int8) if quantised else ())) for model in ordered)
     write_atomically(path, text.getvalue())
 
 
@@ -113,6 +123,19 @@ def _cells(model: ModelRow) -> tuple[str | int, ...]:
     )
 
 
+def _int8_cells(int8: Int8Row | None) -> tuple[str | int, ...]:
+    if int8 is None:
+        return ("",) * len(INT8_COLUMNS)
+    return (
+        _decimals(int8.test_accuracy, 4),
+        int8.bytes,
+        _decimals(int8.latency_ms, 3),
+        int8.float_bytes,
+        _decimals(int8.float_latency_ms, 3),
+        int8.deploy,
+    )
+
+
 def _row(cells: dict[str, str]) -> ModelRow:
     return ModelRow(
         name=cells["model"],
@@ -124,6 +147,18 @@ def _row(cells: dict[str, str]) -> ModelRow:
         latency_ms=_number(cells["latency_ms"]),
         best_at=tuple(float(level) for level in (cells.get("best_at") or "").split()),
         path=cells["path"] or None,
+        int8=_int8(cells) if cells.get("deploy") else None,
+    )
+
+
+def _int8(cells: dict[str, str]) -> Int8Row:
+    return Int8Row(
+        test_accuracy=float(cells["int8_test_accuracy"]),
+        bytes=int(cells["int8_bytes"]),
+        latency_ms=float(cells["int8_latency_ms"]),
+        float_bytes=int(cells["float_bytes"]),
+        float_latency_ms=float(cells["float_latency_ms"]),
+        deploy=cells["deploy"],
     )
 
 

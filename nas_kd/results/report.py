@@ -12,7 +12,7 @@ from nas_kd.results.front import write_atomically
 from nas_kd.results.front_figure import front_panel
 from nas_kd.results.model_figures import blocks_panel, latency_panel
 from nas_kd.results.page import render
-from nas_kd.results.rows import ModelRow, StudySummary, best_of, sort_models
+from nas_kd.results.rows import Int8Row, ModelRow, StudySummary, best_of, sort_models
 from nas_kd.results.trial_figures import history_panel, importances_panel, stages_panel
 
 _MISSING = "–"
@@ -165,7 +165,21 @@ def _columns(summary: StudySummary) -> tuple[_Cell, ...]:
     others = [kind for kind in summary.budget if kind not in (*KINDS, LATENCY)]
     bytes_each = ((kind, partial(_bytes, kind)) for kind in others)
     levels: tuple[_Cell, ...] = (("best within", _levels),) if len(summary.levels) > 1 else ()
-    return (*_COLUMNS[:-2], *bytes_each, *_COLUMNS[-2:], *levels)
+    int8 = _INT8_COLUMNS if any(model.int8 is not None for model in summary.models) else ()
+    return (*_COLUMNS[:-2], *bytes_each, *_COLUMNS[-2:], *int8, *levels)
+
+
+def _of_int8(show: Callable[[Int8Row], str]) -> Callable[[ModelRow, ModelRow | None], str]:
+    return lambda model, _: _MISSING if model.int8 is None else show(model.int8)
+
+
+_INT8_COLUMNS: tuple[_Cell, ...] = (
+    ("int8 test", _of_int8(lambda int8: _percent(int8.test_accuracy))),
+    ("int8 bytes", _of_int8(lambda int8: short(int8.bytes))),
+    ("ONNX float", _of_int8(lambda int8: f"{int8.float_latency_ms:.3g} ms")),
+    ("ONNX int8", _of_int8(lambda int8: f"{int8.latency_ms:.3g} ms")),
+    ("deploy", _of_int8(lambda int8: int8.deploy)),
+)
 
 
 def _levels(model: ModelRow, _: ModelRow | None) -> str:

@@ -18,13 +18,27 @@ STATES: tuple[State, ...] = get_args(State)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Int8Row:
+    """The ONNX files of a model in int8 and in float as ONNX Runtime runs them: what int8 scores on the test images (a
+    fraction), bytes, milliseconds of one image; and the name of the file to `deploy`."""
+
+    test_accuracy: float
+    bytes: int
+    latency_ms: float
+    float_bytes: int
+    float_latency_ms: float
+    deploy: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRow:
     """One model of the result: the teacher, a member of the front, or a baseline.
 
     Accuracies are fractions 0–1, None where they were not measured or must not be quoted; `latency_ms` is the median of
     batch-1 runs in milliseconds; `path` is the model's folder relative to the output folder, with forward slashes, None
     for a model that is not exported; `genotype` is None for a model that is no student of the base; `best_at` are the
-    levels, shares of the budget, within which no other member of the front is better.
+    levels, shares of the budget, within which no other member of the front is better; `int8` is None where a model was
+    not quantised.
     Raises ValueError for a value outside its range.
     """
 
@@ -38,6 +52,7 @@ class ModelRow:
     path: str | None = None
     genotype: Genotype | None = None
     best_at: tuple[float, ...] = ()
+    int8: Int8Row | None = None
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:

@@ -11,7 +11,17 @@ import timm
 import torch
 from torch import nn
 
-from nas_kd.pipeline.quantisation import FLOAT, INT8, RECORD, WEIGHTS, Int8Spec, Quantised, quantise_network
+from nas_kd.pipeline.quantisation import (
+    FLOAT,
+    INT8,
+    RECORD,
+    WEIGHTS,
+    Form,
+    Int8Spec,
+    Quantised,
+    quantise_network,
+    quantised_once,
+)
 from nas_kd.quantize import main
 from nas_kd.results.export import Card, export
 from nas_kd.training.augment import Augmentation
@@ -133,3 +143,30 @@ def test_other_classes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     folder = export(model, tmp_path / "model", Card(input_size=(1, 16, 16), mean=(0.3,), std=(0.4,)))
     assert main([str(folder), "-q"]) == 2
     assert "tells 3 classes apart, there are 10" in capsys.readouterr().err
+
+
+def test_nothing_is_made_twice_and_what_is_damaged_again(
+    network: nn.Module, splits: Splits, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec, images = Int8Spec(calibration_images=20, recover=False), AugmentedImages(splits.train, PLAIN)
+    first, files = quantised_once(network, splits, tmp_path, spec, images)
+    assert [path.name for path in files] == [FLOAT, INT8, RECORD]
+    written = [path.stat().st_mtime_ns for path in files]
+    assert quantised_once(network, splits, tmp_path, spec, images) == (first, files)
+    assert [path.stat().st_mtime_ns for path in files] == written
+    files[2].write_text(files[2].read_text()[:40])  # a record that was cut off
+    again, _ = quantised_once(network, splits, tmp_path, spec, images)
+    assert "damaged" in caplog.text
+    assert again.int8.test_accuracy == first.int8.test_accuracy
+    files[1].unlink()
+    assert quantised_once(network, splits, tmp_path, spec, images)[0].int8.bytes == files[1].stat().st_size
+    quantised_once(network, splits, tmp_path, Int8Spec(calibration_images=19, recover=False), images)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_slower_int8_file_that_is_no_better_is_not_to_be_deployed() -> None:
+    fast, slow = (Form(file=f"{ms}", test_accuracy=0.9, bytes=10, milliseconds=ms) for ms in (1.0, 2.0))
+    facts = {"worst": (), "calibration_loss": 0.0, "recovered": False}
+    assert Quantised(exact=fast, int8=slow, loss=0.0, **facts).deploy is fast
+    assert Quantised(exact=fast, int8=slow, loss=-0.01, **facts).deploy is slow
+    assert Quantised(exact=slow, int8=fast, loss=0.01, **facts).deploy is fast

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import math
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from hypothesis import strategies as st
 
 from nas_kd.budget import COUNTED
 from nas_kd.errors import OutputError
-from nas_kd.results.front import COLUMNS, front, read_front_csv, write_atomically, write_front_csv
-from nas_kd.results.rows import ModelRow, StudySummary
+from nas_kd.results.front import COLUMNS, INT8_COLUMNS, front, read_front_csv, write_atomically, write_front_csv
+from nas_kd.results.rows import Int8Row, ModelRow, StudySummary
 
 # Few distinct numbers, so that ties and duplicates are common; NaN and infinities among them.
 NUMBERS = st.sampled_from([0.0, -0.0, 1.0, 2.0, 3.0, math.inf, -math.inf, math.nan])
@@ -108,6 +109,18 @@ def test_csv_keeps_awkward_names_and_missing_values(tmp_path: Path, summary: Stu
     row = ModelRow(name='a "b",\nö', role="random", digest="0" * 12, cost=teacher.cost)
     write_front_csv(tmp_path / "front.csv", [row])
     assert read_front_csv(tmp_path / "front.csv") == (row,)
+
+
+def test_csv_has_columns_of_int8_where_models_were_quantised(tmp_path: Path, summary: StudySummary) -> None:
+    int8 = Int8Row(
+        test_accuracy=0.95, bytes=123, latency_ms=0.5, float_bytes=456, float_latency_ms=0.25, deploy="model.onnx"
+    )
+    first, second, *_ = (dataclasses.replace(row, genotype=None, best_at=()) for row in summary.models)
+    write_front_csv(tmp_path / "front.csv", [second, dataclasses.replace(first, int8=int8)])
+    lines = list(csv.DictReader((tmp_path / "front.csv").read_text(encoding="utf-8").splitlines()))
+    assert tuple(lines[0]) == (*COLUMNS, *INT8_COLUMNS)
+    assert [line["deploy"] for line in lines] == ["", "model.onnx"]
+    assert [row.int8 for row in read_front_csv(tmp_path / "front.csv")] == [None, int8]
 
 
 def test_a_csv_without_bytes_is_read(tmp_path: Path, summary: StudySummary) -> None:
