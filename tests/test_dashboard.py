@@ -27,7 +27,7 @@ from nas_kd.study import main
 pytestmark = pytest.mark.usefixtures("short_timing", "restore_logging")
 
 
-COMMAND = "--model test_resnet --img-size 32 --teacher-epochs 1 --proxy-epochs 1 --refine-epochs 1 --train-images 60"
+COMMAND = "--model test_resnet --img-size 32 --teacher-epochs 1 --proxy-epochs 1 --refine-epochs 1 --train-images 60 --no-base-bounds"
 COMMAND += " --library-budget 0"
 
 

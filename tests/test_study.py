@@ -32,7 +32,8 @@ from nas_kd.study import main
 pytestmark = pytest.mark.usefixtures("short_timing", "restore_logging")
 SMALL = (
     "--model test_resnet --img-size 32 --teacher-epochs 1 --proxy-epochs 1 --refine-epochs 1 --train-images 120"
-    " --no-onnx --space width=0.25/0.5/1,kernel,conv=standard/depthwise"  # a library of few entries
+    " --no-onnx --space width=0.25/0.5/1,kernel,conv=standard/depthwise --no-search-stages"  # a library of few entries
+    " --no-base-bounds"  # nothing is timed before the search: a seed decides everything
 )
 BUDGET = "params=100K,macs=30%"
 
@@ -317,6 +318,26 @@ def test_a_bound_on_latency(tmp_path: Path) -> None:
     assert "torch on cpu, 2 images, 1 thread" in config["nas_kd"]["latency"]
     before = (tmp_path / "front.csv").read_text()
     assert main(arguments) == 0
+    assert (tmp_path / "front.csv").read_text() == before  # nothing is measured anew
+
+
+def test_nothing_is_worse_than_the_base_by_default(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = "--model test_resnet --img-size 32 --teacher-epochs 1 --proxy-epochs 1 --refine-epochs 1 --front 2"
+    arguments += f" --train-images 60 --no-onnx --library-budget 0 --budget params=60% --trials 3 --out {tmp_path}"
+    assert main([*arguments.split(), "-q"]) == 0
+    assert "and no worse than the base in anything" in capsys.readouterr().out
+    (teacher,) = (row for row in rows(tmp_path) if row["role"] == "teacher")
+    for row in (row for row in rows(tmp_path) if row["role"] in ("front", "uniform", "random")):
+        for kind in ("params", "macs", "peak_memory", "latency_ms"):
+            assert float(row[kind]) <= float(teacher[kind]), (row["model"], kind)
+    names = {name for trial in trials(tmp_path) for name in trial.params}
+    assert any(name.endswith("stream.width") for name in names)
+    assert any(name.endswith(".keep") for name in names)
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{tmp_path / 'study.db'}")
+    assert study.user_attrs["nas_kd"]["base bounds"] is True
+    assert set(study.user_attrs["nas_kd latency"]["facts"]) >= {"what", "machine"}
+    before = (tmp_path / "front.csv").read_text()
+    assert main([*arguments.split(), "-q"]) == 0
     assert (tmp_path / "front.csv").read_text() == before  # nothing is measured anew
 
 

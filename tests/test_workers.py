@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Heartbeat of storage:UserWarning"),  # optuna: ask without optimize
 ]
 SMALL = "--model test_resnet --img-size 32 --teacher-epochs 1 --refine-epochs 1 --train-images 120 --library-budget 0"
-SMALL += " --space width=0.25/0.5/1,kernel,conv=standard/depthwise --no-onnx"
+SMALL += " --space width=0.25/0.5/1,kernel,conv=standard/depthwise --no-search-stages --no-base-bounds --no-onnx"
 NAME = "s"
 EPOCHS = "6"  # of the trials of a finished study
 needs_postgres = pytest.mark.skipif(servers.postgres_folder() is None, reason="PostgreSQL is not installed")
@@ -191,7 +191,7 @@ def test_a_worker_on_another_machine_gets_all_it_needs(shared: str, tmp_path: Pa
     """Another machine: the study's folder is gone, and a silent worker of a third one left a trial."""
     store = tmp_path / "store"
     first = command(tmp_path / "first", "--trials", "1", "--proxy-epochs", "1", "--storage", shared, "-q")
-    assert main([*first, "--artifacts", str(store), "--library-budget", "0.1"]) == 0
+    assert main([*first, "--artifacts", str(store), "--library-budget", "0.1", "--base-bounds"]) == 0
     storage = open_storage(shared)
     study = optuna.load_study(study_name=NAME, storage=storage)
     kit = study.user_attrs["nas_kd kit"]

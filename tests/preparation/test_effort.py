@@ -55,7 +55,17 @@ def test_what_is_given_stays() -> None:
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     out = tmp_path_factory.mktemp("study")
-    command = ["--model", "test_resnet", "--budget", "macs=50%", "--img-size", "32", "--out", str(out)]
+    command = [
+        "--model",
+        "test_resnet",
+        "--budget",
+        "macs=50%",
+        "--img-size",
+        "32",
+        "--out",
+        str(out),
+        "--no-base-bounds",
+    ]
     return prepare(parse_study(command))
 
 
