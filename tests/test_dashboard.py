@@ -27,8 +27,8 @@ from nas_kd.study import main
 pytestmark = pytest.mark.usefixtures("short_timing", "restore_logging")
 
 
-COMMAND = "--model test_resnet --img-size 32 --teacher-epochs 1 --proxy-epochs 1 --refine-epochs 1 --train-images 60 --no-base-bounds"
-COMMAND += " --library-budget 0"
+COMMAND = "--model test_resnet --img-size 32 --teacher-epochs 1 --proxy-epochs 1 --refine-epochs 1 --train-images 60"
+COMMAND += " --library-budget 0 --no-base-bounds"
 
 
 @pytest.fixture(scope="module")

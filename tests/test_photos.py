@@ -26,6 +26,7 @@ from nas_kd.search.storage import close_storage
 from nas_kd.training.data import DataSpec, load_splits
 from nas_kd.training.preprocessing import Preprocessing
 
+BUDGET = "--budget macs=50% --no-base-bounds"
 QUICK = "--train-images 40 --seed 0 -q --device cpu --data-dir"
 CLASSES = ("dark", "light")
 
@@ -201,7 +202,7 @@ def test_a_checkpoint_of_another_order_is_warned_of(
 ) -> None:
     root = save_weights(tmp_path, names)
     (root / "map.txt").write_text("\n".join(names))
-    given = f"--model test_resnet --no-base-bounds --budget macs=50% --img-size 32 --initial-checkpoint {tmp_path}/weights.pth"
+    given = f"--model test_resnet {BUDGET} --img-size 32 --initial-checkpoint {tmp_path}/weights.pth"
     job = prepare(parse_study(f"{given} --data-dir {root} --out {tmp_path}/out{more}".split()))
     close_storage(job.storage)
     assert bool(caplog.messages) == bool(said)
@@ -212,7 +213,7 @@ def test_an_exported_model_of_another_order_is_warned_of(tmp_path: Path, caplog:
     root = save_weights(tmp_path, ("bee", "ant", "cat"))
     card = nas_kd.Card(input_size=(3, 32, 32), label_names=("cat", "bee", "ant"))
     folder = nas_kd.export(timm.create_model("test_resnet", num_classes=3), tmp_path / "exported", card)
-    given = f"--model local-dir:{folder} --pretrained --no-base-bounds --budget macs=50% --data-dir {root} --out {tmp_path}/out"
+    given = f"--model local-dir:{folder} --pretrained {BUDGET} --data-dir {root} --out {tmp_path}/out"
     close_storage(prepare(parse_study(given.split())).storage)
     assert "has the classes in the order cat, bee, ant, the images in the order ant, bee, cat" in caplog.text
 
@@ -220,7 +221,7 @@ def test_an_exported_model_of_another_order_is_warned_of(tmp_path: Path, caplog:
 def test_a_pretrained_stem_for_greys_gets_the_average_normalisation(tmp_path: Path) -> None:
     root = save_weights(tmp_path, ("ant", "bee"))
     torch.save(timm.create_model("resnet10t", num_classes=2, in_chans=1).state_dict(), tmp_path / "grey.pth")
-    given = f"--model resnet10t --in-chans 1 --no-base-bounds --budget macs=50% --img-size 32 --initial-checkpoint {tmp_path}/grey.pth"
+    given = f"--model resnet10t --in-chans 1 {BUDGET} --img-size 32 --initial-checkpoint {tmp_path}/grey.pth"
     job = prepare(parse_study(f"{given} --data-dir {root} --out {tmp_path}/out".split()))
     close_storage(job.storage)
     assert (job.data.mean, job.data.std) == (pytest.approx((0.449,), abs=1e-4), pytest.approx((0.226,), abs=1e-4))

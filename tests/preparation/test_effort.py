@@ -55,18 +55,8 @@ def test_what_is_given_stays() -> None:
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     out = tmp_path_factory.mktemp("study")
-    command = [
-        "--model",
-        "test_resnet",
-        "--budget",
-        "macs=50%",
-        "--img-size",
-        "32",
-        "--out",
-        str(out),
-        "--no-base-bounds",
-    ]
-    return prepare(parse_study(command))
+    command = ["--model", "test_resnet", "--budget", "macs=50%", "--img-size", "32", "--no-base-bounds"]
+    return prepare(parse_study([*command, "--out", str(out)]))
 
 
 def test_a_resumed_study_does_what_it_began_with(job: Job) -> None:
