@@ -37,6 +37,7 @@ Network = TypeVar("Network", bound=nn.Module)
 AnyTrial = optuna.trial.BaseTrial | optuna.trial.FrozenTrial
 _MEASURED = "measured"  # the user attribute of a trial whose latency is that of its whole student
 _REARRANGED = 16  # channels: a first convolution that reads as many does not read an image as it is
+_DROPPED = 2.0  # docs/decisions.md
 _ROUNDS = 3  # in which starts are measured and chosen anew
 _FIELDS = {"width": "width", "kernel": "kernel_size", "conv": "conv", "keep": "keep"}  # parameter → field of a choice
 
@@ -310,8 +311,12 @@ class Space(Generic[Network]):
         return inherit_student(self.base, self.analysis, genotype)
 
     def damages(self) -> list[NDArray[np.float64]]:
-        """Per block over its choices, how much each hurts: as the library measured it, else a prior."""
-        return prior_damages(self.table) if self.library is None else self.library.damages()
+        """Per block over its choices, how much each hurts: as the library measured it, else a prior. What a dropped
+        block does alone counts more than once: dropped together, blocks hurt more than the sum."""
+        if self.library is None:
+            return prior_damages(self.table)
+        weights = (np.array([1.0 if c.keep else _DROPPED for c in block.choices]) for block in self.blocks)
+        return [own * weight for own, weight in zip(self.library.damages(), weights, strict=True)]
 
     def starts(self, count: int = 8) -> list[Genotype]:
         """Up to `count` genotypes within the budget, from cheap to dear, to begin a search with."""
