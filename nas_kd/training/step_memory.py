@@ -8,8 +8,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-STEP_BYTES = 640 << 20  # that a step on a CPU may keep for its way back; on that way it needs nearly as much again
-_LEAST = 8  # images of a piece: batch norms need some
+STEP_BYTES = 1152 << 20  # that a step on a CPU may keep for its way back
+_LEAST = 32  # images of a piece: batch norms that see fewer cost accuracy, docs/results/photos.md
 
 
 def kept_bytes(network: nn.Module, images: Tensor) -> float:
@@ -31,9 +31,9 @@ def kept_bytes(network: nn.Module, images: Tensor) -> float:
 
 
 def pieces_for(batch_size: int, image_bytes: float) -> int:
-    """In how many pieces a batch goes forth and back, so that each keeps at most `STEP_BYTES`; 1 where it fits.
+    """In how many pieces a batch goes forth and back, so that each keeps at most `STEP_BYTES`, or 32 images.
 
-    >>> pieces_for(64, 2 << 20), pieces_for(64, 20 << 20), pieces_for(64, 1 << 30)
+    >>> pieces_for(64, 2 << 20), pieces_for(64, 20 << 20), pieces_for(256, 1 << 30)
     (1, 2, 8)
     """
     return max(1, min(math.ceil(batch_size * image_bytes / STEP_BYTES), batch_size // _LEAST))

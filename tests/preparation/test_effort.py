@@ -15,6 +15,7 @@ from nas_kd.arguments.study import parse_study
 from nas_kd.preparation.effort import Effort, effort_for, note_effort, with_effort
 from nas_kd.preparation.estimate import plan_line, predicted_seconds, time_step
 from nas_kd.preparation.job import Job, prepare, refine_epochs
+from nas_kd.preparation.materials import _teacher_epochs
 from nas_kd.progress import Stages
 from nas_kd.search.storage import CONFIG
 
@@ -111,3 +112,11 @@ def test_steps_that_differ_in_size_are_weighed() -> None:
         advance("last", 75.0)
     assert "library: 25/100, first, about 90 s left" in text.getvalue()
     assert "library: 100/100, last, about 0 s left" in text.getvalue()
+
+
+def test_a_teacher_from_elsewhere_sees_no_more_images_than_one_that_is_trained_here(job: Job) -> None:
+    given = dataclasses.replace(job, transferred=True)
+    assert _teacher_epochs(given, 1600) == 4
+    dear = dataclasses.replace(given, effort=dataclasses.replace(job.effort, teacher_images=12_000))
+    assert _teacher_epochs(dear, 1600) == 4
+    assert _teacher_epochs(dear, 12_000) == 1
