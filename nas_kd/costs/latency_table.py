@@ -59,14 +59,16 @@ class Meter:
 
     def milliseconds(self, reference: Subject, subjects: Iterable[Subject], timing: Timing) -> Iterator[Measured]:
         """The latencies of some subjects, as they are known; that of the reference itself is among them if given."""
-        waiting: dict[str, Subject | None] = {}
+        keys: list[str] = []
+        fresh: dict[str, Subject] = {}
         for subject in subjects:
-            key = _key(subject, timing)
-            waiting[key] = None if key in self.store else subject
-            if sum(one is not None for one in waiting.values()) == _TOGETHER:
-                yield from self._all(reference, waiting, timing)
-                waiting = {}
-        yield from self._all(reference, waiting, timing)
+            keys.append(key := _key(subject, timing))
+            if key not in self.store:
+                fresh[key] = subject
+            if len(fresh) == _TOGETHER:
+                yield from self._all(reference, keys, fresh, timing)
+                keys, fresh = [], {}
+        yield from self._all(reference, keys, fresh, timing)
 
     def alone(self, reference: Subject) -> float:
         """The milliseconds of a reference, by itself."""
@@ -75,8 +77,9 @@ class Meter:
             self._keep(key, self._measure({REFERENCE: reference}, WHOLE)[REFERENCE])
         return float(self.store[key]["ns"]) / 1e6
 
-    def _all(self, reference: Subject, waiting: Mapping[str, Subject | None], timing: Timing) -> Iterator[Measured]:
-        fresh = {key: subject for key, subject in waiting.items() if subject is not None}
+    def _all(
+        self, reference: Subject, keys: Sequence[str], fresh: Mapping[str, Subject], timing: Timing
+    ) -> Iterator[Measured]:
         if fresh and self.spec.command:
             for key, measured in self._measure(fresh, timing).items():
                 self._keep(key, measured)
@@ -86,7 +89,7 @@ class Meter:
             pace = base / found.pop(REFERENCE).milliseconds
             for key, measured in found.items():
                 self._keep(key, measured.times(pace))
-        for key in waiting:
+        for key in keys:
             record = self.store[key]
             layers = {name: ns / 1e6 for name, ns in record.get("layers", {}).items()}
             yield Measured(milliseconds=record["ns"] / 1e6, layers=layers)

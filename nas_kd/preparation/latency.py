@@ -12,7 +12,7 @@ from torch import nn
 
 from nas_kd.arguments.study import Settings
 from nas_kd.budget import LATENCY, Budget
-from nas_kd.costs.latency_table import STUDENTS, Meter, store_key
+from nas_kd.costs.latency_table import STUDENTS, LatencyTable, Meter, store_key
 from nas_kd.costs.runtimes import LatencySpec, Runtime, default_runtime
 from nas_kd.errors import OutputError, StudyError
 from nas_kd.preparation.records import Records
@@ -61,6 +61,8 @@ def measure_latency(space: Space[nn.Module], meter: Meter, stages: Stages | None
     if stages is None:
         space.measure_latency(meter)
         return
+    # the base first: what cannot be measured at all is told before a stage begins
+    LatencyTable(space.base, space.analysis, space.input_size, meter).whole(space.analysis.identity)
     with stages.stage("latencies", 1 + STUDENTS) as advance:
         space.measure_latency(meter, lambda name: advance(name))
 
