@@ -196,9 +196,10 @@ def page(rows: list[Scores]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
-    add = parser.add_argument
+def parser() -> argparse.ArgumentParser:
+    """The arguments of this study, and of those that are built on it."""
+    own = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    add = own.add_argument
     add("--page", action="store_true", help="print the page of the rows that are there")
     add("--rows", default="photos.jsonl", help="where the rows are kept (photos.jsonl)")
     add("--weights", help="ImageNet weights of the model (.pth, .safetensors)")
@@ -213,12 +214,16 @@ def main() -> None:
     add("--epochs", type=int, default=6)
     add("--rates", nargs="+", type=float, default=(0.005, 0.02, 0.01), help="learning rates")
     add("--methods", nargs="+", default=("local l2 whole", "local taylor whole", "global taylor inner"))
-    arguments = parser.parse_args()
+    return own
+
+
+def main() -> None:
+    arguments = parser().parse_args()
     if arguments.page:
         print(page([json.loads(line) for line in Path(arguments.rows).read_text().splitlines()]))
         return
     if not (arguments.weights and arguments.data_dir):
-        parser.error("--weights and --data-dir are needed")
+        parser().error("--weights and --data-dir are needed")
     torch.set_num_threads(1)
     compare(Study(arguments))
 

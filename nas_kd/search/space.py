@@ -37,7 +37,7 @@ Network = TypeVar("Network", bound=nn.Module)
 AnyTrial = optuna.trial.BaseTrial | optuna.trial.FrozenTrial
 _MEASURED = "measured"  # the user attribute of a trial whose latency is that of its whole student
 _REARRANGED = 16  # channels: a first convolution that reads as many does not read an image as it is
-_DROPPED = 2.0  # docs/decisions.md
+_DROPPED = 4.0  # docs/decisions.md
 _ROUNDS = 3  # in which starts are measured and chosen anew
 _FIELDS = {"width": "width", "kernel": "kernel_size", "conv": "conv", "keep": "keep"}  # parameter → field of a choice
 
