@@ -40,7 +40,7 @@ def test_the_most_accurate_within_the_budget(
     monkeypatch.chdir(tmp_path)
     out, url = tmp_path / "out", f"sqlite:///{tmp_path / 'out' / 'study.db'}"
     arguments = [*SMALL.split(), *f"--budget params=60% --out {out} --study-name s --no-onnx -q".split()]
-    arguments += "--maximize accuracy --pruner median --sampler own_objective:Own --proxy-epochs 2 --trials 6".split()
+    arguments += "--maximize accuracy --pruner median --sampler own_objective:Own --proxy-epochs 2 --trials 9".split()
     assert main([*arguments, "--jobs", "2"]) == 0
     study = optuna.load_study(study_name="s", storage=url)
     assert len([name for name in study.user_attrs if name.startswith("proposed by ")]) == 2
