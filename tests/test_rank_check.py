@@ -25,15 +25,10 @@ from nas_kd.results.rank_rows import FILE, RankCheck, read_check
 from nas_kd.study import main as study
 
 pytestmark = pytest.mark.usefixtures("short_timing", "restore_logging")
-<<<<<<< HEAD
-BASE = "--model test_resnet --img-size 32 --teacher-epochs 1 --train-images 100 --budget macs=40%".split()
-BASE += "--space width,kernel,conv --no-search-stages".split()
-=======
 BASE = (
     "--model test_resnet --img-size 32 --teacher-epochs 1 --train-images 100 --budget macs=40%"
-    " --space width=0.25/0.5/1,conv=standard/depthwise"  # a library of few entries
+    " --space width=0.25/0.5/1,conv=standard/depthwise --no-search-stages"  # a library of few entries
 ).split()
->>>>>>> suite
 SMALL = "--genotypes 3 --truth-images 64 --proxy-images 32 --val-images 20 --batch-size 8".split()
 STARTS = ("fresh weights", "closed form", "library")
 
