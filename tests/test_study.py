@@ -298,7 +298,7 @@ def test_a_bound_on_latency(tmp_path: Path) -> None:
     for trial in done:
         assert latencies[trial.user_attrs["digest"]] == pytest.approx(trial.user_attrs["latency"] / 1e6, abs=1e-3)
     config = json.loads((tmp_path / rows(tmp_path)[0]["path"] / "config.json").read_text())
-    assert "torch on cpu, 2 images, 1 thread" in config["nas_kd"]["latency"]
+    assert "ONNX Runtime on cpu, 2 images, 1 thread" in config["nas_kd"]["latency"]
     before = (tmp_path / "front.csv").read_text()
     assert main(arguments) == 0
     assert (tmp_path / "front.csv").read_text() == before  # nothing is measured anew
