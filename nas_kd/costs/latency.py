@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import math
 import statistics
 import time
@@ -16,9 +15,10 @@ from torch import Tensor, nn
 
 from nas_kd.errors import DeviceError, ModelError
 
-_log = logging.getLogger(__name__)
 _LEAST_TURNS = 3
 _LEAST_TIME = 1e-9  # seconds
+_MANY_TURNS = 8  # fewer do not tell that times will not settle
+_UNSETTLED = 0.25  # a standard error with which a time means nothing
 _OF_MEDIAN = (
     1.4826 * 1.2533
 )  # from the median deviation of normal values to the standard error of their median, times √N
@@ -94,8 +94,9 @@ def take_turns(
     """The median milliseconds of each of `runs`, called turn by turn until all are known well enough (see `Timing`).
 
     With a `reference`, one of them, the others' are the medians of what they took beside it in the same turn, times its
-    own: a machine that changes its pace meanwhile changes both."""
-    turns: dict[str, list[float]] = {name: [] for name in runs}  # the medians of the turns
+    own: a machine that changes its pace meanwhile changes both. Raises DeviceError when times scatter so much that they
+    mean nothing."""
+    turns: dict[str, list[float]] = {name: [] for name in runs}  # their medians
     end = clock() + timing.limit_s * len(runs)
     while runs:
         for name, run in runs.items():
@@ -104,7 +105,7 @@ def take_turns(
         if all(_is_known(own, timing.tolerance) for own in relative.values()):
             break
         if clock() >= end:
-            _log.debug("latency not known to %s within %s s per model", timing.tolerance, timing.limit_s)
+            _check_settled(max((_error(own) for own in relative.values() if len(own) >= _MANY_TURNS), default=0.0))
             break
     scale = 1000 * (1.0 if reference is None else statistics.median(turns[reference]))
     return {name: scale * statistics.median(own) for name, own in _beside(turns, reference).items()}
@@ -131,11 +132,24 @@ def _turn(run: Callable[[], object], repeats: int, clock: Callable[[], float]) -
 
 
 def _is_known(turns: list[float], tolerance: float) -> bool:
-    """Whether the standard error of the median of some turns is within a tolerance: by their median deviation, which
-    a few disturbed turns do not touch."""
+    return len(turns) >= _LEAST_TURNS and _error(turns) <= tolerance
+
+
+def _error(turns: list[float]) -> float:
+    """The standard error of the median of some turns, as a fraction of it: by their median deviation, which a few
+    disturbed turns do not touch."""
     middle = statistics.median(turns)
     deviation = _OF_MEDIAN * statistics.median(abs(turn - middle) for turn in turns)
-    return len(turns) >= _LEAST_TURNS and deviation / math.sqrt(len(turns)) <= tolerance * middle
+    return deviation / math.sqrt(len(turns)) / max(middle, _LEAST_TIME)
+
+
+def _check_settled(error: float) -> None:
+    """Raises DeviceError for times that mean nothing."""
+    if error > _UNSETTLED:
+        raise DeviceError(
+            f"times do not settle on this machine (±{100 * error:.0f} %): other work runs on it; stop that, or measure "
+            "with fewer --latency-threads, then give the same command again"
+        )
 
 
 def _ready(name: str, model: nn.Module, image: Tensor, warmup: int) -> Callable[[], object]:

@@ -25,11 +25,12 @@ from nas_kd.costs.runtimes import REFERENCE, LatencySpec, Measure, Measured, Sub
 from nas_kd.genotype import Choice, Genotype
 from nas_kd.students.building import build_student
 
-ROUGH = Timing(warmup=1, repeats=2, tolerance=0.01, limit_s=0.15)  # of one student of many
-WHOLE = Timing(warmup=2, repeats=3, tolerance=0.004, limit_s=0.7)  # of one that is decided on
+ROUGH = Timing(warmup=1, repeats=2, tolerance=0.015, limit_s=0.06)  # of one student of many
+WHOLE = Timing(warmup=2, repeats=3, tolerance=0.008, limit_s=0.4)  # of one that is decided on
 STUDENTS = 24  # that are timed before the search
 _TOGETHER = 6  # subjects that take turns with their reference
-_OFFSET, _SLOPE, _NOISE = 0.1, 0.5, 0.03  # standard deviations, as fractions of the base: what a correction may be
+_OFFSET, _SLOPE = 0.1, 0.5  # standard deviations: what a correction may be, in times of the base
+_NOISE, _ROUGH_NOISE = 0.02, 0.08  # of whole students around the line, as fractions of what they take
 _LEAST_SLOPE = 0.1
 _DROPPED = 0.6  # how often a block is dropped, beside each of its kinds
 _SPREAD = 0.25  # of widths around a student's own level
@@ -198,10 +199,11 @@ class LatencyTable:
         """
         students = self._students()
         pairs = np.array([(total_of(sums, one.row), one.total) for one in students]) / self.whole_base
-        weights = 1 / pairs[:, 1]  # of the errors, by what each took
+        noise = np.where([digest in self._exact for digest in sorted(self._observed)], _NOISE, _ROUGH_NOISE)
+        weights = 1 / pairs[:, 1] / noise  # of the errors
         design = weights[:, None] * np.stack([np.ones(len(pairs)), pairs[:, 0]], axis=1)
-        precision = design.T @ design / _NOISE**2 + np.diag([_OFFSET**-2, _SLOPE**-2])
-        evidence = design.T @ (weights * pairs[:, 1]) / _NOISE**2 + np.array([0.0, _SLOPE**-2])
+        precision = design.T @ design + np.diag([_OFFSET**-2, _SLOPE**-2])
+        evidence = design.T @ (weights * pairs[:, 1]) + np.array([0.0, _SLOPE**-2])
         offset, slope = np.linalg.solve(precision, evidence)
         return float(offset), max(_LEAST_SLOPE, float(slope))
 

@@ -172,7 +172,14 @@ def _measure_torch(
             runs[name] = functools.partial(subject.module, *subject.arguments, **subject.keywords)
         times = take_turns(_warm(runs, timing), timing, clock, REFERENCE if kept else None)
         shares = {name: _hooked(subject, runs[name], clock) for name, subject in prepared.items()}
-        return {name: Measured(milliseconds=time, layers=shares.get(name, {})) for name, time in times.items()}
+    return {
+        name: Measured(milliseconds=time, layers=_summing_to(time, shares.get(name, {})))
+        for name, time in times.items()
+    }
+
+
+def _summing_to(milliseconds: float, shares: Mapping[str, float]) -> dict[str, float]:
+    return {path: share * milliseconds / sum(shares.values()) for path, share in shares.items()}
 
 
 def _hooked(subject: Subject, run: Callable[[], object], clock: Callable[[], float]) -> dict[str, float]:
@@ -190,7 +197,7 @@ def _hooked(subject: Subject, run: Callable[[], object], clock: Callable[[], flo
             starts.append(("", clock()))
             for path, spent in _between(starts).items():
                 times[path].append(spent)
-    return {path: 1000 * statistics.median(spent) for path, spent in times.items()}
+    return {path: 1000 * statistics.median(spent) for path, spent in times.items() if path}
 
 
 def _between(starts: Sequence[tuple[str, float]]) -> dict[str, float]:

@@ -38,7 +38,9 @@ AnyTrial = optuna.trial.BaseTrial | optuna.trial.FrozenTrial
 _MEASURED = "measured"  # the user attribute of a trial whose latency is that of its whole student
 _REARRANGED = 16  # channels: a first convolution that reads as many does not read an image as it is
 _DROPPED = 4.0  # docs/decisions.md
-_ROUNDS = 3  # in which starts are measured and chosen anew
+_ROUNDS = 4  # in which starts are measured and chosen anew
+_TIGHTER = 0.01  # of the bound on latency: what each round of them leaves free, for what the table does not know
+_OVER = 2.0  # the level of what is over the budget
 _FIELDS = {"width": "width", "kernel": "kernel_size", "conv": "conv", "keep": "keep"}  # parameter → field of a choice
 
 
@@ -321,15 +323,25 @@ class Space(Generic[Network]):
     def starts(self, count: int = 8) -> list[Genotype]:
         """Up to `count` genotypes within the budget, from cheap to dear, to begin a search with."""
         damages = None if self.library is None else self.damages()
-        starts = mixed_starts(self.table, self.budget, count, damages, self.levels)
         if self.budget is None or LATENCY not in self.budget:
-            return starts
-        for _ in range(_ROUNDS):  # each round's measurements correct the table for the next one
-            within = [genotype for genotype in starts if self.budget.admits(self.confirmed_cost(genotype))]
-            if len(within) == len(starts) > 0:
+            return mixed_starts(self.table, self.budget, count, damages, self.levels)
+        found: dict[Genotype, None] = {}
+        for number in range(_ROUNDS):  # each round's measurements correct the table for the next one
+            bound = round(self.budget[LATENCY] * (1 - _TIGHTER * number))
+            tight = Budget(tuple((kind, bound if kind == LATENCY else own) for kind, own in self.budget.items()))
+            starts = mixed_starts(self.table, tight, count, damages, self.levels)
+            expected = [self._level(self.table.cost(genotype), tight) for genotype in starts]
+            self._measure(*starts, layers=True)
+            reached = [self._level(self.cost(genotype), self.budget) for genotype in starts]
+            within = [genotype for genotype, level in zip(starts, reached, strict=True) if level < _OVER]
+            found |= dict.fromkeys(within)
+            if starts and all(now <= then for now, then in zip(reached, expected, strict=True)):
                 break
-            starts = mixed_starts(self.table, self.budget, count, damages, self.levels)
-        return [genotype for genotype in starts if self.budget.admits(self.confirmed_cost(genotype))] or within
+        return within or list(found)[:count]
+
+    def _level(self, cost: Cost, budget: Budget) -> float:
+        """The smallest of the levels at which a cost is within a budget; more than any where it is not at all."""
+        return min((level for level in self.levels if budget.scaled(level).admits(cost)), default=_OVER)
 
     def enqueue(self, study: optuna.Study, count: int = 8, *, dearest_first: bool = False) -> int:
         """Queues `starts` in a study and returns how many; those that it has already are skipped. With `dearest_first`

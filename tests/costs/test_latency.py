@@ -1,14 +1,15 @@
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import timm
 import torch
 from torch import nn
 
-from nas_kd.costs.latency import Timing, measure_latency, measure_together
+from nas_kd.costs.latency import Timing, measure_latency, measure_together, take_turns
 from nas_kd.errors import DeviceError, ModelError
 
 SIZE = (3, 32, 32)
@@ -69,10 +70,39 @@ def test_it_stops_when_stable() -> None:
     assert len(runs) == 2 + 3 * (1 + 5)  # three turns, whose medians agree
 
 
-def test_it_stops_at_the_limit_when_never_stable() -> None:
-    reads = iter(range(10**6))
-    clock = (float(number * number) for number in reads)  # every run takes longer than the one before
-    assert measure_latency(nn.Conv2d(3, 4, 1), SIZE, timing=Timing(limit_s=1e4), clock=lambda: next(clock)) > 0
+def test_times_that_do_not_settle_are_an_error() -> None:
+    now, pauses = [0.0], itertools.cycle([1.0, 1.0, 40.0, 40.0, 100.0, 100.0, 9.0, 9.0])  # by turns
+
+    def work() -> None:
+        now[0] += next(pauses)
+
+    with pytest.raises(DeviceError, match=r"times do not settle on this machine \(±\d+ %\): other work"):
+        take_turns({"one": work}, Timing(repeats=1, limit_s=2000.0), lambda: now[0])
+
+
+def test_it_stops_at_the_limit() -> None:
+    now, runs = [0.0], itertools.cycle([1.0, 1.0, 1.2, 1.2, 1.4, 1.4])
+
+    def work() -> None:
+        now[0] += next(runs)
+
+    take_turns({"one": work}, Timing(repeats=1, tolerance=0.0, limit_s=60.0), lambda: now[0])
+    assert 60 <= now[0] < 63
+
+
+def test_beside_a_reference_a_slower_hour_is_taken_off() -> None:
+    """The machine is twice as slow from its third turn on; the clock ticks with what runs."""
+    now = [0.0]
+
+    def run(milliseconds: float) -> Callable[[], None]:
+        def work() -> None:
+            now[0] += milliseconds / 1000 * (1 if now[0] < 0.06 else 2)
+
+        return work
+
+    runs = {"base": run(4.0), "student": run(1.0)}
+    times = take_turns(runs, Timing(repeats=1, tolerance=0.0, limit_s=0.2), lambda: now[0], reference="base")
+    assert times["student"] / times["base"] == pytest.approx(0.25, rel=1e-6)
 
 
 def test_models_take_turns() -> None:

@@ -5,11 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torch import nn
 
 from nas_kd.costs.latency import Timing
-from nas_kd.costs.runtimes import LatencySpec, Subject, measurer
+from nas_kd.costs.runtimes import LatencySpec, Runtime, Subject, default_runtime, measurer
 from nas_kd.errors import DeviceError, NasKdError
 
 QUICK = Timing(warmup=1, repeats=2, limit_s=0.05)
@@ -73,6 +74,31 @@ def test_a_command_that_is_not_there() -> None:
     pytest.importorskip("onnx")
     with pytest.raises(NasKdError, match="cannot be run"):
         measurer(LatencySpec(command="no-such-command-anywhere"))({"one": subjects()["one"]}, QUICK)
+
+
+def test_a_command_that_hangs(tmp_path: Path) -> None:
+    command = script(tmp_path, "import signal\nsignal.pause()")
+    with pytest.raises(NasKdError, match=r"took longer than 0\.5 s for one network: it hangs, or .*--latency-timeout"):
+        measurer(LatencySpec(command=command, limit_s=0.5))({"one": subjects()["one"]}, QUICK)
+
+
+@pytest.mark.parametrize("runtime", ["onnx", "torch"])
+def test_layers_take_all_of_the_time(runtime: Runtime) -> None:
+    network = timm.create_model("resnet10t", num_classes=10).eval()
+    layers = tuple(name for name, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear))
+    subject = Subject(module=network, arguments=(torch.randn(1, 3, 64, 64),), layers=layers)
+    (measured,) = measurer(LatencySpec(runtime=runtime))({"one": subject}, QUICK).values()
+    assert set(measured.layers) == set(layers)
+    assert sum(measured.layers.values()) == pytest.approx(measured.milliseconds, rel=1e-6)
+    assert len(list(network.modules())) > 40  # what is measured is a copy
+
+
+def test_without_onnx_runtime_torch_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert default_runtime() == ("onnx", "")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    runtime, reason = default_runtime()
+    assert runtime == "torch"
+    assert "pip install onnx onnxruntime" in reason
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
