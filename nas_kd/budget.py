@@ -86,6 +86,10 @@ class Budget(Mapping[str, float]):
         scaled = ((kind, bound if kind in self.fixed else bound * share) for kind, bound in self.bounds)
         return Budget(tuple(scaled), self.fixed)
 
+    def with_bound(self, kind: str, bound: float) -> Budget:
+        """With another bound on one kind."""
+        return Budget(tuple((name, bound if name == kind else own) for name, own in self.bounds), self.fixed)
+
     def no_worse_than(self, base: Cost, kinds: Sequence[str]) -> Budget:
         """With bounds at what the base has on those of `kinds` that have none yet."""
         own = tuple(kind for kind in kinds if kind not in self)

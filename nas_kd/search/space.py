@@ -326,9 +326,9 @@ class Space(Generic[Network]):
         if self.budget is None or LATENCY not in self.budget:
             return mixed_starts(self.table, self.budget, count, damages, self.levels)
         found: dict[Genotype, None] = {}
-        for number in range(_ROUNDS):  # each round's measurements correct the table for the next one
-            bound = round(self.budget[LATENCY] * (1 - _TIGHTER * number))
-            tight = Budget(tuple((kind, bound if kind == LATENCY else own) for kind, own in self.budget.items()))
+        # each round's measurements correct the table for the next one; few come near a bound that is the base's own
+        for number in range(1 if LATENCY in self.budget.fixed else _ROUNDS):
+            tight = self.budget.with_bound(LATENCY, round(self.budget[LATENCY] * (1 - _TIGHTER * number)))
             starts = mixed_starts(self.table, tight, count, damages, self.levels)
             expected = [self._level(self.table.cost(genotype), tight) for genotype in starts]
             self._measure(*starts, layers=True)
