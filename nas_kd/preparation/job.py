@@ -42,7 +42,7 @@ from nas_kd.search.storage import (
 from nas_kd.search.trials import objectives
 from nas_kd.training.augment import derive_seed
 from nas_kd.training.checkpoint import load_checkpoint
-from nas_kd.training.data import DIGITS, DataSpec
+from nas_kd.training.data import DIGITS, DataSpec, check_source
 from nas_kd.training.images import Images
 from nas_kd.training.loop import LOOK_CALIBRATION
 from nas_kd.training.recipe import Recipe
@@ -118,6 +118,7 @@ def prepare(settings: Settings, storage: BaseStorage | None = None, stages: Stag
         begun = None if settings.new_study else begun_study(storage, settings.name)
         settings = as_begun(settings, begun)
         networks = _networks(settings, settings.num_classes or len(source.class_names))
+        check_source(source, _source_spec(settings))  # before anything is timed
         space = _checked_space(settings, networks.base, stages, begun)
         assert space.budget is not None
         if networks.other is not None:
@@ -178,6 +179,17 @@ def _checked_space(
         directions = list(objectives(space.budget, settings.maximize).values())
         check_own_sampler(settings.sampler, settings.seed, directions, space.distributions)
     return space
+
+
+def _source_spec(settings: Settings) -> DataSpec:
+    """What is known of the images before their form is."""
+    return DataSpec(
+        dataset=settings.dataset,
+        data_dir=settings.data_dir,
+        num_classes=settings.num_classes,
+        train_images=settings.train_images,
+        class_map=settings.class_map,
+    )
 
 
 def _is_weighted(settings: Settings) -> bool:

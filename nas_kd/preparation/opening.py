@@ -99,7 +99,9 @@ def read_start(path: Path, space: Space[nn.Module]) -> Genotype:
         raise OutputError(f"cannot read --start-from {path}: {reason}; give a structure.json") from error
     try:
         data = json.loads(text)
-        genotype = Genotype.from_json(json.dumps(data.get("genotype", data) if isinstance(data, dict) else data))
+        given = Genotype.from_json(json.dumps(data.get("genotype", data) if isinstance(data, dict) else data))
+        # of a space in which fewer blocks are open, the others are as in the base
+        genotype = Genotype.of({**space.analysis.identity, **given})
         cost = space.cost(genotype)
     except (ValueError, GenotypeError) as error:
         raise GenotypeError(f"--start-from {path} holds no genotype of this space: {error}") from error
