@@ -98,9 +98,10 @@ def read_weights(path: Path, model: str) -> dict[str, Tensor]:
     return dict(state) if set(state) == set(names) else dict(zip(names, state.values(), strict=True))
 
 
-def make_ground(arguments: argparse.Namespace, side: int) -> Splits:
-    """The splits at a size; the cut depends on the seed alone."""
+def make_ground(arguments: argparse.Namespace, side: int, *, whole: bool = False) -> Splits:
+    """The splits at a size, as the product has them or as whole pictures; the cut depends on the seed alone."""
     config = timm.create_model(arguments.model).pretrained_cfg
+    form = Preprocessing(crop_pct=1.0 if whole else config["crop_pct"], interpolation=config["interpolation"])
     spec = DataSpec(
         dataset="folder",
         data_dir=arguments.data_dir,
@@ -109,8 +110,8 @@ def make_ground(arguments: argparse.Namespace, side: int) -> Splits:
         std=config["std"],
         train_images=arguments.train_images,
         seed=arguments.seed,
-        preprocessing=Preprocessing(crop_pct=config["crop_pct"], interpolation=config["interpolation"]),
-        originals=DETAIL,
+        preprocessing=form,
+        originals=None if whole else DETAIL,
     )
     return load_splits(spec, Path(arguments.cache))
 
@@ -162,7 +163,7 @@ class Pictures(torch.utils.data.Dataset[tuple[Any, int]]):
 def theirs(ground: Ground, optimizer_name: str, lr: float) -> Scores:
     """timm's fine-tuning: its loader, optimiser and schedule."""
     arguments, network = ground.arguments, ground.network()
-    pictures = Pictures(make_ground(arguments, max(ORIGINALS, arguments.img_size)).train)
+    pictures = Pictures(make_ground(arguments, max(ORIGINALS, arguments.img_size), whole=True).train)
     loader = create_loader(
         pictures,
         input_size=(3, arguments.img_size, arguments.img_size),
