@@ -61,15 +61,17 @@ class Meter:
     def milliseconds(self, reference: Subject, subjects: Iterable[Subject], timing: Timing) -> Iterator[Measured]:
         """The latencies of some subjects, as they are known; that of the reference itself is among them if given."""
         keys: list[str] = []
-        fresh: dict[str, Subject] = {}
+        waiting: dict[str, Subject] = {}
         for subject in subjects:
             keys.append(key := _key(subject, timing))
             if key not in self.store:
-                fresh[key] = subject
-            if len(fresh) == _TOGETHER:
-                yield from self._all(reference, keys, fresh, timing)
-                keys, fresh = [], {}
-        yield from self._all(reference, keys, fresh, timing)
+                waiting[key] = subject
+            if len(waiting) == _TOGETHER:
+                self._all(reference, waiting, timing)
+                yield from map(self._known, keys)
+                keys, waiting = [], {}
+        self._all(reference, waiting, timing)
+        yield from map(self._known, keys)
 
     def alone(self, reference: Subject) -> float:
         """The milliseconds of a reference, by itself."""
@@ -78,9 +80,7 @@ class Meter:
             self._keep(key, self._measure({REFERENCE: reference}, WHOLE)[REFERENCE])
         return float(self.store[key]["ns"]) / 1e6
 
-    def _all(
-        self, reference: Subject, keys: Sequence[str], fresh: Mapping[str, Subject], timing: Timing
-    ) -> Iterator[Measured]:
+    def _all(self, reference: Subject, fresh: Mapping[str, Subject], timing: Timing) -> None:
         if fresh and self.spec.command:
             for key, measured in self._measure(fresh, timing).items():
                 self._keep(key, measured)
@@ -90,10 +90,11 @@ class Meter:
             pace = base / found.pop(REFERENCE).milliseconds
             for key, measured in found.items():
                 self._keep(key, measured.times(pace))
-        for key in keys:
-            record = self.store[key]
-            layers = {name: ns / 1e6 for name, ns in record.get("layers", {}).items()}
-            yield Measured(milliseconds=record["ns"] / 1e6, layers=layers)
+
+    def _known(self, key: str) -> Measured:
+        record = self.store[key]
+        layers = {name: ns / 1e6 for name, ns in record.get("layers", {}).items()}
+        return Measured(milliseconds=record["ns"] / 1e6, layers=layers)
 
     def _keep(self, key: str, measured: Measured) -> None:
         layers = {name: round(time * 1e6) for name, time in measured.layers.items()}
@@ -136,7 +137,7 @@ class LatencyTable:
         Raises ModelError when something cannot be run."""
         self.whole(self.analysis.identity)
         report("base")
-        chosen = [self.analysis.identity, *drawn(self.analysis.blocks, STUDENTS - 1)]
+        chosen = list(dict.fromkeys([self.analysis.identity, *drawn(self.analysis.blocks, STUDENTS - 1)]))
         subjects = (self._subject(genotype, layers=True) for genotype in chosen)
         found = self.meter.milliseconds(self._reference, subjects, ROUGH)
         for number, (genotype, measured) in enumerate(zip(chosen, found, strict=True), 1):

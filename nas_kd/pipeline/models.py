@@ -22,6 +22,7 @@ from nas_kd.pipeline.baselines import Wanted, baselines, whole_models
 from nas_kd.pipeline.choosing import choose_front
 from nas_kd.pipeline.quantisation import Int8Spec, Quantised, quantised_once
 from nas_kd.preparation.augmenting import fresh_images, images_key
+from nas_kd.preparation.effort import more_epochs
 from nas_kd.preparation.job import TEACHER_LR, Job, make_base, recipe_of, refine_epochs
 from nas_kd.preparation.latency import latency_spec, make_meter
 from nas_kd.preparation.materials import Materials
@@ -59,7 +60,17 @@ def take_home(job: Job, study: optuna.Study, materials: Materials, stages: Stage
     epochs = refine_epochs(job, materials.splits.train)
     chosen = choose_front(study, job.settings.front, job.budget, job.space.levels)
     plan = [Wanted(role="front", genotype=genotype, space=job.space, epochs=epochs) for genotype in chosen]
-    return make_models(job, [*plan, *baselines(job, chosen[0], epochs)], materials, stages)
+    plan = [_for_as_long(job, wanted) for wanted in (*plan, *baselines(job, chosen[0], epochs))]
+    return make_models(job, plan, materials, stages)
+
+
+def _for_as_long(job: Job, wanted: Wanted) -> Wanted:
+    """A model of the plan with more epochs where it is cheaper than most, unless their number was asked for."""
+    if job.settings.refine_epochs:
+        return wanted
+    table = wanted.space.table
+    share = table.cost(wanted.genotype).macs / table.base().macs
+    return dataclasses.replace(wanted, epochs=round(wanted.epochs * more_epochs(job.effort, share)))
 
 
 def make_models(job: Job, plan: Sequence[Wanted], materials: Materials, stages: Stages) -> list[ModelRow]:

@@ -25,6 +25,7 @@ from nas_kd.training.data import TEST_FRACTION
 from nas_kd.training.sources import Source
 
 STUDENT = 0.5  # of its base's time does a student take, while its budget is not known
+_MORE_EPOCHS = 3.0
 _STARTS, _SLOW = 8, 0.6  # MACs to this power go with time
 # at most, by default, where images are dear: predicted seconds of one core of a CPU
 _TEACHER, _TRIAL, _MODEL = 900.0, 40.0, 190.0
@@ -85,6 +86,14 @@ def student_share(space: Space[nn.Module]) -> float:
     starts, base = feasible_starts(space.table, space.budget, _STARTS), space.table.base().macs
     shares = [(space.table.cost(genotype).macs / base) ** _SLOW for genotype in starts]
     return fmean(shares) if shares else STUDENT
+
+
+def more_epochs(effort: Effort, share: float) -> float:
+    """How many times the epochs of a student that takes half of its base's time one gets that takes this share of it:
+    where images are dear, all models of the results get about the same time."""
+    if effort.refine_images >= Effort().refine_images:
+        return 1.0
+    return min(_MORE_EPOCHS, max(1.0, STUDENT / share))
 
 
 def with_effort(settings: Settings, effort: Effort) -> Settings:

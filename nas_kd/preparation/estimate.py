@@ -13,7 +13,7 @@ from nas_kd.costs.forward_time import STEP, forward_seconds
 from nas_kd.library.effort import ENTRY, PASSES, UNBEATEN
 from nas_kd.library.frame_training import MOST_IMAGES
 from nas_kd.library.library import made_choices
-from nas_kd.preparation.effort import student_share
+from nas_kd.preparation.effort import more_epochs, student_share
 from nas_kd.preparation.job import Job
 from nas_kd.training.loop import LOOK_CALIBRATION, memory_layout, suits_channels_last
 
@@ -72,7 +72,8 @@ def predicted_seconds(job: Job, teacher_epochs: int, refine_epochs: int) -> Mapp
     library = entries * (ENTRY + PASSES * once + UNBEATEN * (ENTRY + min(_DAMAGE, MOST_IMAGES * each) / 2))
     student = student_share(job.space)
     trial = student * (settings.proxy_epochs * proxy * step + each * (val + LOOK_CALIBRATION))
-    model = refine_epochs * student * (images * step + val * each)
+    more = 1.0 if settings.refine_epochs else more_epochs(job.effort, student)
+    model = more * refine_epochs * student * (images * step + val * each)
     transfer = PROBE * images * step if job.transferred else 0.0
     return {
         "teacher": teacher_epochs * (images * step + val * each) + transfer,
