@@ -1,4 +1,4 @@
-"""Networks as int8 ONNX files: calibrated on images, weights per channel. Needs the extra `nas-kd[onnx]`.
+"""Networks as int8 ONNX files: calibrated on images, weights per channel.
 
 Activations are unsigned and their ranges the smallest and largest values that calibration sees: signed ones run slower
 than float on x86, and neither entropy nor percentiles were more accurate (docs/decisions.md).

@@ -160,7 +160,7 @@ def quantise_network(
     """Writes the float and the int8 file of a network into `folder` and measures both.
 
     Calibration and recovery see training images, the choice between them validation images, the result test images.
-    Raises DataError for images of another size than the network's, NasKdError without the extra `nas-kd[onnx]`,
+    Raises DataError for images of another size than the network's, NasKdError without ONNX Runtime,
     ModelError when a file cannot be written.
     """
     network = copy.deepcopy(network).cpu().eval()
