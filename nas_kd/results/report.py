@@ -80,8 +80,8 @@ def headline(summary: StudySummary) -> str:
         return f"No model was found within {_bounds(budget)}."
     text = f"{best.name}{_reaches(best, teacher)}"
     if teacher:
-        gains = [_times(best, teacher, "params"), _times(best, teacher, "macs"), *_speed(best, teacher)]
-        text += f" with {', '.join(gains[:-1])} and {gains[-1]} than the teacher"
+        text += f" with {_times(best, teacher, 'params')} and {_times(best, teacher, 'macs')} than the teacher"
+        text += _speed(best, teacher)
     else:
         text += f" with {short(best.cost.params)} params and {short(best.cost.macs)} MACs"
     # Cannot happen for a model that was exported; a report never claims it without looking.
@@ -111,12 +111,12 @@ def _bounds(budget: Budget) -> str:
     return f"{words} and no worse than the base in anything" if budget.fixed else words
 
 
-def _speed(best: ModelRow, teacher: ModelRow) -> list[str]:
+def _speed(best: ModelRow, teacher: ModelRow) -> str:
     """How many times faster a model is, where both were timed."""
     if not (best.latency_ms and teacher.latency_ms):
-        return []
+        return ""
     ratio = teacher.latency_ms / best.latency_ms
-    return [f"{ratio:.1f}× faster" if ratio >= 1 else f"{1 / ratio:.1f}× slower"]
+    return f", {ratio:.1f}× faster" if ratio >= 1 else f", {1 / ratio:.1f}× slower"
 
 
 def _reaches(best: ModelRow, teacher: ModelRow | None) -> str:
@@ -163,10 +163,10 @@ _COLUMNS: tuple[_Cell, ...] = (
 def _columns(summary: StudySummary) -> tuple[_Cell, ...]:
     """The columns between role and path; bytes only where the budget bounds them, levels where there are several."""
     others = [kind for kind in summary.budget if kind not in (*KINDS, LATENCY)]
-    bytes_each = ((kind, partial(_bytes, kind)) for kind in others)
+    bytes_each = ((kind.replace("_", " "), partial(_bytes, kind)) for kind in others)
     levels: tuple[_Cell, ...] = (("best within", _levels),) if len(summary.levels) > 1 else ()
     int8 = _INT8_COLUMNS if any(model.int8 is not None for model in summary.models) else ()
-    return (*_COLUMNS[:-2], *bytes_each, *_COLUMNS[-2:], *int8, *levels)
+    return (*_COLUMNS, *bytes_each, *int8, *levels)
 
 
 def _of_int8(show: Callable[[Int8Row], str]) -> Callable[[ModelRow, ModelRow | None], str]:
