@@ -115,15 +115,18 @@ class TestFinished:
         assert not list(out.rglob("*.resume"))
 
     def test_a_study_begins_with_it(self, finished: Path, tmp_path: Path) -> None:
+        genotype = Genotype.from_json(json.dumps(record(finished)["genotype"]))
+
         def enqueued(*more: str) -> list[Genotype]:
-            base = "--model test_resnet --img-size 32 --library-budget 0 -q"
+            base = "--model test_resnet --img-size 32 --library-budget 0 --no-base-bounds -q"
             settings = parse_study([*base.split(), "--out", str(tmp_path / "study"), *more])
             job = prepare(settings, optuna.storages.InMemoryStorage())
             study = optuna.create_study(directions=["maximize", "minimize", "minimize"])
             job.space.enqueue(study)
-            return [job.space.genotype(trial.system_attrs["fixed_params"]) for trial in study.trials]
+            found = [job.space.genotype(trial.system_attrs["fixed_params"]) for trial in study.trials]
+            widths = [{name: choice for name, choice in one.items() if name in genotype} for one in found]
+            return [Genotype.of(one) for one in widths]  # streams are open to a study too
 
-        genotype = Genotype.from_json(json.dumps(record(finished)["genotype"]))
         file = str(finished / "structure.json")
         assert enqueued("--budget", "macs=50%", "--start-from", file)[0] == genotype
         assert genotype not in enqueued("--budget", "macs=50%")

@@ -101,7 +101,7 @@ def read_start(path: Path, space: Space[nn.Module]) -> Genotype:
         data = json.loads(text)
         given = Genotype.from_json(json.dumps(data.get("genotype", data) if isinstance(data, dict) else data))
         # of a space in which fewer blocks are open, the others are as in the base
-        genotype = Genotype.of({**space.analysis.identity, **given})
+        genotype = Genotype.of({**space.analysis.identity, **given} if given else {})
         cost = space.cost(genotype)
     except (ValueError, GenotypeError) as error:
         raise GenotypeError(f"--start-from {path} holds no genotype of this space: {error}") from error
