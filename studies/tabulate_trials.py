@@ -40,7 +40,8 @@ from nas_kd.training.loop import train
 STUDY = (
     "--model test_resnet --img-size 32 --in-chans 1 --dataset torch/fashion_mnist --budget params=6%,macs=30% "
     "--train-images 12000 --proxy-images 1000 --proxy-epochs 4 --teacher-epochs 8 --refine-epochs 1 --trials 120 "
-    "--library-budget 0.3 --space width=1/0.375/0.25/0.125,conv=standard/depthwise --pin conv1:conv=standard "
+    "--library-budget 0.3 --no-search-stages --no-base-bounds "
+    "--space width=1/0.375/0.25/0.125,conv=standard/depthwise --pin conv1:conv=standard "
     "--pin conv1:width=1/0.5/0.25 --pin layer1.0:width=1/0.25 --pin layer2.0:width=1/0.375/0.125 "
     "--pin layer3.0:width=1/0.375/0.125 --pin layer4.0:width=1/0.375/0.125"
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import traceback
 import warnings
@@ -11,6 +12,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import pytest
 from optuna.storages import BaseStorage
 
@@ -125,9 +127,10 @@ def fork(run: Callable[[], None]) -> int:
         run()
         code = 0
     except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
+        traceback.print_exc(file=sys.__stderr__)
+    finally:  # whatever became of its streams: a child that went on would run the tests that are left
+        with suppress(ValueError, OSError):
+            sys.stderr.flush()
         os._exit(code)
 
 
@@ -139,9 +142,10 @@ def ended_well(child: int) -> bool:
 
 
 def exit_code(command: Callable[[], int]) -> int:
-    """Runs a command in a child process; its exit code, or the negative number of the signal that ended it."""
-    child = fork(lambda: os._exit(command()))
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    """Runs a command that trains in a process of its own, and not in a fork, in which torch refuses to once another
+    test has trained on several threads; its exit code, or the negative number of the signal that ended it."""
+    script = "import sys, cloudpickle; sys.exit(cloudpickle.load(sys.stdin.buffer)())"
+    return subprocess.run([sys.executable, "-c", script], input=cloudpickle.dumps(command), check=False).returncode
 
 
 @contextmanager

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-_METHODS = ("fuse", "reparameterize", "switch_to_deploy")  # by which a module folds itself
-
 
 def fold(network: nn.Module) -> None:
     """Folds in place what only training needs; a block that cannot be folded any more stays."""
@@ -24,13 +22,14 @@ def fold(network: nn.Module) -> None:
 
 def folded(module: Any) -> nn.Module:
     """The inference form of one module, or the module itself where it has none."""
-    if not any(hasattr(module, method) for method in _METHODS):
+    methods = ("fuse", "reparameterize", "switch_to_deploy")  # by which a module folds itself
+    if not any(hasattr(module, method) for method in methods):
         return module  # type: ignore[no-any-return]
     draft: Any = copy.deepcopy(module)  # a module may fail when it is half done
     try:
         if hasattr(draft, "fuse"):
             return draft.fuse()  # type: ignore[no-any-return]
-        for method in _METHODS[1:]:
+        for method in methods[1:]:
             if hasattr(draft, method):
                 getattr(draft, method)()
                 return draft  # type: ignore[no-any-return]

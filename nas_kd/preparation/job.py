@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from nas_kd.networks.onnx import need
 from nas_kd.preparation.effort import Effort, choose_effort, training_images, with_effort
 from nas_kd.preparation.image_form import data_spec, warn_of_other_order
 from nas_kd.preparation.latency import latency_facts
-from nas_kd.preparation.opening import as_begun, bounds_of, make_space, read_start, space_of
+from nas_kd.preparation.opening import as_begun, bound_space, bounds_of, open_space, read_start, space_of
 from nas_kd.progress import Stages
 from nas_kd.search.own_sampler import check_own_sampler
 from nas_kd.search.space import Space
@@ -42,7 +41,7 @@ from nas_kd.search.storage import (
 from nas_kd.search.trials import objectives
 from nas_kd.training.augment import derive_seed
 from nas_kd.training.checkpoint import load_checkpoint
-from nas_kd.training.data import DIGITS, DataSpec, check_source
+from nas_kd.training.data import DIGITS, DataSpec
 from nas_kd.training.images import Images
 from nas_kd.training.loop import LOOK_CALIBRATION
 from nas_kd.training.recipe import Recipe
@@ -118,12 +117,13 @@ def prepare(settings: Settings, storage: BaseStorage | None = None, stages: Stag
         begun = None if settings.new_study else begun_study(storage, settings.name)
         settings = as_begun(settings, begun)
         networks = _networks(settings, settings.num_classes or len(source.class_names))
-        check_source(source, _source_spec(settings))  # before anything is timed
-        space = _checked_space(settings, networks.base, stages, begun)
-        assert space.budget is not None
+        space = open_space(settings, networks.base)
         if networks.other is not None:
             try_out(networks.other, space.input_size)
         data = _data(settings, source, space, networks)
+        bound_space(space, settings, stages, begun)  # last, since latencies take their time
+        assert space.budget is not None
+        _begin_with(space, settings)
         if settings.new_study and (kept := set_aside(storage, settings.name)):
             _logger.warning("the study that was %r is now %r", settings.name, kept)
         effort = choose_effort(settings, networks.base, space.analysis, images, storage, gpu=device.type != "cpu")
@@ -169,27 +169,13 @@ def _networks(settings: Settings, classes: int) -> _Networks:
     return _Networks(base=base, whole=whole, other=other, other_head=other_head)
 
 
-def _checked_space(
-    settings: Settings, base: nn.Module, stages: Stages | None, begun: Mapping[str, Any] | None
-) -> Space[nn.Module]:
-    """The space, with the genotypes that the search begins with, for a sampler that can propose for it."""
-    space = make_space(settings, base, stages, begun)
+def _begin_with(space: Space[nn.Module], settings: Settings) -> None:
+    """Gives a space the genotypes that the search begins with. Raises a NasKdError for a sampler that cannot propose
+    for it."""
     space.given = tuple(read_start(Path(file), space) for file in settings.start_from)
     if settings.sampler not in SAMPLERS and space.budget is not None:
         directions = list(objectives(space.budget, settings.maximize).values())
         check_own_sampler(settings.sampler, settings.seed, directions, space.distributions)
-    return space
-
-
-def _source_spec(settings: Settings) -> DataSpec:
-    """What is known of the images before their form is."""
-    return DataSpec(
-        dataset=settings.dataset,
-        data_dir=settings.data_dir,
-        num_classes=settings.num_classes,
-        train_images=settings.train_images,
-        class_map=settings.class_map,
-    )
 
 
 def _is_weighted(settings: Settings) -> bool:

@@ -29,16 +29,16 @@ _STAGES, _BASE_BOUNDS = "search stages", "base bounds"  # as a study notes them
 _logger = logging.getLogger(__name__)
 
 
-def make_space(
-    settings: Settings,
-    base: nn.Module,
-    stages: Stages | None = None,
-    begun: Mapping[str, Any] | None = None,
-) -> Space[nn.Module]:
-    """What the base may become within the budget. Raises as `Space` does.
+def make_space(settings: Settings, base: nn.Module, begun: Mapping[str, Any] | None = None) -> Space[nn.Module]:
+    """What the base may become within the budget. Raises as `Space` does; `begun` is as in `bound_space`."""
+    space = open_space(settings, base)
+    bound_space(space, settings, begun=begun)
+    return space
 
-    `begun` are the user attributes of the study that goes on: what another machine measured of latencies is there."""
-    space = Space(
+
+def open_space(settings: Settings, base: nn.Module) -> Space[nn.Module]:
+    """What the base may become, without bounds."""
+    return Space(
         base,
         img_size=settings.img_size or (DIGITS_SIZE if settings.dataset == DIGITS else None),
         options=parse_options(
@@ -49,15 +49,16 @@ def make_space(
         ),
         name=settings.model,
     )
-    _set_bounds(space, settings, stages, begun)
-    space.set_levels(parse_levels(settings.levels))
-    return space
 
 
-def _set_bounds(
-    space: Space[nn.Module], settings: Settings, stages: Stages | None, begun: Mapping[str, Any] | None
+def bound_space(
+    space: Space[nn.Module],
+    settings: Settings,
+    stages: Stages | None = None,
+    begun: Mapping[str, Any] | None = None,
 ) -> None:
-    """Bounds a space as it is asked, and what that leaves out by the base's own; latencies are measured for it."""
+    """Bounds a space as it is asked, and what that leaves out by the base's own; latencies are measured for it, which
+    `stages` show. `begun` are the user attributes of the study that goes on: what another machine measured is there."""
     given = parse_budget(settings.budget)
     own = [kind for kind in BASE_BOUNDS if settings.base_bounds and kind not in given]
     if LATENCY in own and (told := told_latency(begun, settings)):
@@ -72,6 +73,7 @@ def _set_bounds(
             _logger.warning("latency is not bounded by the base's: %s", error)
     base = space.base_cost()
     space.set_budget(parse_budget(settings.budget, base).no_worse_than(base, own))
+    space.set_levels(parse_levels(settings.levels))
 
 
 def as_begun(settings: Settings, begun: Mapping[str, Any] | None) -> Settings:

@@ -150,9 +150,13 @@ def test_with_one_objective_the_whole_budget_or_a_level_is_used(tight: Space[nn.
         used = [trial.constraints for trial in study.get_trials()]
         return [1 + max(constraints.values()) for constraints in used]
 
-    assert min(shares((1.0,))) > 0.8
-    for share in shares((0.5, 1.0)):
-        assert 0.4 < share <= 0.5 or 0.8 < share <= 1
+    def count(levels: tuple[float, ...]) -> int:
+        """How many proposals use up the whole budget, or one of its levels."""
+        return sum(any(0.8 * level < share <= level for level in levels) for share in shares(levels))
+
+    assert count((1.0,)) >= 10  # a few are random changes of the best
+    assert count((0.5, 1.0)) >= 10
+    assert max(shares((0.5, 1.0))) <= 1
 
 
 def test_it_learns_from_trials_that_were_stopped_at_a_rung(tight: Space[nn.Module]) -> None:
