@@ -90,6 +90,10 @@ class Budget(Mapping[str, float]):
         """With another bound on one kind."""
         return Budget(tuple((name, bound if name == kind else own) for name, own in self.bounds), self.fixed)
 
+    def without(self, kind: str) -> Budget:
+        """With no bound on one kind."""
+        return Budget(tuple((name, own) for name, own in self.bounds if name != kind), self.fixed)
+
     def no_worse_than(self, base: Cost, kinds: Sequence[str]) -> Budget:
         """With bounds at what the base has on those of `kinds` that have none yet."""
         own = tuple(kind for kind in kinds if kind not in self)

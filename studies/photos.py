@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from pruned import METHODS, prune
 from torch import nn
-from transfer import Ground, Rows, Scores, make_ground
+from transfer import Ground, Rows, Scores, add_ground, make_ground
 
 from nas_kd import Space
 from nas_kd.budget import Budget
@@ -202,12 +202,7 @@ def parser() -> argparse.ArgumentParser:
     add = own.add_argument
     add("--page", action="store_true", help="print the page of the rows that are there")
     add("--rows", default="photos.jsonl", help="where the rows are kept (photos.jsonl)")
-    add("--weights", help="ImageNet weights of the model (.pth, .safetensors)")
-    add("--model", default="tf_efficientnet_lite0")
-    add("--data-dir", help="image folders, train and val or test")
-    add("--img-size", "--px", type=int, default=96)
-    add("--train-images", type=int, help="use so many training images (all)")
-    add("--seed", type=int, default=0)
+    add_ground(add)
     add("--cache", default="photos-cache", help="decoded images, teachers, views, libraries (photos-cache)")
     add("--space", default="width,kernel,conv", help="what is open to us; `stages` for residual streams")
     add("--shares", nargs="+", type=int, default=(50, 30), help="of the teacher's MACs, in percent")

@@ -296,17 +296,22 @@ def line(arm: str, rows: list[Scores]) -> str:
     return f"| {arm} | {shown('test')} | {shown('val')} | {statistics.mean(row['cpu_seconds'] for row in rows):.0f} |"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("--page", action="store_true", help="print the page of the rows that are there")
-    add("--rows", default="transfer.jsonl", help="where the rows are kept (transfer.jsonl)")
+def add_ground(add: Callable[..., object]) -> None:
+    """The arguments of studies on photos: base, weights and images."""
     add("--weights", help="ImageNet weights of the model (.pth, .safetensors)")
     add("--model", default="tf_efficientnet_lite0")
     add("--data-dir", help="image folders, train and val or test")
     add("--img-size", "--px", type=int, default=96)
     add("--train-images", type=int, help="use so many training images (all)")
     add("--seed", type=int, default=0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--page", action="store_true", help="print the page of the rows that are there")
+    add("--rows", default="transfer.jsonl", help="where the rows are kept (transfer.jsonl)")
+    add_ground(add)
     add("--cache", default="transfer-cache", help="decoded images and teachers (transfer-cache)")
     arguments = parser.parse_args()
     rows = Rows(Path(arguments.rows), arguments)

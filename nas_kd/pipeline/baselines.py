@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from nas_kd.budget import LATENCY, Budget
+from nas_kd.budget import LATENCY
 from nas_kd.costs.latency_table import LatencyTable, Meter
 from nas_kd.errors import ModelError
 from nas_kd.genotype import Genotype
@@ -72,9 +72,9 @@ def _uniform(job: Job, whole: Space[nn.Module]) -> Genotype | None:
     """The widest uniform student within the budget, its latency measured where that is bounded."""
     if job.space.latency is None or LATENCY not in job.budget:
         return uniform_width_student(whole.table, job.budget)
-    others = Budget(tuple((kind, bound) for kind, bound in job.budget.items() if kind != LATENCY))
     table, bound = whole_models(whole, job.space.latency.meter), job.budget[LATENCY]
-    return next((g for g in uniform_width_students(whole.table, others) if table.whole(g) <= bound), None)
+    narrow = uniform_width_students(whole.table, job.budget.without(LATENCY))
+    return next((g for g in narrow if table.whole(g) <= bound), None)
 
 
 def _random(job: Job) -> Genotype | None:

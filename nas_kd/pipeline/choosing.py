@@ -1,4 +1,4 @@
-"""Which genotypes of a study become models of the results: its front, and what that must beat."""
+"""Which genotypes of a study become models of the results: its front."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from nas_kd.errors import TrainingError
 from nas_kd.genotype import Genotype
 from nas_kd.search.budgets import noted_cost
 from nas_kd.search.goals import Box, Goals, most_useful
-from nas_kd.search.trials import cost_of
+from nas_kd.search.trials import cost_of, values_of
 from nas_kd.search.workers import GENOTYPE
 
-LEAST_FRONT = 5  # models that a study gives, from what lies behind the front if need be
+_LEAST_FRONT = 5  # models that a study gives, from what lies behind the front if need be
 _BOUNDS = 1024  # that stand for the budget
 _BELOW = 0.1  # of the range of scores, how far below the worst gains begin: the cheapest counts as well
 
@@ -35,8 +35,8 @@ def choose_front(
     needed = [min(own, key=_rank) for own in (trials, *inside) if own]
     first = [trials.index(trial) for trial in {trial.number: trial for trial in needed}.values()]
     kinds = kinds_of(budget)
-    scores = np.array([trial.values[0] for trial in trials], dtype=np.float64)
-    costs = np.array([[cost_of(trial)[kind] for kind in kinds] for trial in trials], dtype=np.float64)
+    values = np.array([values_of(trial, budget) for trial in trials], dtype=np.float64)
+    scores, costs = values[:, 0], values[:, 1:]
     box = Box(
         kinds=kinds,
         least=costs.min(axis=0),
@@ -50,7 +50,7 @@ def choose_front(
     chosen = [
         number
         for place, (number, gain) in enumerate(ordered)
-        if gain > 0 or place < max(len(first), min(count, LEAST_FRONT))
+        if gain > 0 or place < max(len(first), min(count, _LEAST_FRONT))
     ]
     return [Genotype.from_json(trials[number].user_attrs[GENOTYPE]) for number in chosen]
 

@@ -221,10 +221,9 @@ class Space(Generic[Network]):
 
     def _admits_fastest(self, budget: Budget) -> bool:
         """Whether the student that is expected to be the fastest within all other bounds is within that on latency."""
-        others = Budget(tuple((kind, bound) for kind, bound in budget.items() if kind != LATENCY))
         expected = [totals.astype(np.float64) for totals in self.table.beside_narrowest(LATENCY)]
         try:
-            fastest = solve(self.table, others, expected)
+            fastest = solve(self.table, budget.without(LATENCY), expected)
         except TimeoutError:
             return True
         return fastest is not None and self._measure(fastest)[0] <= budget[LATENCY]
