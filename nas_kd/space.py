@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from nas_kd.arguments.parsing import Parser, guarded, number
+from nas_kd.arguments.parsing import Parser, guarded, model_name, number
 from nas_kd.arguments.shared import add_choices
 from nas_kd.budget import COUNTED, KINDS, Budget, parse_budget, short
 from nas_kd.errors import BudgetError
@@ -48,7 +48,7 @@ def parse_space(argv: Sequence[str]) -> SpaceSettings:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a timm model, or local-dir:FOLDER")
+    add("model", type=model_name, metavar="MODEL", help="a timm model, or the folder of an exported one")
     add("--img-size", type=number(4), metavar="N", help="side of the images in pixels (the model's)")
     add("--reduction", type=number(1), metavar="R", help="total stride of the network; small images need 8 or 4")
     add("--in-chans", type=int, choices=(1, 3), default=3, help="channels of the images (3)")

@@ -186,6 +186,7 @@ def student_args(network: nn.Module) -> dict[str, Any]:
 
 def create_base(name: str, **kwargs: Any) -> nn.Module:
     """`timm.create_model`, with errors that a person understands. Raises ModelError."""
+    name = name.removeprefix("timm/")  # as the hub calls timm's own
     if ":" not in name and os.path.isdir(name):
         raise ModelError(f"{name} is a folder, but not of an exported model, which has a config.json")
     stem = name.split(".")[0]
