@@ -16,6 +16,8 @@ COMMANDS = {
     "structure": "learn how wide each block must be, while it is distilled",
     "quantize": "write a result as int8 and measure it",
     "space": "show what a model may become and what that costs",
+    "run": "run timm's train.py, or a script of yours, on a result",
+    "push": "share a result on the Hugging Face hub",
 }
 
 

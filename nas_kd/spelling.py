@@ -29,8 +29,8 @@ def _kind(text: str) -> str:
     kind = text.strip().lower()
     if kind in ("flops", "flop", "gflops", "mflops"):
         raise BudgetError(
-            f"a budget cannot bound {text.strip()!r}: write macs=30M, multiply-accumulates for one image; papers count "
-            "two FLOPs for each, or call them FLOPs"
+            f"a budget cannot bound {text.strip()!r}: use params or macs, multiply-accumulates for one image, as in "
+            "macs=30M (papers count two FLOPs for each, or call them FLOPs)"
         )
     return kind
 
