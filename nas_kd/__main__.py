@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,27 @@ COMMANDS = {
     "run": "run timm's train.py, or a script of yours, on a result",
     "push": "share a result on the Hugging Face hub",
 }
+
+
+_PARSERS = {
+    "study": "nas_kd.arguments.study:study_parser",
+    "worker": "nas_kd.arguments.worker:worker_parser",
+    "rank_check": "nas_kd.rank_check.arguments:rank_parser",
+    "distill": "nas_kd.arguments.distill:distill_parser",
+    "structure": "nas_kd.learnt_widths.arguments:structure_parser",
+    "quantize": "nas_kd.quantize:quantize_parser",
+    "space": "nas_kd.space:space_parser",
+    "push": "nas_kd.push:push_parser",
+}
+
+
+def parser_of(name: str) -> argparse.ArgumentParser | None:
+    """The parser of a command; None of one that hands its arguments over."""
+    if name not in _PARSERS:
+        return None
+    module, _, function = _PARSERS[name].partition(":")
+    parser: argparse.ArgumentParser = getattr(importlib.import_module(module), function)()
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,8 +24,8 @@ class PushSettings:
     debug: bool
 
 
-def parse_push(argv: Sequence[str]) -> PushSettings:
-    """Reads the arguments of the push command. Raises NasKdError for bad ones."""
+def push_parser() -> argparse.ArgumentParser:
+    """The parser of the push command."""
     parser = Parser(
         prog="nas-kd push",
         description="Puts a model that nas_kd exported on the Hugging Face hub, with a model card.",
@@ -38,7 +39,12 @@ def parse_push(argv: Sequence[str]) -> PushSettings:
     add("--message", default="A model found by nas_kd", metavar="TEXT", help="of the commit")
     add("--card-only", action="store_true", help="print the model card and send nothing")
     add("--debug", action="store_true", help="tracebacks")
-    arguments = vars(parser.parse_args(argv))
+    return parser
+
+
+def parse_push(argv: Sequence[str]) -> PushSettings:
+    """Reads the arguments of the push command. Raises NasKdError for bad ones."""
+    arguments = vars(push_parser().parse_args(argv))
     return PushSettings(**{**arguments, "folder": Path(arguments["folder"].removeprefix(LOCAL))})
 
 

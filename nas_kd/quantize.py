@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -63,8 +64,8 @@ class QuantizeSettings:
         return Path("results") / f"quantize-{Path(self.model).name}"
 
 
-def parse_quantize(argv: Sequence[str]) -> QuantizeSettings:
-    """Reads the arguments of the quantize command. Raises NasKdError for bad ones."""
+def quantize_parser() -> argparse.ArgumentParser:
+    """The parser of the quantize command."""
     parser = Parser(
         prog="python -m nas_kd.quantize",
         description="Writes a model as int8 ONNX, calibrated on training images, and measures it beside float.",
@@ -98,7 +99,12 @@ def parse_quantize(argv: Sequence[str]) -> QuantizeSettings:
     add("-q", "--quiet", action="store_true", help="print the result alone")
     add("--debug", action="store_true", help="tracebacks and debug messages")
     add_data(parser)
-    arguments = vars(parser.parse_args(argv))
+    return parser
+
+
+def parse_quantize(argv: Sequence[str]) -> QuantizeSettings:
+    """Reads the arguments of the quantize command. Raises NasKdError for bad ones."""
+    arguments = vars(quantize_parser().parse_args(argv))
     arguments["keep_float"] = tuple(arguments["keep_float"])
     arguments["dataset"] = choose_dataset(arguments["dataset"], arguments["data_dir"])
     names = [own.name for own in fields(QuantizeSettings) if own.name in arguments]

@@ -109,7 +109,7 @@ def test_own_photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_hub(tmp_path / "hub", "test_resnet")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     words = typed("own_photos.sh", str(tmp_path / "my_images"), "--out", str(tmp_path / "out"), folder=tmp_path)
-    assert main([*words, *TINY, "--img-size", "32", "--space", "width,conv"]) == 0
+    assert main([*words, *TINY, "--img-size", "32", "--space", "width=0.25/0.5/1"]) == 0
     assert (tmp_path / "out" / "report.html").is_file()
 
 
