@@ -85,4 +85,4 @@ def _version() -> str:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_HOMES]
+    return [*globals(), *__all__]

@@ -28,7 +28,7 @@ def number(least: float, kind: type[int] | type[float] = int, below: float | Non
         try:
             value = _number(text, kind)
         except ValueError:
-            whole = " whole" if kind is int else ""
+            whole = " whole" if kind is int and _is_float(text) else ""
             raise argparse.ArgumentTypeError(f"{text!r} is no{whole} number") from None
         if not value >= least or (below is not None and not value < below):
             top = f" and below {below:g}" if below is not None else ""
@@ -49,6 +49,14 @@ def _number(text: str, kind: type[int] | type[float]) -> float:
         return int(value)
 
 
+def _is_float(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def path(text: str) -> str:
     """The type of a path: ~ is the user's home wherever it stands, which no shell says of `--out=~/results`."""
     return text if "://" in text else str(Path(text).expanduser()) if text.startswith("~") else text
@@ -67,6 +75,10 @@ def storage(text: str) -> str:
     """The type of a storage: a URL, or a bare file, which is SQLite's."""
     if "://" in text or not text:
         return text
+    if "/" not in text and not Path(text).suffix:
+        raise argparse.ArgumentTypeError(
+            f"cannot open the storage {text}: write {text}.db for a file of SQLite, or a URL like postgresql+psycopg://…"
+        )
     if any(character in text for character in "%?#{}"):
         raise argparse.ArgumentTypeError(f"cannot keep a study in {text!r}: choose a file without ?, %, #, {{ and }}")
     return f"sqlite:///{path(text)}"

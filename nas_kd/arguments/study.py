@@ -271,8 +271,15 @@ def parse_study(argv: Sequence[str]) -> Settings:
     # starting over is done once: the same command again resumes
     again = (without_password(argument) for argument in argv if argument != "--new-study")
     arguments["command"] = command_line("python -m nas_kd.study", list(again))
-    arguments["storage"] = arguments["storage"] or storage(os.environ.get(STORAGE, "")) or None
+    arguments["storage"] = arguments["storage"] or _storage_of_environment()
     return settings_from(arguments)
+
+
+def _storage_of_environment() -> str | None:
+    try:
+        return storage(os.environ.get(STORAGE, "")) or None
+    except argparse.ArgumentTypeError as error:
+        raise NasKdError(f"{STORAGE}: {error}") from None
 
 
 def settings_from(arguments: dict[str, Any]) -> Settings:
