@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import re
 from typing import Any
 
 import nas_kd
-from nas_kd.__main__ import COMMANDS, parser_of
+from nas_kd.__main__ import COMMANDS
 
 project = "nas_kd"
 author = "the authors of nas_kd"
@@ -31,12 +32,25 @@ autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 
 
+_PARSERS = {
+    "study": "nas_kd.arguments.study:study_parser",
+    "worker": "nas_kd.arguments.worker:worker_parser",
+    "rank_check": "nas_kd.rank_check.arguments:rank_parser",
+    "distill": "nas_kd.arguments.distill:distill_parser",
+    "structure": "nas_kd.learnt_widths.arguments:structure_parser",
+    "quantize": "nas_kd.quantize:quantize_parser",
+    "space": "nas_kd.space:space_parser",
+    "push": "nas_kd.push:push_parser",
+}
+
+
 def _commands() -> str:
-    """Every option of every command, of the parsers."""
+    """Every option of every command, of the parsers; `run` hands its arguments over."""
     parts = []
     for name, words in COMMANDS.items():
-        parser = parser_of(name)
-        if parser is not None:
+        if name in _PARSERS:
+            module, _, function = _PARSERS[name].partition(":")
+            parser = getattr(importlib.import_module(module), function)()
             parser.usage = argparse.SUPPRESS  # every option again
             parts.append(f"## {name}: {words}\n\n```text\n{parser.format_help().rstrip()}\n```\n")
     return "\n".join(parts)

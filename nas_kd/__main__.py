@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 from collections.abc import Sequence
 
 from nas_kd import __version__
+from nas_kd.errors import nearest
 
 COMMANDS = {
     "study": "search a family of smaller models within a budget",
@@ -22,37 +22,20 @@ COMMANDS = {
 }
 
 
-_PARSERS = {
-    "study": "nas_kd.arguments.study:study_parser",
-    "worker": "nas_kd.arguments.worker:worker_parser",
-    "rank_check": "nas_kd.rank_check.arguments:rank_parser",
-    "distill": "nas_kd.arguments.distill:distill_parser",
-    "structure": "nas_kd.learnt_widths.arguments:structure_parser",
-    "quantize": "nas_kd.quantize:quantize_parser",
-    "space": "nas_kd.space:space_parser",
-    "push": "nas_kd.push:push_parser",
-}
-
-
-def parser_of(name: str) -> argparse.ArgumentParser | None:
-    """The parser of a command; None of one that hands its arguments over."""
-    if name not in _PARSERS:
-        return None
-    module, _, function = _PARSERS[name].partition(":")
-    parser: argparse.ArgumentParser = getattr(importlib.import_module(module), function)()
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Hands over to the command of the first argument and returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0] in COMMANDS:
-        return int(importlib.import_module(f"nas_kd.{arguments[0]}").main(arguments[1:]))
+    name = arguments[0].replace("-", "_") if arguments else ""
+    if name in COMMANDS:
+        return int(importlib.import_module(f"nas_kd.{name}").main(arguments[1:]))
     lines = "\n".join(f"  {name:<11} {words}" for name, words in COMMANDS.items())
     usage = f"usage: nas-kd COMMAND …\n\ncommands (nas-kd COMMAND --help for more):\n{lines}\n"
     if arguments in (["--version"], ["-h"], ["--help"]):
         sys.stdout.write(f"nas_kd {__version__}\n" if arguments == ["--version"] else usage)
         return 0
+    if arguments:
+        hint = nearest(name, COMMANDS) or "; see nas-kd --help"
+        usage = f"nas_kd: there is no command {arguments[0]!r}{hint}\n"
     sys.stderr.write(usage)
     return 2
 

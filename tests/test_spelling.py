@@ -84,7 +84,7 @@ def test_a_bare_file_is_a_storage(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse_study(["--budget=params=1M"]).storage == "sqlite:///here/study.db"
     assert parse_worker([]).storage == "sqlite:///here/study.db"
     monkeypatch.setenv("NAS_KD_STORAGE", "a#b.db")
-    with pytest.raises(NasKdError, match="NAS_KD_STORAGE: cannot keep a study in 'a#b.db'"):
+    with pytest.raises(NasKdError, match=r"NAS_KD_STORAGE: cannot keep a study in 'a#b\.db'"):
         parse_study(["--budget=params=1M"])
     with pytest.raises(NasKdError, match=r"write study\.db for a file of SQLite, or a URL"):
         parse_worker(["--storage", "study"])
