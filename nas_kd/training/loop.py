@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from nas_kd.training.images import Batch, Images, TrainingData, normalise
 from nas_kd.training.losses import student_loss
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.resume import Stateful, restore, store
+from nas_kd.training.step_graph import StepGraphs
 from nas_kd.training.step_memory import give_back, kept_bytes, pieces_for
 
 Criterion = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # outputs, labels, the teacher's logits → mean loss
@@ -28,6 +29,7 @@ _CHECK_STEPS = 50  # between two looks at the loss: each look makes a GPU wait
 CALIBRATION = 512  # images are enough to recalibrate batch norms on
 LOOK_CALIBRATION = 256  # and these before a look at a student whose training has not ended
 _RESIDENT = 0.25  # of the free device memory may hold the training data
+_GPU_LOOK = 512  # images that a GPU looks at at once: smaller batches wait for Python
 _ERRORS = 2  # standard errors of an accuracy that are no accident
 _logger = logging.getLogger(__name__)
 
@@ -64,11 +66,13 @@ class Run:
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Task:
     """What is trained, and towards what: `network` by `criterion` (see `losses`); `measure` gives the accuracy
-    (fraction) that is reported, None for none."""
+    (fraction) that is reported, None for none. One that is `recordable` does the same kernels in every step, so that a
+    GPU may replay them (`step_graph`): neither network nor criterion may change with Python's own state."""
 
     network: nn.Module
     criterion: Criterion
     measure: Callable[[nn.Module], float] | None = None
+    recordable: bool = False
 
 
 def ignore(epoch: int, accuracy: float) -> None:
@@ -95,7 +99,7 @@ def train(
 def student_task(student: nn.Module, recipe: Recipe, measure: Callable[[nn.Module], float] | None = None) -> Task:
     """Training a student with the recipe's `student_loss`."""
     criterion = functools.partial(student_loss, distill_weight=recipe.distill_weight, soft=recipe.make_soft_loss())
-    return Task(network=student, criterion=criterion, measure=measure)
+    return Task(network=student, criterion=criterion, measure=measure, recordable=True)
 
 
 def fit(
@@ -119,8 +123,12 @@ def fit(
         recipe = replace(recipe, channels_last=suits_channels_last(network))
     data = _resident(data, device)
     steps_per_epoch = len(_batches(data, recipe, 0))
-    with _own_randomness(device), _layout(network, recipe), _left_in_eval(network):
-        stepper = _Stepper(task, data, recipe, steps=steps_per_epoch * recipe.epochs)
+    with (
+        _own_randomness(device),
+        _layout(network, recipe),
+        _left_in_eval(network),
+        closing(_Stepper(task, data, recipe, steps=steps_per_epoch * recipe.epochs)) as stepper,
+    ):
         progress = restore(run.checkpoint, stepper.parts(), recipe, len(data))
         if run.again and progress.accuracies:
             report(*progress.accuracies[-1])
@@ -141,7 +149,7 @@ def fit(
                 if task.measure is not None:
                     report(progress.epoch, progress.accuracies[-1][1])
         stepper.adopt_average()
-        del stepper
+    del stepper
     give_back()
     return TrainResult(
         accuracies=progress.accuracies,
@@ -165,6 +173,9 @@ class _Stepper:
         self.dtype = amp_dtype(self.device) if recipe.amp else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.average = recipe.make_average(self.network)
+        self.graphs = StepGraphs(self._descend, self.network, self.device)
+        if not task.recordable or self.dtype == torch.float16:  # whose scaler skips steps
+            self.graphs.give_up()
         if self.device.type == "cpu":
             self.pieces = self._pieces(data)
 
@@ -191,31 +202,38 @@ class _Stepper:
 
     def _backward(self, batch: Batch) -> Tensor:
         while True:
-            self.optimizer.zero_grad(set_to_none=True)
             try:
-                return self._accumulate(batch)
+                return self.graphs(self._ready(batch)) if self.pieces == 1 else self._accumulate(batch)
             except torch.OutOfMemoryError as error:
                 self._halve(len(batch.labels), error)
 
     def _accumulate(self, batch: Batch) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=self.device)
         for indices in torch.arange(len(batch.labels), device=batch.labels.device).tensor_split(self.pieces):
-            part = self._loss(batch, indices) * (len(indices) / len(batch.labels))
-            torch.autograd.backward(self.scaler.scale(part))
-            loss += part.detach()
+            logits = None if batch.logits is None else batch.logits[indices]
+            piece = self._ready(Batch(batch.pixels[indices], batch.labels[indices], logits))
+            loss += self._descend(piece, len(indices) / len(batch.labels))
         return loss
 
-    def _loss(self, batch: Batch, indices: Tensor) -> Tensor:
-        pixels = normalise(batch.pixels[indices], self.mean, self.std, self.device)
+    def _ready(self, batch: Batch) -> Batch:
+        """The same batch on the device, its pixels normalised (float32) and laid out."""
+        pixels = normalise(batch.pixels, self.mean, self.std, self.device)
+        labels = batch.labels.to(self.device, non_blocking=True)
+        logits = None if batch.logits is None else batch.logits.to(self.device, non_blocking=True)
+        return Batch(memory_layout(pixels, self.recipe.channels_last), labels, logits)
+
+    def _descend(self, batch: Batch, share: float = 1.0) -> Tensor:
+        """Adds the gradients of a batch that is ready, which counts for this share; that share of its mean loss."""
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-            outputs = self.network(memory_layout(pixels, self.recipe.channels_last))
-        labels = batch.labels[indices].to(self.device, non_blocking=True)
-        if batch.logits is None:
-            return self.criterion(outputs, labels, None)
-        return self.criterion(outputs, labels, batch.logits[indices].to(self.device, non_blocking=True))
+            outputs = self.network(batch.pixels)
+        loss = self.criterion(outputs, batch.labels, batch.logits) * share
+        torch.autograd.backward(self.scaler.scale(loss))
+        return loss.detach()
 
     def _halve(self, batch_size: int, error: torch.OutOfMemoryError) -> None:
         self.pieces *= 2
+        self.graphs.give_up()
         if batch_size < 2 * self.pieces:
             raise TrainingError(
                 f"not even {batch_size // (self.pieces // 2)} images fit the memory of {self.device}: "
@@ -235,6 +253,10 @@ class _Stepper:
         """Gives the network the weights of its moving average, if there is one."""
         if self.average is not None:
             self.network.load_state_dict(self.average.module.state_dict())
+
+    def close(self) -> None:
+        """Frees what a GPU keeps for it, now: graphs hang in a circle with this."""
+        self.graphs.give_up()
 
     def parts(self) -> dict[str, Stateful]:
         """Everything that holds state between two epochs."""
@@ -259,6 +281,8 @@ def is_below(accuracy: float, other: float, images: int) -> bool:
 def predict_logits(model: nn.Module, images: Images, *, batch_size: int = 64) -> Tensor:
     """The logits N×K (float32, CPU) of `model`, in inference and eval mode; the model's mode is restored."""
     device, last = device_of(model), suits_channels_last(model)
+    if device.type == "cuda":
+        batch_size = max(batch_size, _GPU_LOOK)
     with eval_mode(model), torch.inference_mode():
         pieces = [
             model(memory_layout(normalise(pixels, images.mean, images.std, device), last)).float().cpu()

@@ -103,6 +103,7 @@ def train_online(
             ensemble_loss, soft=recipe.make_soft_loss(), teacher_gradient=recipe.teacher_gradient
         ),
         measure=lambda network: max(accuracies(network, val)[:-1]),
+        recordable=True,
     )
     training = fit(task, data, recipe, report=report, run=run or Run())
     return OnlineResult(ensemble=ensemble, accuracies=accuracies(ensemble, val), training=training)

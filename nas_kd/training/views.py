@@ -83,7 +83,7 @@ class Views:
         pixels, labels, logits = self.epoch(epoch)
         if self.shares is not None:
             labels = self.shares[epoch % self.count]
-        indices = indices.to(labels.device)
+        indices = indices.to(labels.device, non_blocking=True)
         return Batch(pixels[indices], labels[indices], None if logits is None else logits[indices].float())
 
     def sample(self, count: int) -> Images:
