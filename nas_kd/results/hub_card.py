@@ -67,7 +67,7 @@ def _metadata(folder: Path, config: Mapping[str, Any], license: str | None) -> M
     scratch = "command" in facts and not any(option in facts["command"] for option in _WEIGHTS)
     weights = None if scratch or base is None else base.hf_hub_id
     accuracy = facts.get("test accuracy")
-    dataset = str(facts.get("dataset", "images of its author"))
+    dataset = str(facts.get("dataset", "unknown"))
     results = [] if accuracy is None else [_result(dataset, "accuracy", accuracy)]
     results += [_result(dataset, kind, facts[kind]) for kind in _COSTS if results and kind in facts]
     return ModelCardData(
