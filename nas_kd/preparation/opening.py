@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import nn
 
 from nas_kd.analysis.structure import ROUND_TO
 from nas_kd.arguments.study import Settings
-from nas_kd.budget import KINDS, LATENCY, parse_budget, parse_levels
+from nas_kd.budget import KINDS, LATENCY, Cost, parse_budget, parse_levels
+from nas_kd.costs.cost_table import CostTable
 from nas_kd.errors import GenotypeError, ModelError, OutputError
 from nas_kd.genotype import Genotype
 from nas_kd.preparation.latency import make_meter, measure_latency, told_latency
@@ -72,8 +73,14 @@ def bound_space(
             own.remove(LATENCY)
             _logger.warning("latency is not bounded by the base's: %s", error)
     base = space.base_cost()
-    space.set_budget(parse_budget(settings.budget, base).no_worse_than(base, own))
+    space.set_budget(parse_budget(settings.budget, base).no_worse_than(_just_below(base, space.table, own), own))
     space.set_levels(parse_levels(settings.levels))
+
+
+def _just_below(base: Cost, table: CostTable, kinds: Sequence[str]) -> Cost:
+    """What is less than the base in each of `kinds` that is counted, where anything is."""
+    counted = [kind for kind in kinds if kind != LATENCY and table.cost(table.cheapest(kind))[kind] < base[kind]]
+    return dataclasses.replace(base, **{kind: base[kind] - 1 for kind in counted})
 
 
 def as_begun(settings: Settings, begun: Mapping[str, Any] | None) -> Settings:

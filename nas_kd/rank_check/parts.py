@@ -17,7 +17,7 @@ from torch import nn
 from nas_kd.errors import TrainingError
 from nas_kd.genotype import Genotype
 from nas_kd.library.library import Library
-from nas_kd.pipeline.models import fresh_student
+from nas_kd.pipeline.refining import fresh_student
 from nas_kd.preparation.augmenting import images_key
 from nas_kd.preparation.job import TEACHER_LR, Job, proxy_recipe_of, recipe_of
 from nas_kd.preparation.materials import Materials

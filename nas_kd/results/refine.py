@@ -81,7 +81,7 @@ def refine(candidate: Candidate, refinement: Refinement, *, report: Callable[[in
 
     Raises what `train` raises, or `train_online`.
     """
-    path = refinement.folder / f"refined-{_key(candidate, refinement)}.safetensors"
+    path = kept_at(candidate, refinement)
     kept = _fetch(candidate, path)
     if kept is not None:
         return kept
@@ -90,6 +90,11 @@ def refine(candidate: Candidate, refinement: Refinement, *, report: Callable[[in
     _keep(refined, path)
     state.unlink(missing_ok=True)
     return refined
+
+
+def kept_at(candidate: Candidate, refinement: Refinement) -> Path:
+    """The file that keeps a candidate once it is trained."""
+    return refinement.folder / f"refined-{_key(candidate, refinement)}.safetensors"
 
 
 def _alone(candidate: Candidate, refinement: Refinement, report: Callable[[int, float], None], run: Run) -> Refined:
