@@ -334,6 +334,7 @@ def _facts(settings: DistillSettings, cost: Cost, refined: Refined, quotes_val: 
         **{kind: cost[kind] for kind in COUNTED},
         **val,
         "test accuracy": round(refined.test_accuracy, 4),
+        "dataset": settings.dataset,
         "command": settings.command,
         "seed": settings.seed,
     }

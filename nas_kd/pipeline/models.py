@@ -163,6 +163,7 @@ def _export(job: Job, model: Model, materials: Materials) -> ModelRow:
         "test accuracy": round(refined.test_accuracy, 4),
         **({"distillation": settings.distill} if model.role not in ("teacher", "no teacher") else {}),
         **({} if model.int8 is None else model.int8[0].facts),
+        "dataset": settings.dataset,
         "command": settings.command,
         "seed": settings.seed,
     }
