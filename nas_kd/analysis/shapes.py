@@ -49,7 +49,8 @@ def _is_like_the_first(first: Tensor, second: Any) -> bool:
     if not isinstance(second, Tensor):
         return isinstance(second, int | float)
     alike = first.dtype == second.dtype and first.is_contiguous() and second.is_contiguous()
-    return alike and first.ndim >= second.ndim and torch.broadcast_shapes(first.shape, second.shape) == first.shape
+    sides = zip(reversed(first.shape), reversed(second.shape), strict=False)
+    return alike and first.ndim >= second.ndim and all(theirs in (1, ours) for ours, theirs in sides)
 
 
 def _like(tensor: Tensor) -> Tensor:

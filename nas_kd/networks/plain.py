@@ -6,7 +6,6 @@ import copy
 import logging
 from collections import OrderedDict
 from collections.abc import Iterator
-from functools import cache
 from typing import Any, TypeVar, cast
 
 import torch
@@ -69,13 +68,12 @@ def copied(network: Network, memo: dict[int, Any] | None = None) -> Network:
     """`copy.deepcopy(network, memo)` in a third of the time: of what a module holds, most is empty or a plain value."""
     memo = {} if memo is None else memo
     modules: list[Any] = [m for m in network.modules() if id(m) not in memo and _copies_as_usual(type(m))]
-    memo |= {id(module): type(module).__new__(type(module)) for module in modules}
+    memo |= {id(module): module.__class__.__new__(module.__class__) for module in modules}
     for module in modules:
         memo[id(module)].__setstate__({name: _copied(value, memo) for name, value in module.__getstate__().items()})
     return copy.deepcopy(network, memo)
 
 
-@cache
 def _copies_as_usual(kind: Any) -> bool:
     """Whether `deepcopy` makes an empty object and gives it a copy of the other's state."""
     usual: Any = nn.Module
