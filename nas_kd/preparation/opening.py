@@ -97,7 +97,7 @@ def as_begun(settings: Settings, begun: Mapping[str, Any] | None) -> Settings:
 
 
 def read_start(path: Path, space: Space[nn.Module]) -> Genotype:
-    """The genotype in a file: in `structure.json` under "genotype", or alone. Warns when it is over the space's budget.
+    """The genotype in a file: in `structure.json` under "genotype", or alone.
 
     Raises OutputError when the file cannot be read, GenotypeError when it holds none of this space.
     """
@@ -111,11 +111,9 @@ def read_start(path: Path, space: Space[nn.Module]) -> Genotype:
         given = Genotype.from_json(json.dumps(data.get("genotype", data) if isinstance(data, dict) else data))
         # of a space in which fewer blocks are open, the others are as in the base
         genotype = Genotype.of({**space.analysis.identity, **given} if given else {})
-        cost = space.cost(genotype)
+        space.analysis.check(genotype)
     except (ValueError, GenotypeError) as error:
         raise GenotypeError(f"--start-from {path} holds no genotype of this space: {error}") from error
-    if space.budget is not None and (words := space.budget.explain(cost)):
-        _logger.warning("the genotype in %s is left out, it is %s", path, words)
     return genotype
 
 
