@@ -30,7 +30,7 @@ from nas_kd.progress import Advance, Stages
 from nas_kd.results.export import Card, export
 from nas_kd.results.refine import Refined
 from nas_kd.results.rows import ModelRow, Role
-from nas_kd.training.loop import evaluate
+from nas_kd.training.evaluation import evaluate
 
 _logger = logging.getLogger(__name__)
 _IN_INT8 = ("teacher", "front")  # the roles that become int8 where asked for

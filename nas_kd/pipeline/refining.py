@@ -19,7 +19,7 @@ from nas_kd.results.rows import Role
 from nas_kd.search.space import Space
 from nas_kd.students.building import build_student
 from nas_kd.training.augment import derive_seed
-from nas_kd.training.loop import CALIBRATION, recalibrate
+from nas_kd.training.evaluation import CALIBRATION, recalibrate
 from nas_kd.training.recipe import Recipe
 
 

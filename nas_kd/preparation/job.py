@@ -42,8 +42,8 @@ from nas_kd.search.trials import objectives
 from nas_kd.training.augment import derive_seed
 from nas_kd.training.checkpoint import load_checkpoint
 from nas_kd.training.data import DIGITS, DataSpec
+from nas_kd.training.evaluation import LOOK_CALIBRATION
 from nas_kd.training.images import Images
-from nas_kd.training.loop import LOOK_CALIBRATION
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.sources import Source, open_source
 from nas_kd.training.transfer import HeadOrigin

@@ -26,8 +26,9 @@ from nas_kd.rank_check.portions import Portions
 from nas_kd.rank_check.validation import Look, Validation
 from nas_kd.rank_check.zero_cost import ZERO_COST
 from nas_kd.search.space import Space
+from nas_kd.training.evaluation import CALIBRATION, LOOK_CALIBRATION, evaluate, recalibrate
 from nas_kd.training.images import normalise
-from nas_kd.training.loop import CALIBRATION, LOOK_CALIBRATION, evaluate, fit, recalibrate, student_task, train
+from nas_kd.training.loop import fit, student_task, train
 from nas_kd.training.recipe import Recipe
 
 FRESH, CLOSED_FORM, LIBRARY = "fresh weights", "closed form", "library"
