@@ -16,6 +16,7 @@ author = "the authors of nas_kd"
 copyright = "the authors of nas_kd, Apache-2.0"
 version = release = nas_kd.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
+highlight_language = "text"  # where a block does not say
 html_theme = "furo"
 html_title = "nas_kd"
 html_theme_options = {
@@ -59,7 +60,7 @@ def _commands() -> str:
 def _api() -> str:
     """Everything that `import nas_kd` offers."""
     parts = []
-    for name in nas_kd.__all__:
+    for name in (name for name in nas_kd.__all__ if not name.startswith("_")):
         thing = getattr(nas_kd, name)
         if isinstance(thing, type):
             kind, options = "autoexception" if issubclass(thing, Exception) else "autoclass", ":members:"

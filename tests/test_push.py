@@ -123,7 +123,7 @@ def result(
     costs = {kind: space.cost(genotype)[kind] for kind in ("params", "macs", "size", "peak_memory")}
     facts = {"genotype": genotype.to_json(), **costs, **FIGURES}
     folder = tmp_path_factory.mktemp("results") / "student"
-    return nas_kd.export(student, folder, nas_kd.Card(input_size=(3, 64, 64), facts=facts))
+    return nas_kd.export(student, folder, nas_kd.Card(input_size=(3, 64, 64), facts=facts), onnx=True)
 
 
 def test_a_result_goes_up_and_comes_down_again(
@@ -132,7 +132,7 @@ def test_a_result_goes_up_and_comes_down_again(
     assert main(["push", str(result), "me/small"]) == 0
     assert capsys.readouterr().out.startswith(f"{hub.url}/me/small\nload it: ")
     assert (hub.token, hub.commits) == ("Bearer hf_secret", 1)
-    assert set(hub.files) == {"README.md", "blocks.svg", "config.json", "model.py", "model.safetensors"}
+    assert set(hub.files) == {"README.md", "blocks.svg", "config.json", "model.onnx", "model.py", "model.safetensors"}
     again = timm.create_model("hf-hub:me/small", pretrained=True).eval()
     image = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(again(image), student(image), rtol=0, atol=0)
@@ -142,6 +142,7 @@ def test_its_card_says_what_it_is(hub: Hub, result: Path) -> None:
     assert main(["push", str(result), "me/small"]) == 0
     card = ModelCard(hub.files["README.md"].decode())
     assert (card.data.license, card.data.base_model) == ("apache-2.0", "timm/test_resnet.r160_in1k")
+    assert card.data.tags == ["image-classification", "timm", "nas_kd", "onnx"]
     assert (card.data.library_name, card.data.pipeline_tag) == ("timm", "image-classification")
     figures = {figure.metric_type: figure.metric_value for figure in card.data.eval_results}
     facts = json.loads((result / "config.json").read_text())["nas_kd"]

@@ -37,7 +37,7 @@ def hub_card(folder: Path, repo: str, license: str | None = None) -> HubCard:
     config, name = _config(folder), folder.resolve().name
     facts: Mapping[str, Any] = config.get("nas_kd") or {}
     row = _row(name, facts)
-    data = _metadata(config, facts, name, license)
+    data = _metadata(folder, config, license)
     picture = student_picture(row) if row is not None and row.genotype else None
     parts = (
         f"---\n{data.to_yaml()}\n---\n\n# {name}\n",
@@ -61,21 +61,22 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _metadata(config: Mapping[str, Any], facts: Mapping[str, Any], name: str, license: str | None) -> ModelCardData:
+def _metadata(folder: Path, config: Mapping[str, Any], license: str | None) -> ModelCardData:
+    facts: Mapping[str, Any] = config.get("nas_kd") or {}
     base = timm.models.get_pretrained_cfg(config["model_args"]["base"], allow_unregistered=True)
     scratch = "command" in facts and not any(option in facts["command"] for option in _WEIGHTS)
     weights = None if scratch or base is None else base.hf_hub_id
     accuracy = facts.get("test accuracy")
-    dataset = str(facts.get("dataset", "images of its author"))
+    dataset = str(facts.get("dataset", "unknown"))
     results = [] if accuracy is None else [_result(dataset, "accuracy", accuracy)]
     results += [_result(dataset, kind, facts[kind]) for kind in _COSTS if results and kind in facts]
     return ModelCardData(
-        model_name=name,
+        model_name=folder.resolve().name,
         library_name="timm",
         pipeline_tag="image-classification",
         license=license or (None if scratch else config["pretrained_cfg"].get("license")),
         base_model=weights,
-        tags=["image-classification", "timm", "nas_kd", *(["onnx"] if "onnx" in facts else [])],
+        tags=["image-classification", "timm", "nas_kd", *(["onnx"] if any(folder.glob("*.onnx")) else [])],
         eval_results=results or None,
     )
 
