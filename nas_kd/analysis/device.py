@@ -7,7 +7,7 @@ TensorFlow has no word for is an operator of its own too.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -116,18 +116,22 @@ class _Builder:
         self.places = {0: 0}  # by number: its tensor
         self._made = activations.made
         self._padded: dict[int, Window] = {}  # by number: zeros that its readers fold
-        self._readers: defaultdict[int, list[Moment]] = defaultdict(list)
+        self._readers: defaultdict[tuple[int, int], list[Moment]] = defaultdict(list)  # by number and version
+        self._versions: Counter[int] = Counter()  # by number: how often it was written over
         for moment in activations.moments:
             for number in moment.reads:
-                self._readers[number].append(moment)
+                self._readers_of(number).append(moment)
+            self._versions.update(_written_over(moment))
+        self._versions.clear()
 
     def add(self, moment: Moment) -> None:
         """Add the operations of one moment."""
-        if not moment.makes:
-            return
         reads = [self.places[number] for number in moment.reads]
-        made = [number for number in moment.makes if number == moment.makes[0] or self._readers[number]]
-        if self._is_the_same(moment):
+        is_the_same = self._is_the_same(moment)
+        self._versions.update(_written_over(moment))
+        made = [number for number in moment.makes if number == moment.makes[0] or self._readers_of(number)]
+        made += _written_over(moment)
+        if is_the_same or not made:
             self.places.update(dict.fromkeys(made, reads[0]))
             return
         reads[0] = self._padding(moment, reads[0])
@@ -143,9 +147,9 @@ class _Builder:
 
     def _is_the_same(self, moment: Moment) -> bool:
         """Whether what a moment makes is what it reads, as the device sees it."""
-        read, made = moment.reads[0], moment.makes[0]
-        readers = self._readers[made]
-        if moment.kind == "norm" or moment.operator in _COPIES:
+        read, made = moment.reads[0], (*moment.makes, *moment.reads)[0]
+        readers = self._readers_of(made)
+        if moment.kind in ("norm", "reshape") or moment.operator in _COPIES:
             return True
         if moment.operator == "slice":  # rows, then columns
             everything = self._made[read].numel() == self._made[made].numel()
@@ -153,7 +157,11 @@ class _Builder:
         if moment.kind == "pad" and moment.window is not None and {reader.kind for reader in readers} == {"product"}:
             self._padded[made] = moment.window
             return True
-        return moment.operator in _BOUNDS and len(self._readers[read]) == 1 and read != 0
+        return moment.operator in _BOUNDS and len(self._readers_of(read)) == 1 and read != 0
+
+    def _readers_of(self, number: int) -> list[Moment]:
+        """What reads a tensor before it is written over."""
+        return self._readers[number, self._versions[number]]
 
     def _padding(self, moment: Moment, read: int) -> int:
         """The tensor that a moment's window slides over; a padded copy where it has to be."""
@@ -183,6 +191,11 @@ class _Builder:
         )
         self.operations.append(operation)
         return made
+
+
+def _written_over(moment: Moment) -> tuple[int, ...]:
+    """The tensor that an operator in place writes over."""
+    return () if moment.makes or moment.kind == "reshape" else moment.reads[:1]
 
 
 def _kinds(moment: Moment) -> tuple[str, ...]:

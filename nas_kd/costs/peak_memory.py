@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,8 +71,12 @@ class MemoryTable:
 
 def memory_table(analysis: Analysis, counts: Counts) -> MemoryTable:
     """Return the closed form of an analysed base, in the variables of `counts`."""
-    lengths = [len(block.choices) for block in analysis.blocks]
     rows = [(owner, counts.variables.by_choices(row)) for owner, row in _Rows(analysis, counts).all()]
+    return largest_of(rows, [len(block.choices) for block in analysis.blocks])
+
+
+def largest_of(rows: Sequence[tuple[int | None, ByChoices]], lengths: Sequence[int]) -> MemoryTable:
+    """Return the largest of sums, each with the block that owns it (see `Part`); blocks have `lengths` choices."""
     bounds = [row.bounds() for _, row in rows]
     floor = max((least for least, _ in bounds), default=0)
     tables: dict[tuple[int | None, tuple[int, ...]], Vector] = {}

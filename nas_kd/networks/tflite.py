@@ -136,7 +136,7 @@ class _Tensors:
         source = self.graph.source(name)
         if source not in self._made and source in self.graph.constants:
             constant = self.graph.constants[source]
-            return self.constant(_signed(constant.values), constant.quantisation)
+            return self.constant(_beside_images(source, _signed(constant.values)), constant.quantisation)
         return self._made[source] if source in self._made else self.new(source)
 
     def new(self, name: str, form: Quantisation | None = None) -> int:
@@ -169,6 +169,15 @@ class _Tensors:
 
 def _channels_last(shape: Sequence[int]) -> tuple[int, ...]:
     return (shape[0], *shape[2:], shape[1]) if len(shape) == 4 else tuple(shape)
+
+
+def _beside_images(name: str, values: Array) -> Array:
+    """A constant that is added to or multiplied with images, its channels last."""
+    if values.ndim in (3, 4):
+        return np.ascontiguousarray(np.moveaxis(values, -3, -1))
+    if values.size > 1:
+        raise ModelError(f"{name} of shape {values.shape} goes with the columns of images: it is not converted")
+    return values
 
 
 def _signed(values: Array) -> Array:
@@ -236,7 +245,10 @@ def _conv(node: Any, tensors: _Tensors) -> None:
     depthwise = groups == shape[1] and groups > 1
     order, axis = ((1, 2, 3, 0), 3) if depthwise else ((0, 2, 3, 1), 0)
     kernels = tensors.constant(np.ascontiguousarray(weight.values.transpose(order)), weight.quantisation.along(axis))
-    options = _strides(window) | {"dilationHFactor": window.dilations[0], "dilationWFactor": window.dilations[1]}
+    options: dict[str, Any] = _strides(window) | {
+        "dilationHFactor": window.dilations[0],
+        "dilationWFactor": window.dilations[1],
+    }
     if depthwise:
         options["depthMultiplier"] = weight.values.shape[0] // groups
     kind = "DEPTHWISE_CONV_2D" if depthwise else "CONV_2D"
@@ -289,7 +301,7 @@ def _simple(kind: str, form: Quantisation | None = None) -> Callable[[Any, _Tens
 
 def _clip(node: Any, tensors: _Tensors) -> None:
     bounds = [_number(tensors.graph, name) for name in node.input[1:]]
-    kind = {(0.0, 6.0): "RELU6", (0.0, None): "RELU"}.get(tuple([*bounds, None, None][:2]))
+    kind = {"[0.0, 6.0]": "RELU6", "[0.0]": "RELU", "[0.0, None]": "RELU"}.get(str(bounds))
     if kind is None:
         raise ModelError(f"{node.name} bounds its input by {bounds}: only ReLU and ReLU6 are converted")
     tensors.file.operator(kind, [tensors.of(node.input[0])], [tensors.new(node.output[0])])
@@ -358,7 +370,7 @@ def _pool(node: Any, tensors: _Tensors) -> None:
     form = tensors.form(image)
     image, word = _padded(window, tensors, image, -128 if largest else int(form.zero_point))
     kind = "MAX_POOL_2D" if largest else "AVERAGE_POOL_2D"
-    options = _strides(window) | {"filterHeight": window.kernel[0], "filterWidth": window.kernel[1]}
+    options: dict[str, Any] = _strides(window) | {"filterHeight": window.kernel[0], "filterWidth": window.kernel[1]}
     tensors.file.operator(kind, [image], [tensors.new(node.output[0], form)], padding=word, **options)
 
 
@@ -377,6 +389,9 @@ def _slice(node: Any, tensors: _Tensors) -> None:
     starts, _, axes, steps = (graph.plain[name].tolist() for name in node.input[1:5])
     shape, made = graph.shape(graph.source(node.input[0])), graph.shape(node.output[0])
     strides = dict(zip(axes, steps, strict=True))
+    if made == shape:
+        tensors.same(node.output[0], tensors.of(node.input[0]))
+        return
     if any(starts) or not set(strides) <= {2, 3} or any(step < 2 for step in steps):
         raise ModelError(f"{node.name} makes {made} of {shape}: of slices only every n-th pixel is converted")
     source, rows, columns = tensors.strided.get(graph.source(node.input[0]), (node.input[0], 1, 1))
@@ -385,7 +400,7 @@ def _slice(node: Any, tensors: _Tensors) -> None:
         tensors.strided[node.output[0]] = (source, rows, columns)
         return
     image = tensors.of(source)
-    options = {"strideH": rows, "strideW": columns, "filterHeight": 1, "filterWidth": 1}
+    options: dict[str, Any] = {"strideH": rows, "strideW": columns, "filterHeight": 1, "filterWidth": 1}
     output = tensors.new(node.output[0], tensors.form(image))
     tensors.file.operator("MAX_POOL_2D", [image], [output], padding="VALID", **options)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,9 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nas_kd.networks.onnx import need
+from nas_kd.errors import NasKdError
 
 Array = NDArray[Any]
+_TOOLS = {"tflite_micro": "tflite-micro", "ethosu": "ethos-u-vela"}
 _OPTIONS = {  # by operator: its options' name, and the version of its int8 form
     "CONV_2D": ("Conv2DOptions", 3),
     "DEPTHWISE_CONV_2D": ("DepthwiseConv2DOptions", 3),
@@ -33,6 +36,19 @@ _OPTIONS = {  # by operator: its options' name, and the version of its int8 form
 }
 
 
+def has_interpreter() -> bool:
+    """Whether TensorFlow Lite Micro is installed."""
+    return importlib.util.find_spec("tflite_micro") is not None
+
+
+def need_tools(*packages: str) -> None:
+    """Raises NasKdError where the interpreter, the compiler, or of them those named, are not installed."""
+    missing = [name for name in packages or _TOOLS if importlib.util.find_spec(name) is None]
+    if missing:
+        names = " and ".join(_TOOLS[name] for name in missing)
+        raise NasKdError(f"microcontrollers need {names}: pip install 'nas-kd[mcu]'")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantisation:
     """A real number is `scale` × (byte − `zero_point`); of weights one of each per channel, along `axis`."""
@@ -50,7 +66,7 @@ class FileWriter:
     """Collects tensors and operators, which run in the order in which they come."""
 
     def __init__(self) -> None:
-        need("tflite_micro")
+        need_tools("tflite_micro")
         from tflite_micro.tensorflow.lite.micro.python import schema_py_generated
 
         self._schema = schema_py_generated
@@ -136,3 +152,13 @@ class FileWriter:
         builder = flatbuffers.Builder(1024)
         builder.Finish(model.Pack(builder), b"TFL3")
         path.write_bytes(builder.Output())
+
+
+def operators_of(path: Path) -> dict[str, int]:
+    """How many operators of each kind a file has, the most frequent first."""
+    from tflite_micro.tensorflow.lite.micro.python import schema_py_generated as schema
+
+    names = {value: name for name, value in vars(schema.BuiltinOperator).items() if isinstance(value, int)}
+    model = schema.ModelT.InitFromPackedBuf(path.read_bytes(), 0)
+    codes = [names[code.builtinCode] for code in model.operatorCodes]
+    return dict(Counter(codes[own.opcodeIndex] for own in model.subgraphs[0].operators).most_common())

@@ -50,6 +50,8 @@ def same_pads(size: int, kernel: int, stride: int, dilation: int = 1) -> tuple[i
 
 def window_of(operator: str, arguments: Sequence[Any]) -> Window | None:
     """The window of a call of an ATen operator with these arguments; None where it has none of two dimensions."""
+    if not arguments:
+        return None
     if operator == "convolution" and len(arguments[4]) == 2:
         image, weight, _, stride, padding, dilation = arguments[:6]
         kernel = weight.shape[2:]
