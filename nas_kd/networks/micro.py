@@ -59,7 +59,7 @@ class MicroInterpreter:
     def _open(self, runtime: Any, arena: int) -> None:
         try:
             self._interpreter = runtime.Interpreter.from_file(str(self.path), arena_size=arena)
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:  # of any kind: it reads the file before it looks at it
             sys.stderr.write(f"{first_line(error)}\n")
             sys.stderr.flush()
 

@@ -18,7 +18,7 @@ import numpy as np
 from nas_kd.errors import ModelError
 from nas_kd.networks.onnx import BATCH
 from nas_kd.networks.tflite_file import Array, FileWriter, Quantisation
-from nas_kd.networks.windows import Window, as_needed
+from nas_kd.networks.windows import Window
 
 _UNSIGNED = 128  # by which a byte of ONNX is more than one of TensorFlow Lite
 _GATE = Quantisation(scale=1 / 256, zero_point=-128)  # the one form in which LOGISTIC gives its output
@@ -72,7 +72,7 @@ class _Graph:
         self.constants: dict[str, _Constant] = {}
         self.forms: dict[str, Quantisation] = {}  # by the value that is rounded
         self._sources: dict[str, str] = {}  # by a value that was rounded: what it was before
-        nodes = []
+        self.nodes = []
         for node in model.graph.node:
             if node.op_type == "QuantizeLinear":
                 self.forms.setdefault(node.input[0], self._quantisation(node))
@@ -83,12 +83,8 @@ class _Graph:
             elif node.op_type == "DequantizeLinear":
                 self._sources[node.output[0]] = self.source(node.input[0])
             elif node.op_type != "Constant":
-                nodes.append(node)
+                self.nodes.append(node)
         self.input, self.output = model.graph.input[0].name, self.source(model.graph.output[0].name)
-        makers = {name: number for number, node in enumerate(nodes) for name in node.output}
-        sources = [[self.source(name) for name in node.input] for node in nodes]
-        needs = [[makers[name] for name in read if name in makers] for read in sources]
-        self.nodes = [nodes[number] for number in as_needed(needs, [makers[self.output]])]
 
     def _quantisation(self, node: Any) -> Quantisation:
         scale, zero_point = self.plain[node.input[1]], self.plain[node.input[2]]

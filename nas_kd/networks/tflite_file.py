@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nas_kd.errors import NasKdError
+from nas_kd.networks.windows import as_needed
 
 Array = NDArray[Any]
 _TOOLS = {"tflite_micro": "tflite-micro", "ethosu": "ethos-u-vela"}
@@ -63,7 +64,7 @@ class Quantisation:
 
 
 class FileWriter:
-    """Collects tensors and operators, which run in the order in which they come."""
+    """Collects tensors and operators."""
 
     def __init__(self) -> None:
         need_tools("tflite_micro")
@@ -136,12 +137,26 @@ class FileWriter:
             return len(known)
         return known.index(value)
 
+    def _order(self, inputs: Sequence[int], outputs: Sequence[int]) -> None:
+        """Puts operators in the order of `as_needed`, and numbers tensors in that in which they are used."""
+        graph = self._graph
+        makers = {tensor: number for number, own in enumerate(graph.operators) for tensor in own.outputs}
+        needs = [[makers[tensor] for tensor in own.inputs if tensor in makers] for own in graph.operators]
+        order = as_needed(needs, [makers[tensor] for tensor in outputs])
+        graph.operators = [graph.operators[number] for number in order]
+        used = dict.fromkeys((*inputs, *(t for own in graph.operators for t in (*own.inputs, *own.outputs))))
+        place = {tensor: number for number, tensor in enumerate(used)}
+        graph.tensors = [graph.tensors[tensor] for tensor in used]
+        for own in graph.operators:
+            own.inputs, own.outputs = (_numbers(place[t] for t in tensors) for tensors in (own.inputs, own.outputs))
+        graph.inputs, graph.outputs = (_numbers(place[t] for t in tensors) for tensors in (inputs, outputs))
+
     def write(self, path: Path, inputs: Sequence[int], outputs: Sequence[int]) -> None:
         """Writes the file, all weights inside the flatbuffer: TensorFlow Lite Micro takes those behind it for
         activations, without an error."""
         import flatbuffers
 
-        self._graph.inputs, self._graph.outputs = np.array(inputs, np.int32), np.array(outputs, np.int32)
+        self._order(inputs, outputs)
         model = self._schema.ModelT()
         model.version, model.subgraphs, model.operatorCodes, model.buffers = (
             3,
@@ -152,6 +167,10 @@ class FileWriter:
         builder = flatbuffers.Builder(1024)
         builder.Finish(model.Pack(builder), b"TFL3")
         path.write_bytes(builder.Output())
+
+
+def _numbers(values: Iterable[int]) -> Array:
+    return np.fromiter(values, dtype=np.int32)
 
 
 def operators_of(path: Path) -> dict[str, int]:
