@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as global_modules
 
+from nas_kd.analysis.device import DeviceGraph, device_graph
 from nas_kd.analysis.labels import FROZEN, Axes, Call, Labelling, Labels, Split, Stored, tensors
 from nas_kd.analysis.labels import Flow as Flow
 from nas_kd.analysis.operator_hook import OperatorHook
@@ -46,6 +47,7 @@ class Trace:
     moments: tuple[Moment, ...]  # the operators on activations, in order
     stored: tuple[Stored, ...]  # the activations by number
     lives: Mapping[int, tuple[int, int]]  # by number, of those that are read: the first and last moment of its life
+    device: DeviceGraph  # what an interpreter of int8 runs of it; its tensors are of `stored`
     labels: int  # one more than the largest label
 
 
@@ -111,8 +113,9 @@ def trace(network: nn.Module, input_size: Sequence[int], *, clock: Callable[[], 
     for tensor in tensors(output):
         labelling.freeze(labelling.get(tensor))
     schedule = labelling.activations.schedule(tensors(output))
+    device = device_graph(labelling.activations, labelling.activations.numbers(tensors(output)))
     _trace_heads(meta, image, labelling, hook)
-    return replace(_result(labelling), moments=schedule.moments, lives=schedule.lives)
+    return replace(_result(labelling, device), moments=schedule.moments, lives=schedule.lives)
 
 
 def _way_out() -> str:
@@ -168,7 +171,7 @@ def _rules_hook(labelling: Labelling, name: str, clock: Callable[[], float]) -> 
     return OperatorHook(hook)
 
 
-def _result(labelling: Labelling) -> Trace:
+def _result(labelling: Labelling, device: DeviceGraph) -> Trace:
     def roots(labels: Labels | None) -> Labels | None:
         return None if labels is None else labelling.find(labels)
 
@@ -196,5 +199,6 @@ def _result(labelling: Labelling) -> Trace:
         moments=(),
         stored=tuple(map(stored, labelling.activations.made)),
         lives={},
+        device=device,
         labels=labelling.count,
     )

@@ -91,7 +91,10 @@ def whole_space(job: Job) -> Space[nn.Module] | None:
     """The base with every width open, residual streams too: what a person narrows without a search."""
     options = parse_options("width", search_stages=True)
     try:
-        return Space(job.space.base, img_size=job.space.input_size[1], options=options, name=job.settings.model)
+        space = Space(job.space.base, img_size=job.space.input_size[1], options=options, name=job.settings.model)
+        if job.space.table.device is not None:
+            space.count_device()
+        return space
     except ModelError as error:
         _logger.warning("no uniform student to compare with: %s", error)
         return None

@@ -13,12 +13,14 @@ import optuna
 from torch import nn
 
 from nas_kd.arguments.study import Settings
-from nas_kd.budget import COUNTED, LATENCY, Cost, amount
+from nas_kd.budget import COUNTED, DEVICE, LATENCY, Budget, Cost, amount
 from nas_kd.errors import ModelError
 from nas_kd.genotype import Genotype
 from nas_kd.networks.onnx import is_installed
+from nas_kd.networks.tflite_file import has_interpreter
 from nas_kd.pipeline.baselines import Wanted, baselines, whole_models
 from nas_kd.pipeline.choosing import choose_front
+from nas_kd.pipeline.device import TFLITE, write_measured
 from nas_kd.pipeline.quantisation import Int8Spec, Quantised, quantised_once
 from nas_kd.pipeline.sharing import refine_all
 from nas_kd.preparation.augmenting import fresh_images
@@ -81,8 +83,8 @@ def make_models(job: Job, plan: Sequence[Wanted], materials: Materials, stages: 
             cost = wanted.space.cost(wanted.genotype)
             model = Model(role=wanted.role, genotype=wanted.genotype, cost=cost, refined=refined)
             models.append(_timed(model, latency))
-    if job.settings.int8:
-        models = _quantised(job, models, materials, stages)
+    if job.settings.int8 or set(DEVICE) & set(job.budget):
+        models = _on_device(job, _quantised(job, models, materials, stages))
     with stages.stage("export", len(models)) as advance:
         rows = []
         for model in models:
@@ -145,6 +147,35 @@ def _quantised(job: Job, models: Sequence[Model], materials: Materials, stages: 
     return done
 
 
+def _on_device(job: Job, models: Sequence[Model]) -> list[Model]:
+    """The models with their int8 forms as a device reads them, measured where its interpreter is installed; without
+    those of the front that turn out to be over the budget there."""
+    if not has_interpreter():
+        return list(models)
+    measured = [_measured_on_device(model) for model in models]
+    bounds = Budget(tuple((kind, bound) for kind, bound in job.budget.bounds if kind in DEVICE))
+    over = [model for model in measured if model.role == "front" and not bounds.admits(model.cost)]
+    for model in over:
+        _logger.warning("a model of the front is left out, as measured it is %s", bounds.explain(model.cost))
+    return [model for model in measured if model not in over]
+
+
+def _measured_on_device(model: Model) -> Model:
+    if model.int8 is None:
+        return model
+    result, files = model.int8
+    try:
+        cost = write_measured(files[0].parent)
+    except ModelError as error:
+        _logger.warning("a model (%s) goes without %s: %s", model.role, TFLITE, error)
+        return model
+    return dataclasses.replace(
+        model,
+        cost=dataclasses.replace(model.cost, flash=cost.flash, ram=cost.ram),
+        int8=(result, (*files, files[0].with_name(TFLITE))),
+    )
+
+
 def _export(job: Job, model: Model, materials: Materials) -> ModelRow:
     settings, refined = job.settings, model.refined
     genotype = model.genotype or job.space.analysis.identity
@@ -158,7 +189,7 @@ def _export(job: Job, model: Model, materials: Materials) -> ModelRow:
         "role": model.role,
         "digest": genotype.digest,
         "genotype": genotype.to_json(),
-        **{kind: model.cost[kind] for kind in COUNTED},
+        **{kind: model.cost[kind] for kind in (*COUNTED, *DEVICE) if kind in COUNTED or model.cost[kind]},
         "latency": f"{amount(LATENCY, model.cost.latency)} ({latency_spec(settings)})",
         "test accuracy": round(refined.test_accuracy, 4),
         **({"distillation": settings.distill} if model.role not in ("teacher", "no teacher") else {}),

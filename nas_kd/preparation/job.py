@@ -18,7 +18,8 @@ from nas_kd.analysis.stride_reduction import reduce_stride
 from nas_kd.analysis.trace import meta_image, without_storage
 from nas_kd.arguments.distill import DistillSettings
 from nas_kd.arguments.study import SAMPLERS, Settings
-from nas_kd.budget import Budget
+from nas_kd.budget import DEVICE, Budget
+from nas_kd.costs.device import RULE as DEVICE_RULE
 from nas_kd.costs.peak_memory import RULE
 from nas_kd.errors import DeviceError, ModelError, NasKdError, OutputError
 from nas_kd.networks.hub import create_base
@@ -292,6 +293,7 @@ def choices_made(settings: Settings, budget: Budget) -> dict[str, Any]:
         "maximize": settings.maximize,
         "objectives": list(objectives(budget, settings.maximize)),
         **({"peak memory": RULE} if "peak_memory" in budget else {}),
+        **({"device": DEVICE_RULE} if set(DEVICE) & set(budget) else {}),
         **latency_facts(settings, budget),
         **space_of(settings),
         **bounds_of(settings),

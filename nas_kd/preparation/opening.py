@@ -13,10 +13,11 @@ from torch import nn
 
 from nas_kd.analysis.structure import ROUND_TO
 from nas_kd.arguments.study import Settings
-from nas_kd.budget import KINDS, LATENCY, Cost, parse_budget, parse_levels
+from nas_kd.budget import DEVICE, KINDS, LATENCY, Cost, parse_budget, parse_levels
 from nas_kd.costs.cost_table import CostTable
 from nas_kd.errors import GenotypeError, ModelError, OutputError
 from nas_kd.genotype import Genotype
+from nas_kd.networks.tflite_file import has_interpreter
 from nas_kd.preparation.latency import make_meter, measure_latency, told_latency
 from nas_kd.progress import Stages
 from nas_kd.search.options import parse_options
@@ -61,6 +62,7 @@ def bound_space(
     """Bounds a space as it is asked, and what that leaves out by the base's own; latencies are measured for it, which
     `stages` show. `begun` are the user attributes of the study that goes on: what another machine measured is there."""
     given = parse_budget(settings.budget)
+    _count_device(space, settings, is_bounded=bool(set(DEVICE) & set(given)))
     own = [kind for kind in BASE_BOUNDS if settings.base_bounds and kind not in given]
     if LATENCY in own and (told := told_latency(begun, settings)):
         space.tell_latency(make_meter(settings), told)
@@ -81,6 +83,20 @@ def _just_below(base: Cost, table: CostTable, kinds: Sequence[str]) -> Cost:
     """What is less than the base in each of `kinds` that is counted, where anything is."""
     counted = [kind for kind in kinds if kind != LATENCY and table.cost(table.cheapest(kind))[kind] < base[kind]]
     return dataclasses.replace(base, **{kind: base[kind] - 1 for kind in counted})
+
+
+def _count_device(space: Space[nn.Module], settings: Settings, *, is_bounded: bool) -> None:
+    """Counts flash and ram where they are bounded, and where int8 is asked for if the base has them."""
+    if not is_bounded and not settings.int8:
+        return
+    try:
+        space.count_device()
+    except ModelError as error:
+        if is_bounded:
+            raise
+        _logger.info("flash and ram are not counted: %s", error)
+    if is_bounded and not has_interpreter():
+        _logger.warning("flash and ram are those of the closed form: pip install 'nas-kd[mcu]' to have them measured")
 
 
 def as_begun(settings: Settings, begun: Mapping[str, Any] | None) -> Settings:
