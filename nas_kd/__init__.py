@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from nas_kd.search.sampler import KnapsackSampler as KnapsackSampler
     from nas_kd.search.space import Space as Space
     from nas_kd.training.anchoring import anchor as anchor
+    from nas_kd.training.evaluation import recalibrate as recalibrate
     from nas_kd.training.images import Images as Images
-    from nas_kd.training.loop import recalibrate as recalibrate
     from nas_kd.training.losses import distillation_loss as distillation_loss
     from nas_kd.training.losses import ensemble_loss as ensemble_loss
     from nas_kd.training.losses import soft_loss as soft_loss

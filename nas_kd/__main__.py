@@ -16,6 +16,7 @@ COMMANDS = {
     "distill": "train one small model, online with its peers or beside a teacher",
     "structure": "learn how wide each block must be, while it is distilled",
     "quantize": "write a result as int8 and measure it",
+    "mcu": "run an int8 result as a microcontroller would, and compile it for an NPU",
     "space": "show what a model may become and what that costs",
     "run": "run timm's train.py, or a script of yours, on a result",
     "push": "share a result on the Hugging Face hub",

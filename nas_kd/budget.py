@@ -11,11 +11,14 @@ from nas_kd.spelling import plain_budget
 
 KINDS = ("params", "macs")  # what students are compared by, in the order of every table
 COUNTED = (*KINDS, "size", "peak_memory")  # exact, in closed form
+DEVICE = ("flash", "ram")  # of the int8 form: in closed form, and measured before a result is exported
 LATENCY = "latency"  # measured
-BOUNDABLE = (*COUNTED, LATENCY)  # what a budget can bound
+BOUNDABLE = (*COUNTED, *DEVICE, LATENCY)  # what a budget can bound
 _SUFFIX = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+_BYTES = _SUFFIX | {f"{letter}B": amount for letter, amount in _SUFFIX.items()}
+_BYTES |= {f"{letter}IB": 2 ** (10 * power) for power, letter in enumerate("KMG", start=1)}
 _NANOSECONDS = {"ns": 1, "us": 10**3, "µs": 10**3, "μs": 10**3, "ms": 10**6, "s": 10**9}
-_AMOUNT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(%|[KMG]|[nuµμm]?s)?", re.IGNORECASE)
+_AMOUNT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(%|[KMG]i?B|[KMGB]|[nuµμm]?s)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +27,9 @@ class Cost:
 
     `params`, learnable scalars; `macs`, multiply-accumulates of convolutions and linear layers for one image; `size`,
     bytes of the exported weights; `peak_memory`, bytes of the activations that are alive at once for one image in a
-    deployed graph (both at float32, see `nas_kd.analysis.schedule`; 0 where they were not counted); `latency`,
+    deployed graph (both at float32, see `nas_kd.analysis.schedule`; 0 where they were not counted); `flash` and `ram`,
+    bytes of the int8 file and of the arena in which an interpreter on a device runs it (see `nas_kd.costs.device`; 0
+    where they were not counted); `latency`,
     nanoseconds of one forward pass (measured, see `nas_kd.costs.latency_table`; 0 where it was not). Costs are equal
     when params and macs are.
     """
@@ -33,6 +38,8 @@ class Cost:
     macs: int
     size: int = field(default=0, compare=False)
     peak_memory: int = field(default=0, compare=False)
+    flash: int = field(default=0, compare=False)
+    ram: int = field(default=0, compare=False)
     latency: int = field(default=0, compare=False)
 
     def __getitem__(self, kind: str) -> int:
@@ -79,8 +86,9 @@ class Budget(Mapping[str, float]):
         return {kind: cost[kind] / bound - 1 for kind, bound in self.bounds}
 
     def admits(self, cost: Cost) -> bool:
-        """Whether `cost` is within every bound; a latency that was not measured is not."""
-        return all(cost[kind] <= bound and (kind != LATENCY or cost[kind] > 0) for kind, bound in self.bounds)
+        """Whether `cost` is within every bound; a cost that was not measured or counted is not."""
+        needed = (LATENCY, *DEVICE)
+        return all(cost[kind] <= bound and (kind not in needed or cost[kind] > 0) for kind, bound in self.bounds)
 
     def scaled(self, share: float) -> Budget:
         """The same kinds, every bound that is not fixed at this share of what it is."""
@@ -119,13 +127,14 @@ def _check_kind(kind: str) -> None:
     if kind not in BOUNDABLE:
         hint = nearest(kind, BOUNDABLE)
         raise BudgetError(
-            f"a budget cannot bound {kind!r}: use params or macs{hint} (or size, peak_memory: in bytes; latency: in ms)"
+            f"a budget cannot bound {kind!r}: use params or macs{hint} (or size, peak_memory, in int8 flash and ram: "
+            "in bytes; latency: in ms)"
         )
 
 
 def parse_budget(text: str, base: Cost | None = None) -> Budget:
-    """Reads `params=1M,macs=30%,latency=4ms`: amounts with K, M or G (thousands, also of bytes), times with us, ms or
-    s, or a percentage of the `base` cost.
+    """Reads `params=1M,macs=30%,latency=4ms`: amounts with K, M or G (thousands, also of bytes, which may be written
+    KB or KiB, 1024, too), times with us, ms or s, or a percentage of the `base` cost.
 
     Without `base`, percentages are checked but resolve as if the base cost 100 of each: enough to refuse bad input
     before a model is built. Raises BudgetError and says how to write it.
@@ -136,7 +145,7 @@ def parse_budget(text: str, base: Cost | None = None) -> Budget:
     parts = [part.strip() for part in plain_budget(text).split(",") if part.strip()]
     if not parts:
         raise BudgetError("the budget is empty: write it like params=1M or params=1M,macs=30%")
-    base = base or Cost(params=100, macs=100, size=100, peak_memory=100, latency=100)
+    base = base or Cost(**dict.fromkeys(BOUNDABLE, 100))
     return Budget(tuple(_bound(part, base) for part in parts))
 
 
@@ -144,7 +153,7 @@ def _bound(part: str, base: Cost) -> tuple[str, float]:
     kind, equals, text = (piece.strip() for piece in part.partition("="))
     match = _AMOUNT.fullmatch(text)
     _check_kind(kind)
-    units = _NANOSECONDS if kind == LATENCY else _SUFFIX
+    units = _NANOSECONDS if kind == LATENCY else _SUFFIX if kind in KINDS else _BYTES
     number, unit = match.groups(default="") if match else ("", "")
     unit = unit.lower() if kind == LATENCY else unit.upper()
     if not equals or match is None or (unit != "%" and unit not in units):

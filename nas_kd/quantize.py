@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import nn
 
+    from nas_kd.mcu import McuSettings
     from nas_kd.pipeline.quantisation import Quantised
     from nas_kd.training.data import DataSpec
 
@@ -131,7 +132,7 @@ def run_quantize(settings: QuantizeSettings) -> int:
 
     need("onnx", "onnxruntime")
     stages = Stages(console, quiet=settings.quiet)
-    network, spec = _prepare(settings)
+    network, spec = prepare_network(settings)
     folder = open_folder(settings.folder)
     with stages.stage("data"):
         splits = load_splits(spec, Path(settings.cache) if settings.cache else folder / "cache")
@@ -156,7 +157,7 @@ def run_quantize(settings: QuantizeSettings) -> int:
     return 0
 
 
-def _prepare(settings: QuantizeSettings) -> tuple[nn.Module, DataSpec]:
+def prepare_network(settings: QuantizeSettings | McuSettings) -> tuple[nn.Module, DataSpec]:
     """The network, and the images in the form that it wants. Raises ModelError when it has not the data's classes."""
     from nas_kd.networks.hub import create_base
     from nas_kd.preparation.image_form import data_spec

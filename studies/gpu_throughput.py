@@ -32,7 +32,8 @@ import nas_kd.models  # noqa: F401  the CIFAR networks
 from nas_kd.analysis.stride_reduction import reduce_stride
 from nas_kd.preparation.records import Records
 from nas_kd.training import step_graph
-from nas_kd.training.loop import amp_dtype, suits_channels_last, train
+from nas_kd.training.evaluation import amp_dtype, suits_channels_last
+from nas_kd.training.loop import train
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.views import Views
 

@@ -44,7 +44,8 @@ from versus_page import write_page
 
 from nas_kd.arguments.parsing import guarded
 from nas_kd.rank_check.portions import Portions
-from nas_kd.training.loop import evaluate, train
+from nas_kd.training.evaluation import evaluate
+from nas_kd.training.loop import train
 from nas_kd.training.recipe import Recipe
 
 GROUP_NORM, WHOLE, SCALE, TAYLOR = (

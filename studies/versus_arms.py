@@ -36,8 +36,8 @@ from nas_kd.results.export import Card, export
 from nas_kd.search.options import parse_options
 from nas_kd.search.solver import solve
 from nas_kd.training.augment import derive_seed
+from nas_kd.training.evaluation import CALIBRATION, evaluate, recalibrate
 from nas_kd.training.images import Images
-from nas_kd.training.loop import CALIBRATION, evaluate, recalibrate
 from nas_kd.training.views import Views
 
 OURS, PRUNED, FRESH = "ours", "pruned", "fresh"  # what an arm's network begins with

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nas_kd.networks.windows import Window, window_of
+
 FLOAT_BYTES = 4  # per element of a floating-point tensor, in whatever precision the network is
 
 _KINDS = {
@@ -36,12 +38,16 @@ _KINDS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moment:
-    """One call: its module, its kind of operator, and the numbers of the tensors that it reads and makes."""
+    """One call: its module, its operator (ATen's name) and the kind of that, and the numbers of the tensors that it
+    reads and makes; of what slides over an image the `window`, of a product how many `weights` it has."""
 
     module: str
+    operator: str
     kind: str
     reads: tuple[int, ...]
     makes: tuple[int, ...]
+    window: Window | None = None
+    weights: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +79,7 @@ class Activations:
 
     def __init__(self) -> None:
         self.made: list[Tensor] = []  # held, so that no later tensor gets the address of an earlier one
-        self._moments: list[Moment] = []
+        self.moments: list[Moment] = []
         self._numbers: dict[Hashable, int] = {}
 
     def begin(self, image: Tensor) -> None:
@@ -94,7 +100,10 @@ class Activations:
             else:
                 self._number(tensor)
         makes = tuple(range(before, len(self.made)))
-        self._moments.append(Moment(module=module, kind=kind, reads=reads, makes=makes))
+        moment = Moment(module=module, operator=_name(operator), kind=kind, reads=reads, makes=makes)
+        self.moments.append(
+            replace(moment, window=window_of(moment.operator, arguments), weights=_weights(moment, arguments))
+        )
 
     def numbers(self, tensors: Iterable[Tensor]) -> tuple[int, ...]:
         """The numbers of those among `tensors` that are activations."""
@@ -107,7 +116,7 @@ class Activations:
 
     def schedule(self, outputs: Iterable[Tensor]) -> Schedule:
         """What was followed, as it is deployed: a tensor that takes another's place has its number."""
-        merger = _Merger(self._moments, self.made, self.numbers(outputs))
+        merger = _Merger(self.moments, self.made, self.numbers(outputs))
         moments = tuple(merger.moments())
         numbers = tuple(dict.fromkeys(map(merger.root, self.numbers(outputs))))
         return Schedule(moments=moments, outputs=numbers, lives=_lifetimes(moments, numbers))
@@ -180,6 +189,20 @@ def _lifetimes(moments: Sequence[Moment], outputs: Iterable[int]) -> dict[int, t
         last.update((number, index) for number in moment.reads)
     last.update((number, len(moments) - 1) for number in outputs)
     return {number: (first[number], last[number]) for number in sorted(last) if number in first}
+
+
+def _name(operator: Any) -> str:
+    name: str = operator._schema.name
+    return name.removeprefix("aten::").removesuffix("_")
+
+
+def _weights(moment: Moment, arguments: Sequence[Any]) -> int:
+    """The weights of a product: of a convolution its kernels, else what else it multiplies, apart from a bias."""
+    if moment.kind != "product" or len(moment.reads) != 1:
+        return 0
+    if moment.operator == "convolution":
+        return int(arguments[1].numel())
+    return max((value.numel() for value in arguments[-1:] if isinstance(value, Tensor)), default=0)
 
 
 def _kind(operator: Any, arguments: Sequence[Any]) -> str:

@@ -6,7 +6,6 @@ calls, custom layers and re-standardised weights need no rule of their own. `lab
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as global_modules
 
+from nas_kd.analysis.device import DeviceGraph, device_graph
 from nas_kd.analysis.labels import FROZEN, Axes, Call, Labelling, Labels, Split, Stored, tensors
 from nas_kd.analysis.labels import Flow as Flow
 from nas_kd.analysis.operator_hook import OperatorHook
@@ -25,8 +25,8 @@ from nas_kd.analysis.operators import rule_of
 from nas_kd.analysis.schedule import Moment, bytes_of
 from nas_kd.errors import ModelError
 from nas_kd.networks.convolutions import Shift2d
+from nas_kd.networks.plain import copied, without_hooks
 from nas_kd.networks.plain import named_tensors as named_tensors
-from nas_kd.networks.plain import without_hooks
 
 SECONDS_LIMIT = 20.0  # no covered model takes 3 s; a network that loops over pixels in Python would never end
 
@@ -47,6 +47,7 @@ class Trace:
     moments: tuple[Moment, ...]  # the operators on activations, in order
     stored: tuple[Stored, ...]  # the activations by number
     lives: Mapping[int, tuple[int, int]]  # by number, of those that are read: the first and last moment of its life
+    device: DeviceGraph  # what an interpreter of int8 runs of it; its tensors are of `stored`
     labels: int  # one more than the largest label
 
 
@@ -68,7 +69,7 @@ def without_storage(network: Network) -> Network:
         for tensor in tensors(vars(module)):
             if id(tensor) not in memo:
                 memo[id(tensor)] = _shape_of(tensor)
-    return copy.deepcopy(network, memo)
+    return copied(network, memo)
 
 
 def meta_image(network: nn.Module, input_size: Sequence[int]) -> Tensor:
@@ -112,8 +113,9 @@ def trace(network: nn.Module, input_size: Sequence[int], *, clock: Callable[[], 
     for tensor in tensors(output):
         labelling.freeze(labelling.get(tensor))
     schedule = labelling.activations.schedule(tensors(output))
+    device = device_graph(labelling.activations, labelling.activations.numbers(tensors(output)))
     _trace_heads(meta, image, labelling, hook)
-    return replace(_result(labelling), moments=schedule.moments, lives=schedule.lives)
+    return replace(_result(labelling, device), moments=schedule.moments, lives=schedule.lives)
 
 
 def _way_out() -> str:
@@ -169,7 +171,7 @@ def _rules_hook(labelling: Labelling, name: str, clock: Callable[[], float]) -> 
     return OperatorHook(hook)
 
 
-def _result(labelling: Labelling) -> Trace:
+def _result(labelling: Labelling, device: DeviceGraph) -> Trace:
     def roots(labels: Labels | None) -> Labels | None:
         return None if labels is None else labelling.find(labels)
 
@@ -197,5 +199,6 @@ def _result(labelling: Labelling) -> Trace:
         moments=(),
         stored=tuple(map(stored, labelling.activations.made)),
         lives={},
+        device=device,
         labels=labelling.count,
     )

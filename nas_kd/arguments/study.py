@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -123,6 +123,12 @@ class Settings:
         """The study's name: as given, or model, dataset and budget."""
         text = self.study_name or f"{self.model}-{self.dataset}-{self.budget.replace('=', '')}"
         return re.sub(r"[^\w.%+-]+", "-", text).strip("-.")
+
+
+def restore_settings(kept: Mapping[str, Any]) -> Settings:
+    """Settings that were written as JSON, by this version or an earlier one."""
+    tuples = {name: tuple(kept.get(name, ())) for name in ("pin", "left_open", "start_from")}
+    return Settings(**{**kept, **tuples, "augment": AugmentOptions.restore(kept.get("augment"))})
 
 
 def study_parser(prog: str = "python -m nas_kd.study") -> argparse.ArgumentParser:

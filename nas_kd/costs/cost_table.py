@@ -8,23 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
 from nas_kd.analysis.structure import Analysis, Block
-from nas_kd.budget import COUNTED, LATENCY, Cost
+from nas_kd.budget import COUNTED, DEVICE, LATENCY, Cost
 from nas_kd.costs.cost_terms import Counts, cost_polynomials
+from nas_kd.costs.device import DeviceTable, device_table
 from nas_kd.costs.peak_memory import MemoryTable, memory_table
-from nas_kd.costs.polynomial import Vector
+from nas_kd.costs.polynomial import ByChoices, Vector
 from nas_kd.genotype import Choice, Genotype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CostTable:
     """Costs of every genotype of a base: per kind of sum a constant, a vector per block, and a matrix per pair of
-    blocks; and `memory`, the moments whose largest is the peak. Latency is a sum too, where it was measured.
+    blocks; and `memory`, the moments whose largest is the peak. Latency is a sum too, where it was measured. `device`
+    tells flash and ram, where these are asked for.
 
     Vectors and matrices are indexed by the position of a choice in `block.choices`.
     """
@@ -34,11 +37,23 @@ class CostTable:
     single: Mapping[str, tuple[Vector, ...]]
     pairs: Mapping[str, Mapping[tuple[int, int], Vector]]
     memory: MemoryTable
+    device: DeviceTable | None = None
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of cost that this table tells."""
-        return (*COUNTED, LATENCY) if LATENCY in self.single else COUNTED
+        return (*COUNTED, *(DEVICE if self.device else ()), *((LATENCY,) if LATENCY in self.single else ()))
+
+    def with_device(self, device: DeviceTable) -> CostTable:
+        """Add flash and ram to this table."""
+        sums = _tables({"flash": device.flash}, self.blocks)
+        return replace(
+            self,
+            device=device,
+            constants={**self.constants, **sums["constants"]},
+            single={**self.single, **sums["single"]},
+            pairs={**self.pairs, **sums["pairs"]},
+        )
 
     def with_latency(
         self, constant: int, single: Sequence[Vector], pairs: Mapping[tuple[int, int], Vector] | None = None
@@ -76,6 +91,9 @@ class CostTable:
         return np.stack([totals[kind] for kind in kinds], axis=1).astype(np.float64)
 
     def _total(self, kind: str, indices: Vector) -> Vector:
+        if kind == "ram":
+            assert self.device is not None
+            return self.device.ram(indices)
         if not is_sum(kind):
             return self.memory.many(indices)
         total = np.full(len(indices), self.constants[kind], dtype=np.int64)
@@ -96,17 +114,36 @@ class CostTable:
         the narrowest choice of each block that is cheapest beside the narrowest others is the cheapest of all. Of a
         peak the moments in which a block's own kinds run count alone: others may hide them.
         """
+        if kind == "ram":
+            return self.genotype(self._least_ram())
         return self.genotype([int(totals.argmin()) for totals in self.beside_narrowest(kind)])
+
+    def _least_ram(self) -> list[int]:
+        """Return the positions of choices none of which could be changed alone for less ram: the planner of an arena
+        leaves gaps, so that it grows not quite with every width."""
+        chosen, before = [block.narrowest for block in self.blocks], None
+        while chosen != before:
+            before = list(chosen)
+            for column in range(len(chosen)):
+                totals = self._total("ram", self._others_fixed(column, chosen))
+                if totals.min() < totals[chosen[column]]:
+                    chosen[column] = int(totals.argmin())
+        return chosen
+
+    def _others_fixed(self, column: int, chosen: Sequence[int]) -> Vector:
+        """Return a row of positions for each choice of one block, beside these of all others."""
+        rows = np.tile(np.array(chosen), (len(self.blocks[column].choices), 1))
+        rows[:, column] = np.arange(len(rows))
+        return rows
 
     def beside_narrowest(self, kind: str) -> list[Vector]:
         """Return, per block over its choices, the costs of this kind (of a peak: its own) where all other blocks have
         their narrowest choice."""
         narrowest = [block.narrowest for block in self.blocks]
         found = []
-        for column, block in enumerate(self.blocks):
-            rows = np.tile(np.array(narrowest), (len(block.choices), 1))
-            rows[:, column] = np.arange(len(block.choices))
-            found.append(self._total(kind, rows) if is_sum(kind) else self._own_peak(column, rows))
+        for column in range(len(self.blocks)):
+            rows = self._others_fixed(column, narrowest)
+            found.append(self._own_peak(column, rows) if kind == "peak_memory" else self._total(kind, rows))
         return found
 
     def _own_peak(self, column: int, rows: Vector) -> Vector:
@@ -120,22 +157,28 @@ class CostTable:
 
 def is_sum(kind: str) -> bool:
     """Say whether a kind of cost is a sum over blocks and pairs of blocks."""
-    return kind != "peak_memory"
+    return kind not in ("peak_memory", "ram")
 
 
-def cost_table(analysis: Analysis, network: nn.Module) -> CostTable:
-    """Write the costs of an analysed base out by the choices of its blocks. Takes a fraction of a second."""
+def cost_table(analysis: Analysis, network: nn.Module, kinds: Iterable[str] = COUNTED) -> CostTable:
+    """Write the costs of an analysed base out by the choices of its blocks, flash and ram too where they are among
+    `kinds`. Takes a fraction of a second. Raises ModelError for flash and ram of operators that devices do not get."""
     counts = Counts(analysis)
     polynomials = cost_polynomials(analysis, network, counts)
     costs = {kind: counts.variables.by_choices(polynomial) for kind, polynomial in polynomials.items()}
-    nothing = [np.zeros(len(block.choices), dtype=np.int64) for block in analysis.blocks]
-    return CostTable(
-        blocks=analysis.blocks,
-        constants={kind: cost.constant for kind, cost in costs.items()},
-        single={
+    memory = memory_table(analysis, counts)
+    table = CostTable(blocks=analysis.blocks, memory=memory, **_tables(costs, analysis.blocks))
+    return table.with_device(device_table(analysis, counts)) if set(DEVICE) & set(kinds) else table
+
+
+def _tables(costs: Mapping[str, ByChoices], blocks: Sequence[Block]) -> dict[str, Any]:
+    """Constants, vectors per block and matrices per pair of blocks of some sums."""
+    nothing = [np.zeros(len(block.choices), dtype=np.int64) for block in blocks]
+    return {
+        "constants": {kind: cost.constant for kind, cost in costs.items()},
+        "single": {
             kind: tuple(cost.single.get(index, zeros) for index, zeros in enumerate(nothing))
             for kind, cost in costs.items()
         },
-        pairs={kind: cost.pairs() for kind, cost in costs.items()},
-        memory=memory_table(analysis, counts),
-    )
+        "pairs": {kind: cost.pairs() for kind, cost in costs.items()},
+    }

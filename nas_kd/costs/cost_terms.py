@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from nas_kd.analysis.labels import Labels
 from nas_kd.analysis.schedule import FLOAT_BYTES, bytes_of
-from nas_kd.analysis.structure import Analysis, Site, Widths, is_replaced
+from nas_kd.analysis.structure import Analysis, Block, Site, Widths, is_replaced
 from nas_kd.costs.polynomial import Polynomial, Variables
-from nas_kd.genotype import group_count
+from nas_kd.genotype import Choice, group_count
 
 SUMS = ("params", "macs", "size")  # the counted costs that are sums; `peak_memory` is a maximum
 _ORDER_BYTES = 8  # a shift saves for each channel which one it is
@@ -104,22 +104,26 @@ def cost_polynomials(analysis: Analysis, network: nn.Module, counts: Counts) -> 
 def _of_sites(analysis: Analysis, sites: _Sites, counts: Counts) -> Iterator[_Amount]:
     """Yield params (bias apart), MACs and the bytes of saved orders of each convolution that its block chooses."""
     for path, (index, site) in sites.items():
-        choices, channelwise = analysis.blocks[index].choices, site.spec.channelwise
-        values = {"inputs": counts.count(site.inputs), "outputs": counts.count(site.outputs)}
-        for groups in filter(None, map(group_count, analysis.blocks[index].convs)):
-            values[f"inputs/{groups}"] = counts.group(site.inputs, groups)
-        costs = [
-            conv_cost(
-                "depthwise" if channelwise and choice.conv != "shift" else choice.conv or "standard",
-                choice.kernel_size or site.spec.kernel_size,
-                site.positions,
-                channelwise=channelwise,
-            )
-            for choice in choices
-        ]
+        choices, values = analysis.blocks[index].choices, site_values(analysis.blocks[index], site, counts)
+        costs = [site_cost(site, choice) for choice in choices]
         orders = [Polynomial({("inputs",): _ORDER_BYTES} if choice.conv == "shift" else {}) for choice in choices]
         for kind, options in zip(SUMS, (*zip(*costs, strict=True), orders), strict=True):
             yield kind, path, counts.variables.chosen(index, options, values)
+
+
+def site_values(block: Block, site: Site, counts: Counts) -> dict[str, Polynomial[int]]:
+    """Return the variables of `conv_cost` for a convolution that a block chooses."""
+    values = {"inputs": counts.count(site.inputs), "outputs": counts.count(site.outputs)}
+    for groups in filter(None, map(group_count, block.convs)):
+        values[f"inputs/{groups}"] = counts.group(site.inputs, groups)
+    return values
+
+
+def site_cost(site: Site, choice: Choice) -> tuple[Polynomial[str], Polynomial[str]]:
+    """Return params (bias apart) and MACs of what `choice` makes of the convolution at `site`."""
+    channelwise = site.spec.channelwise
+    kind = "depthwise" if channelwise and choice.conv != "shift" else choice.conv or "standard"
+    return conv_cost(kind, choice.kernel_size or site.spec.kernel_size, site.positions, channelwise=channelwise)
 
 
 def _of_parameters(analysis: Analysis, network: nn.Module, sites: _Sites, counts: Counts) -> Iterator[_Amount]:

@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,8 +71,12 @@ class MemoryTable:
 
 def memory_table(analysis: Analysis, counts: Counts) -> MemoryTable:
     """Return the closed form of an analysed base, in the variables of `counts`."""
-    lengths = [len(block.choices) for block in analysis.blocks]
     rows = [(owner, counts.variables.by_choices(row)) for owner, row in _Rows(analysis, counts).all()]
+    return largest_of(rows, [len(block.choices) for block in analysis.blocks])
+
+
+def largest_of(rows: Sequence[tuple[int | None, ByChoices]], lengths: Sequence[int]) -> MemoryTable:
+    """Return the largest of sums, each with the block that owns it (see `Part`); blocks have `lengths` choices."""
     bounds = [row.bounds() for _, row in rows]
     floor = max((least for least, _ in bounds), default=0)
     tables: dict[tuple[int | None, tuple[int, ...]], Vector] = {}
@@ -172,7 +176,7 @@ class _Rows:
         batch, _, *size = self.trace.flows[site.module].in_shape
         choices = self.blocks[index].choices
         kinds = {(choice.kernel_size, choice.conv): choice for choice in choices}
-        steps = {kind: _steps(*_probe(site, choice), (batch, *size)) for kind, choice in kinds.items()}
+        steps = {kind: _steps(*probe(site, choice), (batch, *size)) for kind, choice in kinds.items()}
         nothing: Polynomial[str] = Polynomial()
         of_choices = itertools.zip_longest(*(steps[c.kernel_size, c.conv] for c in choices), fillvalue=nothing)
         return [others + self.counts.variables.chosen(index, options, values) for options in of_choices]
@@ -184,7 +188,7 @@ _NAMES = ("image", "inputs", "outputs")
 _INPUTS, _OUTPUTS = 8, 12  # channels of a trial run: enough for four groups, and told apart in its tensors
 
 
-def _probe(site: Site, choice: Any) -> tuple[ConvSpec, bool]:
+def probe(site: Site, choice: Any) -> tuple[ConvSpec, bool]:
     """Return the convolution that `choice` makes of `site`, between few channels, and whether it is a cheap one."""
     outputs = _INPUTS if site.spec.channelwise else _OUTPUTS
     return replaced(site, choice, _INPUTS, outputs), is_replaced(site, choice)
@@ -196,7 +200,7 @@ def _steps(spec: ConvSpec, is_cheap: bool, size: tuple[int, ...]) -> tuple[Polyn
     input where that is alive, and so many per channel of its `inputs` and `outputs`. Moments that hold less than
     another are left out."""
     with torch.device("meta"):
-        module = build_conv(spec) if is_cheap else _plain(spec)
+        module = build_conv(spec) if is_cheap else base_conv(spec)
         run = followed(module, torch.empty(size[0], spec.in_channels, *size[1:]))
     schedule = run.activations.schedule(run.outputs)
     alive = [
@@ -229,7 +233,7 @@ def _largest(steps: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]
     ]
 
 
-def _plain(spec: ConvSpec) -> nn.Module:
+def base_conv(spec: ConvSpec) -> nn.Module:
     """Build the base's own kind of convolution."""
     groups = spec.in_channels if spec.channelwise else 1
     kind, padding = (Conv2dSame, 0) if spec.padding == "same" else (nn.Conv2d, int(spec.padding))

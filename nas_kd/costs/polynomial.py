@@ -168,7 +168,7 @@ class Variables:
         for names in dict.fromkeys(names for option in options for names in option.terms):
             coefficients = [option.terms.get(names, 0) for option in options]
             differ = len(set(coefficients)) > 1
-            factor = self.of(block, coefficients) if differ else coefficients[0]
+            factor = self.of(block, coefficients) if differ else Polynomial({(): coefficients[0]})
             parts.append(factor * Polynomial({names: 1}).at(values))
         return Polynomial.sum(parts)
 

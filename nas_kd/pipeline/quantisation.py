@@ -165,7 +165,7 @@ def quantise_network(
     """
     network = copy.deepcopy(network).cpu().eval()
     size = tuple(splits.train.pixels.shape[1:])
-    images = _inputs(splits.train[: spec.calibration_images])
+    images = inputs_of(splits.train[: spec.calibration_images])
     write_model(network, size, folder / FLOAT)
     layers = quantise(folder / FLOAT, images, folder / INT8, keep_float=spec.keep_float)
     exact, rounded = (accuracy_of(folder / name, splits.val) for name in (FLOAT, INT8))
@@ -210,7 +210,7 @@ def _recover(network: nn.Module, splits: Splits, folder: Path, spec: Int8Spec, t
     drafts = folder / f".{FLOAT}.recovered", folder / f".{INT8}.recovered"
     try:
         write_model(student, tuple(splits.train.pixels.shape[1:]), drafts[0])
-        images = _inputs(splits.train[: spec.calibration_images])
+        images = inputs_of(splits.train[: spec.calibration_images])
         quantise(drafts[0], images, drafts[1], keep_float=spec.keep_float)
         accuracy = accuracy_of(drafts[1], splits.val)
         if accuracy <= accuracy_of(folder / INT8, splits.val):
@@ -224,7 +224,8 @@ def _recover(network: nn.Module, splits: Splits, folder: Path, spec: Int8Spec, t
             draft.unlink(missing_ok=True)
 
 
-def _inputs(images: Images) -> Tensor:
+def inputs_of(images: Images) -> Tensor:
+    """The images as a network takes them: N×C×H×W float32, normalised."""
     return normalise(images.pixels, images.mean, images.std, torch.device("cpu"))
 
 
@@ -233,7 +234,7 @@ def accuracy_of(path: Path, images: Images, batch: int = 50) -> float:
     session, right = open_session(path, threads=0), 0
     for indices in torch.split(torch.arange(len(images)), batch):
         part = images[indices]
-        logits = session.run(None, {"input": _inputs(part).numpy()})[0]
+        logits = session.run(None, {"input": inputs_of(part).numpy()})[0]
         right += int((torch.from_numpy(logits).argmax(1) == part.labels).sum())
     return right / len(images)
 

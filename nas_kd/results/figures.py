@@ -17,6 +17,8 @@ COST_NAMES = {
     "macs": "MACs",
     "size": "bytes of weights",
     "peak_memory": "bytes of activations at once",
+    "flash": "bytes of flash",
+    "ram": "bytes of RAM",
     LATENCY: "latency",
 }
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from nas_kd.budget import KINDS, LATENCY, Budget, amount, short
+from nas_kd.budget import Budget, amount, short
 from nas_kd.results.advice import advice
 from nas_kd.results.figures import COST_NAMES, Panel, milliseconds
 from nas_kd.results.front import write_atomically
@@ -14,6 +14,7 @@ from nas_kd.results.front_figure import front_panel
 from nas_kd.results.model_figures import blocks_panel, latency_panel
 from nas_kd.results.page import render
 from nas_kd.results.rows import Int8Row, ModelRow, StudySummary, best_of, sort_models
+from nas_kd.results.table import bytes_shown
 from nas_kd.results.trial_figures import history_panel, importances_panel, stages_panel
 
 _MISSING = "–"
@@ -164,7 +165,7 @@ _COLUMNS: tuple[_Cell, ...] = (
 
 def _columns(summary: StudySummary) -> tuple[_Cell, ...]:
     """The columns between role and path; bytes only where the budget bounds them, levels where there are several."""
-    others = [kind for kind in summary.budget if kind not in (*KINDS, LATENCY)]
+    others = bytes_shown(summary.budget, summary.models)
     bytes_each = ((kind.replace("_", " "), partial(_bytes, kind)) for kind in others)
     levels: tuple[_Cell, ...] = (("best within", _levels),) if len(summary.levels) > 1 else ()
     int8 = _INT8_COLUMNS if any(model.int8 is not None for model in summary.models) else ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.box import Box
@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nas_kd.budget import KINDS, LATENCY, short
+from nas_kd.budget import DEVICE, KINDS, LATENCY, short
 from nas_kd.results.rows import Int8Row, ModelRow, sort_models
 
 # Plain ASCII: a terminal or a file of another encoding must not lose the end of a long study to a dash.
@@ -37,7 +37,7 @@ def render_table(models: Sequence[ModelRow], *, folder: Path | None = None, kind
     """
     ordered = sort_models(list(models))
     teacher = next((model for model in ordered if model.role == "teacher"), None)
-    others = [kind for kind in kinds if kind not in (*KINDS, LATENCY)]
+    others = bytes_shown(kinds, ordered)
     rows = [_cells(model, teacher, folder, others) for model in ordered]
     table = Table(box=_LINES, show_edge=False, pad_edge=False)
     levels = sorted({level for model in ordered for level in model.best_at})
@@ -56,6 +56,12 @@ def render_table(models: Sequence[ModelRow], *, folder: Path | None = None, kind
     endless = Console(width=_ENDLESS)
     table.width = endless.measure(table).maximum
     return table
+
+
+def bytes_shown(kinds: Iterable[str], models: Sequence[ModelRow]) -> list[str]:
+    """Of kinds of cost those in bytes, and what models take on a device where that is known."""
+    known = (kind for kind in DEVICE if any(model.cost[kind] for model in models))
+    return [kind for kind in dict.fromkeys((*kinds, *known)) if kind not in (*KINDS, LATENCY)]
 
 
 def _group(model: ModelRow) -> int:

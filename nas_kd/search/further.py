@@ -56,7 +56,7 @@ def reachable_by_opening(
 
 
 def _smallest(base: nn.Module, analysis: Analysis, kinds: Sequence[str], fastest: Fastest) -> Mapping[str, int]:
-    table = cost_table(analysis, base)
+    table = cost_table(analysis, base, kinds)
     cheapest = {kind: table.cheapest("macs" if kind == LATENCY else kind) for kind in kinds}
     return {
         kind: fastest(analysis, genotype) if kind == LATENCY else table.cost(genotype)[kind]

@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from nas_kd.budget import Budget
 from nas_kd.costs.cost_table import CostTable, is_sum
-from nas_kd.costs.peak_memory import Part
+from nas_kd.costs.peak_memory import MemoryTable, Part
 from nas_kd.genotype import Genotype
 
 _INFEASIBLE = 2  # scipy's status
@@ -71,36 +71,50 @@ def solve(
     found so far, and raises TimeoutError when there is none yet.
     """
     sums = Budget(tuple((kind, bound) for kind, bound in budget.bounds if is_sum(kind)))
-    problem = _Problem(table, tuple(sums), with_memory="peak_memory" in budget)
+    limits = _memory_limits(table, budget)
+    problem = _Problem(table, tuple(sums), {kind: limits[kind][0] for kind in limits})
     objective = np.zeros(problem.size)
     for start, block_damages in zip(problem.starts, damages or (), strict=False):
         objective[start : start + len(block_damages)] = block_damages
-    constraints = [
-        problem.one_choice_each(),
-        *problem.links(),
-        *([problem.within(sums)] if sums else []),
-        *([problem.within_memory(budget["peak_memory"])] if "peak_memory" in budget else []),
-    ]
-    deadline = time.monotonic() + seconds
+    constraints = [problem.one_choice_each(), *problem.links(), *([problem.within(sums)] if sums else [])]
+    bounds = {kind: bound for kind, (_, bound) in limits.items()}
+    deadline, is_tightened = time.monotonic() + seconds, False
     while (left := deadline - time.monotonic()) > 0:
         with _silent_highs():
             result = milp(
                 objective,
                 integrality=problem.integrality(),
                 bounds=Bounds(0, 1),
-                constraints=constraints,
+                constraints=[*constraints, *(problem.within_memory(kind, bound) for kind, bound in bounds.items())],
                 options={"time_limit": left, **({"mip_rel_gap": gap} if gap else {})},
             )
-        if result.x is None and result.status == _INFEASIBLE:
+        if result.x is None and result.status == _INFEASIBLE and not is_tightened:
             return None
         if result.x is None:
             break
         genotype = problem.genotype(result.x)
-        if budget.admits(table.cost(genotype)):
+        cost = table.cost(genotype)
+        if budget.admits(cost):
             return genotype
-        # HiGHS works to a tolerance; a hard bound is a hard bound: this one is out, whatever else is as close is not
-        constraints.append(problem.without(genotype))
+        if "ram" in budget and cost.ram > budget["ram"]:  # its planner leaves gaps, which no sum tells of
+            bounds["ram"], is_tightened = bounds["ram"] * budget["ram"] / cost.ram, True
+        else:
+            # HiGHS works to a tolerance, a hard bound is hard: this one is out, whatever else is as close is not
+            constraints.append(problem.without(genotype))
+    if is_tightened and budget.admits(table.cost(least := table.cheapest("ram"))):
+        return least  # nothing else may fit
     raise TimeoutError(f"no genotype within {budget} was found in {seconds:.0f} s: give it more, or a wider budget")
+
+
+def _memory_limits(table: CostTable, budget: Budget) -> dict[str, tuple[MemoryTable, float]]:
+    """By kind of memory that is bounded, the moments that are, and by how much. An arena holds at least what is alive
+    at once and the smallest tail."""
+    limits = {}
+    if "peak_memory" in budget:
+        limits["peak_memory"] = table.memory, budget["peak_memory"]
+    if "ram" in budget and table.device is not None:
+        limits["ram"] = table.device.alive, max(1.0, budget["ram"] - table.device.least_tail)
+    return limits
 
 
 @contextmanager
@@ -121,8 +135,8 @@ class _Problem:
     """The variables: one per block and choice, then one per pair of blocks and pair of choice classes, then one per
     product in the sums of memory."""
 
-    def __init__(self, table: CostTable, kinds: tuple[str, ...], *, with_memory: bool) -> None:
-        self.table, self.kinds = table, kinds
+    def __init__(self, table: CostTable, kinds: tuple[str, ...], memories: Mapping[str, MemoryTable]) -> None:
+        self.table, self.kinds, self.memories = table, kinds, memories
         lengths = [len(block.choices) for block in table.blocks]
         self.starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(int)
         self.choices = int(sum(lengths))
@@ -130,12 +144,13 @@ class _Problem:
         self.size = self.choices
         for pair in dict.fromkeys(pair for kind in kinds for pair in table.pairs[kind]):
             self._add_pair(pair)
-        self.products: list[list[_Product]] = []  # of each sum of memory
-        for _, amount in table.memory.sums if with_memory else ():
-            numbers = itertools.count(self.size)
-            own = [_Product(variable=next(numbers), factors=tuple(f.items())) for f in amount.products]
-            self.products.append(own)
-            self.size += len(own)
+        self.products: dict[str, list[list[_Product]]] = {kind: [] for kind in memories}  # of each sum of memory
+        for kind, memory in memories.items():
+            for _, amount in memory.sums:
+                numbers = itertools.count(self.size)
+                own = [_Product(variable=next(numbers), factors=tuple(f.items())) for f in amount.products]
+                self.products[kind].append(own)
+                self.size += len(own)
 
     def _matrix(self, kind: str, pair: tuple[int, int]) -> NDArray[np.int64]:
         shape = tuple(len(self.table.blocks[index].choices) for index in pair)
@@ -212,11 +227,12 @@ class _Problem:
         row[self.starts + self.table.indices(genotype)] = 1
         return LinearConstraint(scipy.sparse.csr_array(row[None]), -np.inf, len(self.starts) - 1)
 
-    def within_memory(self, bound: float) -> LinearConstraint:
-        """No moment may hold more than `bound`: what choices of a few blocks exceed it together are not taken at once,
-        and the sums of many blocks are rows of their own."""
-        rows: list[Row] = [row for part in self.table.memory.parts for row in self._exclusions(part, bound)]
-        for (_, amount), products in zip(self.table.memory.sums, self.products, strict=True):
+    def within_memory(self, kind: str, bound: float) -> LinearConstraint:
+        """No moment of this kind of memory may hold more than `bound`: what choices of a few blocks exceed it together
+        are not taken at once, and the sums of many blocks are rows of their own."""
+        memory = self.memories[kind]
+        rows: list[Row] = [row for part in memory.parts for row in self._exclusions(part, bound)]
+        for (_, amount), products in zip(memory.sums, self.products[kind], strict=True):
             row = np.zeros(self.size)
             for block, vector in amount.single.items():
                 row[self.starts[block] : self.starts[block] + len(vector)] += vector

@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from nas_kd.analysis.structure import Analysis, Block
-from nas_kd.budget import LATENCY, Budget, Cost, amount, kinds_of, parse_budget
+from nas_kd.budget import DEVICE, LATENCY, Budget, Cost, amount, kinds_of, parse_budget
 from nas_kd.costs.cost_table import cost_table
+from nas_kd.costs.cost_terms import Counts
+from nas_kd.costs.device import device_table
 from nas_kd.costs.latency_table import LatencyTable, Meter
 from nas_kd.costs.runtimes import LatencySpec
 from nas_kd.costs.verification import analyse
@@ -108,6 +110,8 @@ class Space(Generic[Network]):
     def set_budget(self, budget: str | Budget) -> None:
         """Bounds the students. Raises BudgetError when none is within, and then the budget stays what it was."""
         bounds = parse_budget(budget) if isinstance(budget, str) else budget
+        if set(DEVICE) & set(bounds):
+            self.count_device()
         if LATENCY in bounds and self.latency is None:
             self.measure_latency(Meter(LatencySpec()))
         bounds = parse_budget(budget, self.base_cost()) if isinstance(budget, str) else budget
@@ -121,6 +125,12 @@ class Space(Generic[Network]):
         if levels[0] < 1:
             self.check_budget(self.budget.scaled(levels[0]))
         self.levels = tuple(levels)
+
+    def count_device(self) -> None:
+        """Counts what the int8 form takes on a device: costs hold flash and ram from then on. Raises ModelError for a
+        base with operators that interpreters on devices do not get."""
+        if self.table.device is None:
+            self.table = self.table.with_device(device_table(self.analysis, Counts(self.analysis)))
 
     def measure_latency(self, meter: Meter, report: Callable[[str], None] = lambda words: None) -> None:
         """Measures some students of all kinds and widths, from which the latency of all others is expected; `report` is

@@ -18,6 +18,7 @@ from nas_kd.search.goals import Box, Goals, most_useful
 from nas_kd.search.solver import solve
 
 Damages = Sequence[NDArray[np.float64]]  # per block over its choices
+_PLANNED = 5_000  # genotypes whose arenas are planned at most
 _GAP = 0.01  # by which a solution's damages may be larger than the least: they are estimates
 _PER_START = 2  # knapsacks that are solved for each that is chosen
 _BOUNDS = 512  # random bounds that stand for the budget
@@ -168,7 +169,9 @@ def uniform_width_student(table: CostTable, budget: Budget) -> Genotype | None:
 
 
 def draw(table: CostTable, budget: Budget, seed: int, draws: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Random genotypes, `draws` × blocks positions of choices, and whether each is within the budget."""
+    """Random genotypes, `draws` × blocks positions of choices, and whether each is within the budget. Fewer are drawn
+    where arenas are to be planned, which takes a hundred times as long."""
+    draws = min(draws, _PLANNED) if "ram" in budget else draws
     generator = np.random.default_rng(seed)
     rows = np.stack([generator.integers(len(block.choices), size=draws) for block in table.blocks], axis=1)
     costs = table.many(rows, budget)

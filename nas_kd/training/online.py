@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from nas_kd.errors import ModelError, TrainingError
 from nas_kd.training.augment import derive_seed
+from nas_kd.training.evaluation import device_of, eval_mode, predict_logits
 from nas_kd.training.images import Images, TrainingData, normalise
-from nas_kd.training.loop import Run, Task, TrainResult, device_of, eval_mode, fit, ignore, predict_logits
+from nas_kd.training.loop import Run, Task, TrainResult, fit, ignore
 from nas_kd.training.losses import ensemble_loss
 from nas_kd.training.recipe import Recipe
 

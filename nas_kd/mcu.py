@@ -1,0 +1,149 @@
+"""A result on a microcontroller, without a board: `python -m nas_kd.mcu FOLDER --data-dir DIR`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nas_kd.arguments.augment import AugmentOptions
+from nas_kd.arguments.parsing import LOCAL, Parser, guarded, model_name, number, path
+from nas_kd.arguments.shared import add_data
+from nas_kd.budget import short
+from nas_kd.errors import ModelError
+from nas_kd.training.dataset_names import choose_dataset
+
+if TYPE_CHECKING:
+    from nas_kd.pipeline.device import OnDevice
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class McuSettings:
+    """What the command is asked for."""
+
+    model: str
+    dataset: str
+    data_dir: str | None
+    class_map: str | None
+    skip_unreadable: bool
+    crop_pct: float | None
+    interpolation: str | None
+    train_images: int | None
+    val_fraction: float
+    images: int
+    accelerator: str
+    workers: int
+    seed: int
+    cache: str | None
+    quiet: bool
+    debug: bool
+
+    pretrained: bool = False
+    initial_checkpoint: str | None = None
+    img_size: int | None = None
+    num_classes: int | None = None
+    augment: AugmentOptions = field(default_factory=AugmentOptions)
+
+    @property
+    def folder(self) -> Path:
+        """The exported model's folder."""
+        return Path(self.model.removeprefix(LOCAL))
+
+
+def parse_mcu(argv: Sequence[str]) -> McuSettings:
+    """Reads the arguments of the mcu command. Raises NasKdError for bad ones."""
+    from nas_kd.networks.micro import ACCELERATORS
+
+    parser = Parser(
+        prog="python -m nas_kd.mcu",
+        description="Writes an int8 result for TensorFlow Lite Micro, runs it there and compiles it for an Ethos-U.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "model",
+        type=model_name,
+        metavar="FOLDER",
+        help="a folder that a study exported with --int8, or that quantize wrote to",
+    )
+    add("--images", type=number(1), default=50, metavar="N", help="test images to run in the interpreter (50)")
+    add("--accelerator", choices=ACCELERATORS, default="ethos-u55-128", help="the Ethos-U (ethos-u55-128)")
+    add("--workers", type=number(1), default=2, metavar="N", help="threads that decode images (2)")
+    add(
+        "--seed",
+        type=number(0, int, 2**32),
+        default=0,
+        metavar="N",
+        help="the seed of the study, which cut the data (0)",
+    )
+    add(
+        "--cache",
+        type=path,
+        metavar="DIR",
+        help="decoded images, shared with a study: results/STUDY/cache (FOLDER/cache)",
+    )
+    add("-q", "--quiet", action="store_true", help="print the result alone")
+    add("--debug", action="store_true", help="tracebacks and debug messages")
+    add_data(parser)
+    arguments = vars(parser.parse_args(argv))
+    arguments["dataset"] = choose_dataset(arguments["dataset"], arguments["data_dir"])
+    names = [own.name for own in fields(McuSettings) if own.name in arguments]
+    return McuSettings(**{name: arguments[name] for name in names})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Puts a result on a microcontroller and returns the exit code: 0 done, 2 a mistake of the user's."""
+    return guarded(lambda arguments: run_mcu(parse_mcu(arguments)), argv)
+
+
+def run_mcu(settings: McuSettings) -> int:
+    """The whole way from an exported folder to what it takes on a device, the result on standard output."""
+    from nas_kd.progress import Stages, configure, console_for
+
+    console = console_for(sys.stderr)
+    configure(console, quiet=settings.quiet, debug=settings.debug)
+    if not settings.model.startswith(LOCAL):
+        raise ModelError(f"there is no exported model in {settings.model}: name a folder that a study wrote")
+
+    from nas_kd.networks.tflite_file import need_tools
+    from nas_kd.pipeline.device import put_on_device
+    from nas_kd.quantize import prepare_network
+    from nas_kd.training.data import load_splits
+
+    need_tools()
+    stages = Stages(console, quiet=settings.quiet)
+    _, spec = prepare_network(settings)
+    with stages.stage("data"):
+        splits = load_splits(spec, Path(settings.cache) if settings.cache else settings.folder / "cache")
+    with stages.stage("device"):
+        result = put_on_device(settings.folder, splits.test[: settings.images], settings.accelerator)
+    out = console_for(sys.stdout)
+    for line in _lines(result, settings.folder):
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _lines(result: OnDevice, folder: Path) -> Iterator[str]:
+    """What a person should know."""
+    arena, compiled = result.arena, result.compiled
+    operators = ", ".join(f"{count} {kind}" for kind, count in result.operators.items())
+    yield f"flash {result.bytes:,} bytes: the file, {operators}"
+    yield f"ram {arena.total:,} bytes: TensorFlow Lite Micro's arena, activations {arena.head:,}, tail {arena.tail:,}"
+    yield (
+        f"answers: as ONNX Runtime's int8 on {result.same:.1%} of {result.images} test images, "
+        f"at most {result.steps:.0f} steps of rounding apart; "
+        f"{result.accuracy:.1%} right, {result.onnx_accuracy:.1%} in ONNX Runtime"
+    )
+    yield (
+        f"{compiled.accelerator} ({compiled.system}): {compiled.cycles:,} cycles, {compiled.images_per_second:,.0f} "
+        f"images per second, {short(compiled.sram)} bytes of SRAM, {short(compiled.flash)} of flash (Vela's estimate)"
+    )
+    if compiled.cpu_operators:
+        yield f"{compiled.cpu_operators} operators run on the processor beside it: that costs time Vela does not count"
+    yield f"files: {folder}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""An int8 result on a device: as a TensorFlow Lite file, measured in the interpreter that runs it there."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nas_kd.costs.device import DeviceCost
+from nas_kd.errors import ModelError, NasKdError
+from nas_kd.networks.micro import Arena, Compiled, MicroInterpreter, compile_file
+from nas_kd.networks.onnx import run_onnx
+from nas_kd.networks.tflite import write_tflite
+from nas_kd.networks.tflite_file import operators_of
+from nas_kd.pipeline.quantisation import INT8, inputs_of
+from nas_kd.training.images import Images
+from nas_kd.training.resume import replace_file
+
+TFLITE, RECORD = "model.int8.tflite", "mcu.json"
+_SAME = 0.9  # of the images on which two interpreters of the same numbers agree at least; rounding costs a few
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnDevice:
+    """What an int8 file is on a device.
+
+    `bytes` of the file, the `arena` of its interpreter, its `operators`; over `images` test images the share on which
+    the interpreter's first answer is that of the int8 ONNX file in ONNX Runtime (`same`), the largest difference of an
+    output in `steps` of its rounding, and what both score; and what an accelerator makes of it.
+    """
+
+    bytes: int
+    arena: Arena
+    operators: dict[str, int]
+    images: int
+    same: float
+    steps: float
+    accuracy: float
+    onnx_accuracy: float
+    compiled: Compiled
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain JSON values."""
+        return asdict(self)
+
+
+def write_measured(folder: Path) -> DeviceCost:
+    """Writes the int8 ONNX file of a folder as a TensorFlow Lite file beside it and returns its bytes and the arena in
+    which it runs. Raises as `write_tflite` and `MicroInterpreter` do."""
+    target = folder / TFLITE
+    replace_file(target, lambda draft: write_tflite(folder / INT8, draft))
+    return DeviceCost(flash=target.stat().st_size, ram=MicroInterpreter(target).arena().total)
+
+
+def put_on_device(folder: Path, test: Images, accelerator: str) -> OnDevice:
+    """Writes the int8 ONNX file of a folder for microcontrollers, runs some test images, and notes what is found.
+
+    Raises NasKdError without an int8 file or what is to be installed, ModelError when the file cannot be converted, run
+    or compiled, or when the interpreter answers otherwise than ONNX Runtime.
+    """
+    if not (folder / INT8).is_file():
+        raise NasKdError(f"there is no {INT8} in {folder}: write it with python -m nas_kd.quantize {folder}")
+    cost = write_measured(folder)
+    interpreter = MicroInterpreter(folder / TFLITE)
+    images = inputs_of(test)
+    answers, expected = interpreter.run(images.numpy()), run_onnx(folder / INT8, images).numpy()
+    same = float((answers.argmax(1) == expected.argmax(1)).mean())
+    if same < _SAME:
+        raise ModelError(
+            f"{folder / TFLITE} answers otherwise than {INT8} on {1 - same:.0%} of {len(test)} images: do not deploy it"
+        )
+    labels = torch.as_tensor(test.labels).numpy()
+    result = OnDevice(
+        bytes=cost.flash,
+        arena=interpreter.arena(),
+        operators=operators_of(folder / TFLITE),
+        images=len(test),
+        same=same,
+        steps=round(float(np.abs(answers - expected).max() / interpreter.step), 2),
+        accuracy=float((answers.argmax(1) == labels).mean()),
+        onnx_accuracy=float((expected.argmax(1) == labels).mean()),
+        compiled=compile_file(folder / TFLITE, accelerator),
+    )
+    text = json.dumps(result.to_json(), indent=2) + "\n"
+    replace_file(folder / RECORD, lambda draft: draft.write_text(text, encoding="utf-8"))
+    return result
