@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import importlib
+import io
 import os
 import re
 from typing import Any
@@ -27,33 +28,22 @@ html_theme_options = {
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
+suppress_warnings = ["toc.empty_glob"]
 default_role = "code"  # as docstrings have `names`
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 
 
-_PARSERS = {
-    "study": "nas_kd.arguments.study:study_parser",
-    "worker": "nas_kd.arguments.worker:worker_parser",
-    "rank_check": "nas_kd.rank_check.arguments:rank_parser",
-    "distill": "nas_kd.arguments.distill:distill_parser",
-    "structure": "nas_kd.learnt_widths.arguments:structure_parser",
-    "quantize": "nas_kd.quantize:quantize_parser",
-    "space": "nas_kd.space:space_parser",
-    "push": "nas_kd.push:push_parser",
-}
-
-
 def _commands() -> str:
-    """Every option of every command, of the parsers; `run` hands its arguments over."""
+    """Every option of every command, as `--help` has them; without the usage, which names them again."""
     parts = []
     for name, words in COMMANDS.items():
-        if name in _PARSERS:
-            module, _, function = _PARSERS[name].partition(":")
-            parser = getattr(importlib.import_module(module), function)()
-            parser.usage = argparse.SUPPRESS  # every option again
-            parts.append(f"## {name}: {words}\n\n```text\n{parser.format_help().rstrip()}\n```\n")
+        text = io.StringIO()
+        with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+            importlib.import_module(f"nas_kd.{name}").main(["--help"])
+        usage, _, options = text.getvalue().partition("\n\n")
+        parts.append(f"## {name}: {words}\n\n```text\n{options.strip() or usage}\n```\n")
     return "\n".join(parts)
 
 

@@ -62,7 +62,7 @@ _HOMES = {
     "open_picture": "nas_kd.training.pictures",
     "parse_budget": "nas_kd.budget",
     "parse_options": "nas_kd.search.options",
-    "recalibrate": "nas_kd.training.loop",
+    "recalibrate": "nas_kd.training.evaluation",
     "reduce_stride": "nas_kd.analysis.stride_reduction",
     "soft_loss": "nas_kd.training.losses",
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,8 +23,8 @@ class PushSettings:
     debug: bool
 
 
-def push_parser() -> argparse.ArgumentParser:
-    """The parser of the push command."""
+def parse_push(argv: Sequence[str]) -> PushSettings:
+    """Reads the arguments of the push command. Raises NasKdError for bad ones."""
     parser = Parser(
         prog="nas-kd push",
         description="Puts a model that nas_kd exported on the Hugging Face hub, with a model card.",
@@ -39,12 +38,7 @@ def push_parser() -> argparse.ArgumentParser:
     add("--message", default="A model found by nas_kd", metavar="TEXT", help="of the commit")
     add("--card-only", action="store_true", help="print the model card and send nothing")
     add("--debug", action="store_true", help="tracebacks")
-    return parser
-
-
-def parse_push(argv: Sequence[str]) -> PushSettings:
-    """Reads the arguments of the push command. Raises NasKdError for bad ones."""
-    arguments = vars(push_parser().parse_args(argv))
+    arguments = vars(parser.parse_args(argv))
     return PushSettings(**{**arguments, "folder": Path(arguments["folder"].removeprefix(LOCAL))})
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -65,8 +64,8 @@ class QuantizeSettings:
         return Path("results") / f"quantize-{Path(self.model).name}"
 
 
-def quantize_parser() -> argparse.ArgumentParser:
-    """The parser of the quantize command."""
+def parse_quantize(argv: Sequence[str]) -> QuantizeSettings:
+    """Reads the arguments of the quantize command. Raises NasKdError for bad ones."""
     parser = Parser(
         prog="python -m nas_kd.quantize",
         description="Writes a model as int8 ONNX, calibrated on training images, and measures it beside float.",
@@ -100,12 +99,7 @@ def quantize_parser() -> argparse.ArgumentParser:
     add("-q", "--quiet", action="store_true", help="print the result alone")
     add("--debug", action="store_true", help="tracebacks and debug messages")
     add_data(parser)
-    return parser
-
-
-def parse_quantize(argv: Sequence[str]) -> QuantizeSettings:
-    """Reads the arguments of the quantize command. Raises NasKdError for bad ones."""
-    arguments = vars(quantize_parser().parse_args(argv))
+    arguments = vars(parser.parse_args(argv))
     arguments["keep_float"] = tuple(arguments["keep_float"])
     arguments["dataset"] = choose_dataset(arguments["dataset"], arguments["data_dir"])
     names = [own.name for own in fields(QuantizeSettings) if own.name in arguments]

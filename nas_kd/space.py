@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -41,8 +40,8 @@ class SpaceSettings:
     as_json: bool
 
 
-def space_parser() -> argparse.ArgumentParser:
-    """The parser of the space command."""
+def parse_space(argv: Sequence[str]) -> SpaceSettings:
+    """Reads the arguments of the space command. Raises NasKdError for bad ones."""
     parser = Parser(
         prog="python -m nas_kd.space",
         description="What a timm CNN may become: its blocks, the choices open to each, and what they cost.",
@@ -58,12 +57,7 @@ def space_parser() -> argparse.ArgumentParser:
     add("--budget", metavar="B", help="tell whether it can be met: params=1M,macs=30M or macs=50%% of the base")
     add("--json", action="store_true", dest="as_json", help="print one JSON object")
     add("--debug", action="store_true", help="tracebacks")
-    return parser
-
-
-def parse_space(argv: Sequence[str]) -> SpaceSettings:
-    """Reads the arguments of the space command. Raises NasKdError for bad ones."""
-    arguments = vars(space_parser().parse_args(argv))
+    arguments = vars(parser.parse_args(argv))
     if arguments["budget"]:
         parse_budget(arguments["budget"])
     arguments["pin"] = tuple(arguments["pin"])

@@ -209,6 +209,10 @@ def test_every_command_runs(
     assert MAIN[name]([*words, *SHORT[name].split(), *["--no-base-bounds"] * untimed]) == 0
 
 
+def test_the_readme_is_one_page() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
 def test_there_are_commands_of_all_kinds() -> None:
     assert {name for _, name, _ in commands()} >= {"study", "distill", "rank_check"}
 
