@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision.datasets import CIFAR10
 
-from nas_kd import distill, quantize, rank_check, space, structure, study, worker
+from nas_kd import distill, mcu, quantize, rank_check, space, structure, study, worker
 from nas_kd.arguments.distill import parse_distill
 from nas_kd.arguments.study import parse_study
 from nas_kd.arguments.worker import parse_worker
@@ -40,6 +40,7 @@ PARSE: dict[str, Callable[[Sequence[str]], Any]] = {
     "rank_check": parse_rank_check,
     "worker": parse_worker,
     "quantize": parse_quantize,
+    "mcu": mcu.parse_mcu,
 }
 MAIN: dict[str, Callable[[Sequence[str]], int]] = {
     "study": study.main,
@@ -188,7 +189,7 @@ def inline_commands() -> list[tuple[str, str, str]]:
     return [("README.md", name, arguments) for name, arguments in found]
 
 
-RUN = [case for case in dict.fromkeys((*commands(), *inline_commands())) if "--ray" not in case[2]]
+RUN = [case for case in dict.fromkeys((*commands(), *inline_commands())) if "--ray" not in case[2] and case[1] != "mcu"]
 
 
 @pytest.mark.parametrize(("document", "name", "arguments"), RUN)
