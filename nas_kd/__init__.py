@@ -6,9 +6,11 @@ The public names are loaded when they are first used, so that importing the pack
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str  # of the tag that was installed
     from nas_kd.analysis.stride_reduction import reduce_stride as reduce_stride
     from nas_kd.budget import Budget as Budget
     from nas_kd.budget import Cost as Cost
@@ -28,15 +30,13 @@ if TYPE_CHECKING:
     from nas_kd.search.sampler import KnapsackSampler as KnapsackSampler
     from nas_kd.search.space import Space as Space
     from nas_kd.training.anchoring import anchor as anchor
+    from nas_kd.training.evaluation import recalibrate as recalibrate
     from nas_kd.training.images import Images as Images
-    from nas_kd.training.loop import recalibrate as recalibrate
     from nas_kd.training.losses import distillation_loss as distillation_loss
     from nas_kd.training.losses import ensemble_loss as ensemble_loss
     from nas_kd.training.losses import soft_loss as soft_loss
     from nas_kd.training.online import make_ensemble as make_ensemble
     from nas_kd.training.pictures import open_picture as open_picture
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "Budget": "nas_kd.budget",
@@ -70,10 +70,19 @@ __all__ = ["__version__", *sorted(_HOMES)]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
+def _version() -> str:
+    try:
+        return importlib.metadata.version("nas-kd")
+    except importlib.metadata.PackageNotFoundError:  # a folder of sources that was never installed
+        return "0+unknown"
+
+
 def __dir__() -> list[str]:
-    return [*globals(), *_HOMES]
+    return [*globals(), *__all__]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from nas_kd.errors import BudgetError, nearest
+from nas_kd.spelling import plain_budget
 
 KINDS = ("params", "macs")  # what students are compared by, in the order of every table
 COUNTED = (*KINDS, "size", "peak_memory")  # exact, in closed form
@@ -141,7 +142,7 @@ def parse_budget(text: str, base: Cost | None = None) -> Budget:
     >>> parse_budget("params=1.5M,macs=30%", Cost(params=11, macs=1000)).bounds
     (('params', 1500000.0), ('macs', 300.0))
     """
-    parts = [part.strip() for part in text.split(",") if part.strip()]
+    parts = [part.strip() for part in plain_budget(text).split(",") if part.strip()]
     if not parts:
         raise BudgetError("the budget is empty: write it like params=1M or params=1M,macs=30%")
     base = base or Cost(**dict.fromkeys(BOUNDABLE, 100))

@@ -34,7 +34,7 @@ def run_distill(settings: DistillSettings) -> int:
     out = console_for(sys.stdout)
     out.print(_table(result), crop=False)
     for line in (
-        f"load it: import timm, nas_kd.models; timm.create_model('local-dir:{result.folder}', pretrained=True)",
+        f"load it: import timm, nas_kd.models; timm.create_model({f'local-dir:{result.folder}'!r}, pretrained=True)",
         f"numbers: {result.folder.parent / FILE}",
     ):
         out.print(line, highlight=False, markup=False, soft_wrap=True)

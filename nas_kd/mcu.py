@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nas_kd.arguments.augment import AugmentOptions
-from nas_kd.arguments.distill import LOCAL, with_prefix
-from nas_kd.arguments.parsing import Parser, guarded, number
+from nas_kd.arguments.parsing import LOCAL, Parser, guarded, model_name, number, path
 from nas_kd.arguments.shared import add_data
 from nas_kd.budget import short
 from nas_kd.errors import ModelError
@@ -63,7 +62,12 @@ def parse_mcu(argv: Sequence[str]) -> McuSettings:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("model", metavar="FOLDER", help="a folder that a study exported with --int8, or that quantize wrote to")
+    add(
+        "model",
+        type=model_name,
+        metavar="FOLDER",
+        help="a folder that a study exported with --int8, or that quantize wrote to",
+    )
     add("--images", type=number(1), default=50, metavar="N", help="test images to run in the interpreter (50)")
     add("--accelerator", choices=ACCELERATORS, default="ethos-u55-128", help="the Ethos-U (ethos-u55-128)")
     add("--workers", type=number(1), default=2, metavar="N", help="threads that decode images (2)")
@@ -74,12 +78,16 @@ def parse_mcu(argv: Sequence[str]) -> McuSettings:
         metavar="N",
         help="the seed of the study, which cut the data (0)",
     )
-    add("--cache", metavar="DIR", help="decoded images, shared with a study: results/STUDY/cache (FOLDER/cache)")
+    add(
+        "--cache",
+        type=path,
+        metavar="DIR",
+        help="decoded images, shared with a study: results/STUDY/cache (FOLDER/cache)",
+    )
     add("-q", "--quiet", action="store_true", help="print the result alone")
     add("--debug", action="store_true", help="tracebacks and debug messages")
     add_data(parser)
     arguments = vars(parser.parse_args(argv))
-    arguments["model"] = with_prefix(arguments["model"])
     arguments["dataset"] = choose_dataset(arguments["dataset"], arguments["data_dir"])
     names = [own.name for own in fields(McuSettings) if own.name in arguments]
     return McuSettings(**{name: arguments[name] for name in names})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -9,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nas_kd.arguments.augment import AugmentOptions
-from nas_kd.arguments.distill import LOCAL, with_prefix
-from nas_kd.arguments.parsing import Parser, guarded, number
+from nas_kd.arguments.parsing import LOCAL, Parser, guarded, model_name, number, path
 from nas_kd.arguments.shared import add_data
 from nas_kd.budget import short
 from nas_kd.errors import ModelError
@@ -65,17 +65,17 @@ class QuantizeSettings:
         return Path("results") / f"quantize-{Path(self.model).name}"
 
 
-def parse_quantize(argv: Sequence[str]) -> QuantizeSettings:
-    """Reads the arguments of the quantize command. Raises NasKdError for bad ones."""
+def quantize_parser() -> argparse.ArgumentParser:
+    """The parser of the quantize command."""
     parser = Parser(
         prog="python -m nas_kd.quantize",
         description="Writes a model as int8 ONNX, calibrated on training images, and measures it beside float.",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a folder that a study exported, local-dir:FOLDER, or a timm model")
+    add("model", type=model_name, metavar="MODEL", help="a folder that a study exported, or a timm model")
     add("--pretrained", action="store_true", help="take timm's weights")
-    add("--initial-checkpoint", metavar="FILE", help="take these weights (.safetensors, .pth)")
+    add("--initial-checkpoint", type=path, metavar="FILE", help="take these weights (.safetensors, .pth)")
     add("--img-size", type=number(4), metavar="N", help="side of the images in pixels (the model's)")
     add(
         "--calibration-images", type=number(1), default=300, metavar="N", help="training images that calibrate it (300)"
@@ -93,13 +93,19 @@ def parse_quantize(argv: Sequence[str]) -> QuantizeSettings:
         metavar="N",
         help="the seed of the study, which cut the data (0)",
     )
-    add("--out", metavar="DIR", help="where the files go (the model's folder, or results/quantize-MODEL)")
-    add("--cache", metavar="DIR", help="decoded images, shared with a study: results/STUDY/cache (OUT/cache)")
+    add("--out", type=path, metavar="DIR", help="where the files go (the model's folder, or results/quantize-MODEL)")
+    add(
+        "--cache", type=path, metavar="DIR", help="decoded images, shared with a study: results/STUDY/cache (OUT/cache)"
+    )
     add("-q", "--quiet", action="store_true", help="print the result alone")
     add("--debug", action="store_true", help="tracebacks and debug messages")
     add_data(parser)
-    arguments = vars(parser.parse_args(argv))
-    arguments["model"] = with_prefix(arguments["model"])
+    return parser
+
+
+def parse_quantize(argv: Sequence[str]) -> QuantizeSettings:
+    """Reads the arguments of the quantize command. Raises NasKdError for bad ones."""
+    arguments = vars(quantize_parser().parse_args(argv))
     arguments["keep_float"] = tuple(arguments["keep_float"])
     arguments["dataset"] = choose_dataset(arguments["dataset"], arguments["data_dir"])
     names = [own.name for own in fields(QuantizeSettings) if own.name in arguments]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import sys
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from nas_kd.arguments.parsing import Parser, guarded, number
+from nas_kd.arguments.parsing import Parser, guarded, model_name, number
 from nas_kd.arguments.shared import add_choices
 from nas_kd.budget import DEVICE, KINDS, Budget, parse_budget, short
 from nas_kd.errors import BudgetError, ModelError
@@ -40,15 +41,15 @@ class SpaceSettings:
     as_json: bool
 
 
-def parse_space(argv: Sequence[str]) -> SpaceSettings:
-    """Reads the arguments of the space command. Raises NasKdError for bad ones."""
+def space_parser() -> argparse.ArgumentParser:
+    """The parser of the space command."""
     parser = Parser(
         prog="python -m nas_kd.space",
         description="What a timm CNN may become: its blocks, the choices open to each, and what they cost.",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a timm model, or local-dir:FOLDER")
+    add("model", type=model_name, metavar="MODEL", help="a timm model, or the folder of an exported one")
     add("--img-size", type=number(4), metavar="N", help="side of the images in pixels (the model's)")
     add("--reduction", type=number(1), metavar="R", help="total stride of the network; small images need 8 or 4")
     add("--in-chans", type=int, choices=(1, 3), default=3, help="channels of the images (3)")
@@ -57,7 +58,12 @@ def parse_space(argv: Sequence[str]) -> SpaceSettings:
     add("--budget", metavar="B", help="tell whether it can be met: params=1M,macs=30M or macs=50%% of the base")
     add("--json", action="store_true", dest="as_json", help="print one JSON object")
     add("--debug", action="store_true", help="tracebacks")
-    arguments = vars(parser.parse_args(argv))
+    return parser
+
+
+def parse_space(argv: Sequence[str]) -> SpaceSettings:
+    """Reads the arguments of the space command. Raises NasKdError for bad ones."""
+    arguments = vars(space_parser().parse_args(argv))
     if arguments["budget"]:
         parse_budget(arguments["budget"])
     arguments["pin"] = tuple(arguments["pin"])

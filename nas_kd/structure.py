@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -36,10 +37,11 @@ def run_structure(settings: StructureSettings) -> int:
     out = console_for(sys.stdout)
     out.print(_widths(result), crop=False)
     out.print(render_table(result.models, folder=result.out, kinds=kinds_of(result.budget)), crop=False)
+    name = f"local-dir:{result.out}/MODEL"
     for line in (
-        f"load one: import timm, nas_kd.models; timm.create_model('local-dir:{result.out}/MODEL', pretrained=True)",
+        f"load one: import timm, nas_kd.models; timm.create_model({name!r}, pretrained=True)",
         f"numbers: {result.out / FILE}    table: {result.out / 'front.csv'}",
-        f"begin a search there: python -m nas_kd.study … --start-from {result.out / FILE}",
+        f"begin a search there: python -m nas_kd.study … --start-from {shlex.quote(str(result.out / FILE))}",
     ):
         out.print(line, highlight=False, markup=False, soft_wrap=True)
     return 0

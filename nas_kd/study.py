@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,21 +42,21 @@ def run_study(settings: Settings) -> int:
 
 def _conclude(summary: StudySummary, out: Path, settings: Settings, console: Console) -> None:
     """Prints the table of models and where everything is."""
+    from nas_kd.results.advice import advice
     from nas_kd.results.report import beside_uniform, headline
     from nas_kd.results.table import render_table
     from nas_kd.search.storage import sqlite_url
 
     console.print(render_table(summary.models, folder=out, kinds=kinds_of(summary.budget)), crop=False)
     storage = without_password(settings.storage or sqlite_url(out / "study.db"))
-    artifacts = (
-        "" if "://" in (settings.artifacts or "") else f" --artifact-dir {settings.artifacts or out / 'artifacts'}"
-    )
+    artifacts = settings.artifacts or str(out / "artifacts")
+    shown = shlex.join(["optuna-dashboard", storage, *([] if "://" in artifacts else ["--artifact-dir", artifacts])])
     lines = (
         headline(summary),
-        *filter(None, [beside_uniform(summary.models)]),
-        f"load one: import timm, nas_kd.models; timm.create_model('local-dir:{out}/MODEL', pretrained=True)",
+        *filter(None, [beside_uniform(summary.models), advice(summary)]),
+        f"load one: import timm, nas_kd.models; timm.create_model({f'local-dir:{out}/MODEL'!r}, pretrained=True)",
         f"report: {out / 'report.html'}    table: {out / 'front.csv'}",
-        f"look closer: optuna-dashboard {storage}{artifacts}",
+        f"look closer: {shown}",
     )
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -24,7 +22,9 @@ def run_worker(settings: WorkerSettings) -> int:
     console = console_for(sys.stderr)
     configure(console, quiet=settings.quiet, debug=settings.debug)
     if settings.leash:
-        threading.Thread(target=_follow_parent, daemon=True).start()
+        from nas_kd.search.signals import follow_parent
+
+        threading.Thread(target=follow_parent, daemon=True).start()
 
     from nas_kd.workers.joining import join
 
@@ -32,13 +32,6 @@ def run_worker(settings: WorkerSettings) -> int:
     if not settings.quiet:
         console_for(sys.stdout).print(f"the study has what it wants; {trials} of its trials were this worker's")
     return 0
-
-
-def _follow_parent() -> None:
-    """Ends this worker as a cluster would when its parent is gone, however that ended: the pipe between them closes."""
-    while os.read(0, 1):  # not sys.stdin, whose lock a thread must not hold when the interpreter ends
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

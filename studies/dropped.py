@@ -19,7 +19,7 @@ from photos import Study, parser
 from nas_kd.budget import Budget
 from nas_kd.costs.verification import measure
 from nas_kd.search.solver import solve
-from nas_kd.training.loop import CALIBRATION, evaluate, recalibrate
+from nas_kd.training.evaluation import CALIBRATION, evaluate, recalibrate
 
 SPACE = "width,kernel,conv,keep,stages"
 

@@ -35,8 +35,8 @@ from nas_kd.students.unit_importance import unit_importance
 from nas_kd.training.augment import Augmentation
 from nas_kd.training.checkpoint import load_checkpoint
 from nas_kd.training.data import DataSpec, load_splits
+from nas_kd.training.evaluation import evaluate, recalibrate
 from nas_kd.training.images import AugmentedImages, Images, normalise
-from nas_kd.training.loop import evaluate, recalibrate
 
 WIDTHS = (0.75, 0.5, 0.25)
 FITTED, CALIBRATION = 256, 512

@@ -33,7 +33,8 @@ from nas_kd.students.inheritance import inherit_student
 from nas_kd.training.augment import Augmentation
 from nas_kd.training.checkpoint import load_checkpoint
 from nas_kd.training.data import DataSpec, Splits, load_splits
-from nas_kd.training.loop import CALIBRATION, evaluate, recalibrate, train
+from nas_kd.training.evaluation import CALIBRATION, evaluate, recalibrate
+from nas_kd.training.loop import train
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.views import Views, ViewSpec, build_views
 

@@ -38,8 +38,8 @@ from nas_kd.search.solver import solve
 from nas_kd.search.space import Space
 from nas_kd.training.augment import Augmentation
 from nas_kd.training.data import DataSpec, Splits, load_splits
+from nas_kd.training.evaluation import evaluate, predict_logits, recalibrate
 from nas_kd.training.images import AugmentedImages, Images
-from nas_kd.training.loop import evaluate, predict_logits, recalibrate
 from nas_kd.training.losses import distillation_loss
 
 ANCHORING, CALIBRATION, TEMPERATURE = 512, 512, 4.0

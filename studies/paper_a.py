@@ -3,6 +3,7 @@ search's own solution, all trained for the same number of images.
 
     python studies/paper_a.py --smoke                                                 minutes, handwritten digits
     python studies/paper_a.py --short --dataset folder --data-dir DIR --dataset torch/fashion_mnist --data-dir DIR2
+    python studies/paper_a.py --quarter --dataset torch/cifar10 --data-dir DIR        minutes of a GPU: studies/gpu.py
     python studies/paper_a.py --full --dataset torch/cifar10 --data-dir DIR           a GPU: MobileNetV2 and others
 
 "Compact CNN Structure Learning by Knowledge Distillation" (arXiv 2104.09191), our reconstruction (docs/papers.md), at
@@ -112,6 +113,16 @@ SCALES = {
         training="--views 40",
         options="--no-baselines",
         seeds=2,
+    ),
+    "quarter": Scale(  # of an hour on a GPU, studies/gpu.py
+        bases={"mobilenetv2_100 --reduction 8": ""},
+        images="--img-size 32 --val-fraction 0.1 --workers 8",
+        first="--epochs 40 --lr 0.1 --batch-size 256 --amp",
+        learn=6,
+        refine=24,
+        training="--batch-size 256 --amp --views 15",
+        options="--no-baselines",
+        seeds=1,
     ),
     "full": Scale(
         bases={"mobilenetv2_100 --reduction 8": "", "cifar_resnet56": "", "cifar_vgg16_bn": ""},

@@ -4,6 +4,7 @@ and what our search finds within the same params and MACs.
     python studies/paper_b.py --smoke                                                minutes, handwritten digits
     python studies/paper_b.py --short --dataset folder --data-dir DIR         under an hour of one core
     python studies/paper_b.py --few --dataset folder --data-dir DIR            an hour of one core, five seeds
+    python studies/paper_b.py --quarter --dataset torch/cifar10 --data-dir DIR        minutes of a GPU: studies/gpu.py
     python studies/paper_b.py --full --dataset torch/cifar10 --data-dir DIR           a GPU: the paper's own recipe
 
 "Compressing CNNs with cheap convolutions and online distillation" (arXiv 1909.13063). Every model is one command,
@@ -95,6 +96,14 @@ SCALES = {
         searched=(),
         seeds=5,
         peers=3,
+    ),
+    "quarter": Scale(  # of an hour on a GPU, studies/gpu.py
+        bases={"cifar_resnet56_cheap": CONVS},
+        images="--img-size 32 --val-fraction 0.1 --workers 8",
+        training="--epochs 30 --batch-size 256 --lr 0.2 --weight-decay 2e-4 --views 15 --amp",
+        search="",
+        searched=(),
+        seeds=1,
     ),
     "full": Scale(
         bases={"cifar_resnet56_cheap": CONVS, "cifar_vgg16_bn": CONVS, "mobilenetv2_100 --reduction 8": ("shift",)},

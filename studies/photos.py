@@ -34,8 +34,9 @@ from nas_kd.library.library import Library
 from nas_kd.preparation.job import TRANSFER_LR
 from nas_kd.search.options import parse_options
 from nas_kd.search.solver import solve
+from nas_kd.training.evaluation import CALIBRATION, evaluate, predict_logits, recalibrate
 from nas_kd.training.images import AugmentedImages
-from nas_kd.training.loop import CALIBRATION, evaluate, predict_logits, recalibrate, train
+from nas_kd.training.loop import train
 from nas_kd.training.losses import distillation_loss
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.teacher import TeacherCache, Teaching, prepare_teacher

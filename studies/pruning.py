@@ -51,8 +51,9 @@ from nas_kd.students.building import build_student
 from nas_kd.training.augment import Augmentation, derive_seed
 from nas_kd.training.checkpoint import load_checkpoint
 from nas_kd.training.data import DataSpec, load_splits
+from nas_kd.training.evaluation import evaluate, recalibrate
 from nas_kd.training.images import Images
-from nas_kd.training.loop import evaluate, recalibrate, train
+from nas_kd.training.loop import train
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.views import Views, ViewSpec, build_views
 

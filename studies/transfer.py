@@ -43,8 +43,8 @@ from nas_kd.preparation.job import TRANSFER_LR, transfer_epochs
 from nas_kd.training.anchoring import anchor
 from nas_kd.training.augment import AnyAugmentation, default_augmentation
 from nas_kd.training.data import DataSpec, Splits, load_splits
+from nas_kd.training.evaluation import CALIBRATION, evaluate, recalibrate
 from nas_kd.training.images import AugmentedImages, Images
-from nas_kd.training.loop import CALIBRATION, evaluate, recalibrate
 from nas_kd.training.preprocessing import Preprocessing
 from nas_kd.training.probe import features_of, find_head, fit_probe, install
 from nas_kd.training.recipe import Recipe

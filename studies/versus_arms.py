@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import hashlib
 import time
@@ -21,6 +23,7 @@ from nas_kd import Space
 from nas_kd.arguments.study import parse_study
 from nas_kd.budget import Cost
 from nas_kd.costs.verification import measure
+from nas_kd.errors import ModelError
 from nas_kd.library.building import LibrarySpec, build_library
 from nas_kd.library.library import Library
 from nas_kd.pipeline.choosing import choose_front
@@ -29,11 +32,12 @@ from nas_kd.preparation.job import prepare
 from nas_kd.preparation.materials import gather
 from nas_kd.preparation.records import Records
 from nas_kd.progress import Stages
+from nas_kd.results.export import Card, export
 from nas_kd.search.options import parse_options
 from nas_kd.search.solver import solve
 from nas_kd.training.augment import derive_seed
+from nas_kd.training.evaluation import CALIBRATION, evaluate, recalibrate
 from nas_kd.training.images import Images
-from nas_kd.training.loop import CALIBRATION, evaluate, recalibrate
 from nas_kd.training.views import Views
 
 OURS, PRUNED, FRESH = "ours", "pruned", "fresh"  # what an arm's network begins with
@@ -75,9 +79,9 @@ class Bench:
 
     def __init__(self, study: list[str], ours: Mapping[str, Ours], plain_seconds: float, out: Path) -> None:
         self.ours, self.plain_seconds, self.out = ours, plain_seconds, out
-        own = ["--maximize", "accuracy", "--library-budget", "0", "--seed", "0", "-q", "--out", str(out)]
+        own = ["--maximize", "accuracy", "--no-base-bounds", "--library-budget", "0", "--seed", "0", "-q"]
         self.stages = Stages(Console(stderr=True), quiet=True)
-        self.job = prepare(parse_study([*study, *own]), InMemoryStorage())
+        self.job = prepare(parse_study([*study, *own, "--out", str(out)]), InMemoryStorage())
         self.materials = gather(self.job, self.stages)
         self.base = self.materials.base.network
         self.records = Records(out / "rows.jsonl")
@@ -95,6 +99,12 @@ class Bench:
 
     def cost(self, network: nn.Module) -> Cost:
         return measure(network, self.job.space.input_size)
+
+    def keep(self, network: nn.Module, name: str) -> None:
+        """Exports what was trained, where that is a network of ours."""
+        with contextlib.suppress(ModelError):
+            card = Card(input_size=self.job.space.input_size)
+            export(network, self.out / "models" / name.replace(" ", "-"), card)
 
     def plain_data(self) -> plain_optuna.Data:
         """The same images and logits as plain tensors."""
@@ -139,7 +149,9 @@ class Bench:
 
     def _pruned(self, arm: str, calibration: Images) -> nn.Module | None:
         if arm in TORCH_PRUNING:
-            return prune(self.base, TORCH_PRUNING[arm], self.job.budget, calibration)
+            base = copy.deepcopy(self.base).cpu()  # torch-pruning's own images are there
+            pruned = prune(base, TORCH_PRUNING[arm], self.job.budget, calibration)
+            return None if pruned is None else pruned.to(self.job.device)
         few = self.materials.splits.val[:SCORED]
         macs = self.job.budget["macs"]
         return peers.fastnas(self.base, macs, calibration, lambda network: evaluate(network, few, batch_size=250))

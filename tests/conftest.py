@@ -73,8 +73,10 @@ def restore_logging() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def short_timing() -> Iterator[None]:
-    """Latencies are measured for real, but not until they are stable, which takes seconds a model on a busy machine."""
+    """Latencies are measured for real, but those of fewer students before a search, and not until they are stable,
+    which takes seconds a model on a busy machine."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latency_table, "STUDENTS", 8)
         for name in ("ROUGH", "WHOLE"):
             patch.setattr(latency_table, name, replace(getattr(latency_table, name), limit_s=0.05))
         yield

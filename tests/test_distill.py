@@ -23,7 +23,7 @@ from nas_kd.__main__ import main as nas_kd_main
 from nas_kd.costs.verification import measure
 from nas_kd.distill import main
 from nas_kd.training.data import DataSpec, load_splits
-from nas_kd.training.loop import evaluate
+from nas_kd.training.evaluation import evaluate
 
 pytestmark = pytest.mark.usefixtures("short_timing", "restore_logging")
 SMALL = "test_resnet --img-size 32 --train-images 120 --epochs 2 --batch-size 32 -q"

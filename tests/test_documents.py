@@ -65,7 +65,7 @@ SHORT = {
 }
 MAIN_COMMAND = "--budget params=1M"
 BLOCK = re.compile(r"```(?:bash|sh)\n(.*?)```", re.DOTALL)
-COMMAND = re.compile(r"python -m nas_kd\.(\w+)(.*)")
+COMMAND = re.compile(r"(?:python -m nas_kd\.|^nas-kd )(\w+)(.*)", re.MULTILINE)
 
 
 def commands() -> list[tuple[str, str, str]]:
@@ -74,7 +74,8 @@ def commands() -> list[tuple[str, str, str]]:
     for document in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         for block in BLOCK.findall(document.read_text(encoding="utf-8")):
             for name, arguments in COMMAND.findall(block.replace("\\\n", " ")):
-                found.append((document.name, name, arguments))
+                if name in PARSE:  # tests/test_run.py has the other
+                    found.append((document.name, name, arguments))
     return found
 
 
@@ -189,7 +190,12 @@ def inline_commands() -> list[tuple[str, str, str]]:
     return [("README.md", name, arguments) for name, arguments in found]
 
 
-RUN = [case for case in dict.fromkeys((*commands(), *inline_commands())) if "--ray" not in case[2] and case[1] != "mcu"]
+ELSEWHERE = ("--ray", "--latency-command")  # tests/test_workers.py, tests/test_examples.py
+RUN = [
+    case
+    for case in {case[1:]: case for case in reversed((*commands(), *inline_commands()))}.values()
+    if case[1] != "mcu" and not any(option in case[2] for option in ELSEWHERE)  # mcu: tests/pipeline/test_device.py
+][::-1]
 
 
 @pytest.mark.parametrize(("document", "name", "arguments"), RUN)

@@ -124,7 +124,8 @@ def test_the_readme_s_snippet_runs_as_it_stands(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_space_takes_a_library(digits: tuple[Tensor, Tensor], teacher: nn.Module, tmp_path: Path) -> None:
-    space = nas_kd.Space(teacher, budget="params=50%", img_size=32)
+    few = nas_kd.parse_options("width=0.25/0.5/1,conv=standard/depthwise")
+    space = nas_kd.Space(teacher, budget="params=50%", img_size=32, options=few)
     images = nas_kd.Images((digits[0][:96] * 255).byte(), digits[1][:96], (0.0,), (1.0,))
     without = space.student(space.starts(1)[0])
     spec = nas_kd.LibrarySpec(images=64, holdout=32, rounds=(2,), batch_size=16)

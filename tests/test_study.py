@@ -134,7 +134,7 @@ class TestResults:
 
     def test_an_export_has_the_accuracy_that_is_quoted(self, finished: Finished) -> None:
         from nas_kd.training.data import DataSpec, load_splits
-        from nas_kd.training.loop import evaluate
+        from nas_kd.training.evaluation import evaluate
 
         spec = DataSpec(img_size=32, in_chans=1, train_images=120)
         splits = load_splits(spec, finished.out / "cache")
@@ -529,9 +529,12 @@ def test_the_installed_command_hands_over(capsys: pytest.CaptureFixture[str]) ->
     from nas_kd.__main__ import main as command
 
     assert command(["study", "--budget", "params=1X"]) == 2
-    assert command(["nothing"]) == 2
+    assert command(["rank-check", "--budget", "params=1X"]) == 2
+    assert command(["stdy"]) == 2
     assert command(["--version"]) == 0
-    assert capsys.readouterr().out == f"nas_kd {nas_kd.__version__}\n"
+    told = capsys.readouterr()
+    assert told.err.endswith("nas_kd: there is no command 'stdy'; did you mean 'study'?\n")
+    assert told.out == f"nas_kd {nas_kd.__version__}\n"
 
 
 def test_every_public_name_is_there_and_has_a_docstring() -> None:

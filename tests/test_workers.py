@@ -57,14 +57,18 @@ def start(module: str, arguments: list[str], **more: Any) -> subprocess.Popen[st
     )
 
 
-def trials(url: str, wait: float = 60.0) -> list[FrozenTrial]:
-    """The trials of the study; none while it does not exist. A database that is locked is waited for."""
-    brief = {"engine_kwargs": {"connect_args": {"timeout": wait}}}
-    storage = optuna.storages.RDBStorage(url, **brief) if url.startswith("sqlite") else open_storage(url)
+def reading(url: str, wait: float = 60.0) -> optuna.storages.BaseStorage:
+    """A storage to look into. A database that is locked is waited for."""
+    if not url.startswith("sqlite"):
+        return open_storage(url)
+    return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": wait}})
+
+
+def trials(url: str) -> list[FrozenTrial]:
+    """The trials of the study."""
+    storage = reading(url)
     try:
         return optuna.load_study(study_name=NAME, storage=storage).get_trials()
-    except KeyError:
-        return []
     finally:
         close_storage(storage)
 
@@ -72,24 +76,34 @@ def trials(url: str, wait: float = 60.0) -> list[FrozenTrial]:
 def stop_a_worker(url: str, process: subprocess.Popen[str], patience: float = 1800) -> int:
     """The process number of a worker whose trial has come to its first rung: it is stopped, so that its trial runs for
     as long as it takes to look. The caller kills it or lets it go on."""
-    deadline = time.monotonic() + patience
+    deadline, study = time.monotonic() + patience, None
     while time.monotonic() < deadline and process.poll() is None:
-        for worker in at_a_rung(url):
+        study = study or begun_study(url)  # opened once: that takes longer than a look
+        for worker in at_a_rung(study):
             os.kill(worker, signal.SIGSTOP)
-            if worker in at_a_rung(url):
+            if worker in at_a_rung(study):
+                close_storage(study._storage)  # type: ignore[union-attr]
                 return worker
             os.kill(worker, signal.SIGCONT)  # it was quicker, or holds the database
         time.sleep(0.1)
     raise AssertionError(f"no trial came to its first rung: {process.communicate()[1]}")
 
 
-def at_a_rung(url: str) -> set[int]:
-    """The process numbers of the workers whose trials have come to their first rung."""
+def begun_study(url: str) -> optuna.Study | None:
+    """The study, once it is there."""
     if url.startswith("sqlite") and not Path(url.removeprefix("sqlite:///")).exists():
-        return set()
+        return None
     try:
-        found = trials(url, wait=1.0)  # a worker that was stopped in the midst of a write keeps all others waiting
-    except (OutputError, StorageInternalError, OperationalError):  # tables are being made, or a stopped worker has them
+        return optuna.load_study(study_name=NAME, storage=reading(url, wait=1.0))
+    except (KeyError, OutputError, StorageInternalError, OperationalError):  # tables are being made
+        return None
+
+
+def at_a_rung(study: optuna.Study | None) -> set[int]:
+    """The process numbers of the workers whose trials have come to their first rung."""
+    try:
+        found = study.get_trials(deepcopy=False) if study else []
+    except (StorageInternalError, OperationalError):  # a worker that was stopped in the midst of a write keeps others
         return set()
     running = [trial.user_attrs for trial in found if trial.state == TrialState.RUNNING]
     return {int(noted[WORKER].rpartition(":")[2]) for noted in running if {"rung/1", WORKER} <= noted.keys()}

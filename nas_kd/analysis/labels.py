@@ -23,6 +23,7 @@ from torch import Tensor
 from nas_kd.analysis.schedule import Activations
 
 FROZEN = 0
+_NESTED = (dict, list, tuple)
 
 Labels = NDArray[np.int64]
 Axes = tuple[Labels | None, ...]  # one entry per dimension; None: not channels (batch, height, width, kernel)
@@ -75,12 +76,12 @@ def tensors(value: Any) -> Iterator[Tensor]:
     """Yield every tensor in nested dictionaries, lists and tuples."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors(item)
+    elif isinstance(value, _NESTED):
+        for item in value.values() if isinstance(value, dict) else value:
+            if isinstance(item, Tensor):
+                yield item
+            elif isinstance(item, _NESTED):  # most of what a module holds is not: no generator for each
+                yield from tensors(item)
 
 
 class Labelling:

@@ -6,7 +6,6 @@ calls, custom layers and re-standardised weights need no rule of their own. `lab
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,8 +25,8 @@ from nas_kd.analysis.operators import rule_of
 from nas_kd.analysis.schedule import Moment, bytes_of
 from nas_kd.errors import ModelError
 from nas_kd.networks.convolutions import Shift2d
+from nas_kd.networks.plain import copied, without_hooks
 from nas_kd.networks.plain import named_tensors as named_tensors
-from nas_kd.networks.plain import without_hooks
 
 SECONDS_LIMIT = 20.0  # no covered model takes 3 s; a network that loops over pixels in Python would never end
 
@@ -70,7 +69,7 @@ def without_storage(network: Network) -> Network:
         for tensor in tensors(vars(module)):
             if id(tensor) not in memo:
                 memo[id(tensor)] = _shape_of(tensor)
-    return copy.deepcopy(network, memo)
+    return copied(network, memo)
 
 
 def meta_image(network: nn.Module, input_size: Sequence[int]) -> Tensor:

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from nas_kd.arguments.augment import AugmentOptions, add_augmentation, augment_options
-from nas_kd.arguments.parsing import Parser, number
+from nas_kd.arguments.parsing import LOCAL, Parser, command_line, model_name, number, path
 from nas_kd.arguments.shared import RATE, add_data, add_shape
 from nas_kd.errors import NasKdError
 from nas_kd.training.dataset_names import choose_dataset
 
 LOSSES = ("kd", "dkd")
-LOCAL = "local-dir:"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,19 +111,24 @@ def distill_parser(prog: str = "python -m nas_kd.distill") -> argparse.ArgumentP
     add_augmentation(parser)
     _add_recipe(parser.add_argument_group("training").add_argument)
     add = parser.add_argument_group("output").add_argument
-    add("--out", metavar="DIR", help="output folder (results/distill-…); the same command again resumes")
-    add("--cache", metavar="DIR", help="images, views, teachers and states, shared by several trainings (OUT/cache)")
+    add("--out", type=path, metavar="DIR", help="output folder (results/distill-…); the same command again resumes")
+    add(
+        "--cache",
+        type=path,
+        metavar="DIR",
+        help="images, views, teachers and states, shared by several trainings (OUT/cache)",
+    )
     add("-q", "--quiet", action="store_true", help="print the result alone")
     add("--debug", action="store_true", help="tracebacks and debug messages")
     return parser
 
 
 def _add_model(add: Callable[..., object]) -> None:
-    add("model", metavar="MODEL", help="a timm model, a folder that a study exported, or local-dir:FOLDER")
+    add("model", type=model_name, metavar="MODEL", help="a timm model, or a folder that a study exported")
     add("--model-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of the model, e.g. conv=shift")
     add("--conv", metavar="KIND", help="make each convolution that can be depthwise, blueprint, shift or group4")
     add("--pretrained", action="store_true", help="start from timm's weights")
-    add("--initial-checkpoint", metavar="FILE", help="start from these weights (.safetensors, .pth)")
+    add("--initial-checkpoint", type=path, metavar="FILE", help="start from these weights (.safetensors, .pth)")
     add("--from-scratch", action="store_true", help="start an exported model from new weights, not from its own")
     add_shape(add)
 
@@ -132,7 +136,9 @@ def _add_model(add: Callable[..., object]) -> None:
 def _add_mode(parser: argparse.ArgumentParser) -> None:
     mode = parser.add_argument_group("one of these").add_mutually_exclusive_group(required=True)
     mode.add_argument("--online", action="store_true", help="peers from scratch, and a teacher built from them")
-    mode.add_argument("--teacher", metavar="NAME", help="beside this teacher: a timm model or an exported folder")
+    mode.add_argument(
+        "--teacher", type=model_name, metavar="NAME", help="beside this teacher: a timm model or an exported folder"
+    )
     mode.add_argument("--no-teacher", action="store_true", help="plain training, to compare with")
     add = parser.add_argument_group("online distillation").add_argument
     add("--peers", type=number(2), default=4, metavar="N", help="students that learn together (4)")
@@ -140,7 +146,12 @@ def _add_mode(parser: argparse.ArgumentParser) -> None:
     add("--class-mean", action="store_true", help="average the soft loss over classes too (the authors' code)")
     add = parser.add_argument_group("offline distillation").add_argument
     add("--teacher-pretrained", action="store_true", help="take timm's weights")
-    add("--teacher-checkpoint", metavar="FILE", help="take these weights; without any, the teacher is trained here")
+    add(
+        "--teacher-checkpoint",
+        type=path,
+        metavar="FILE",
+        help="take these weights; without any, the teacher is trained here",
+    )
     add(
         "--teacher-epochs",
         type=number(1),
@@ -178,12 +189,10 @@ def parse_distill(argv: Sequence[str]) -> DistillSettings:
     arguments = vars(distill_parser().parse_args(argv))
     arguments["mode"] = "online" if arguments["online"] else "plain" if arguments["no_teacher"] else "offline"
     arguments["model_kwargs"] = tuple(map(_pair, arguments["model_kwargs"]))
-    for name in ("model", "teacher"):
-        arguments[name] = with_prefix(arguments[name])
     _check_weights(arguments)
     arguments["dataset"] = choose_dataset(arguments["dataset"], arguments["data_dir"])
     arguments["augment"] = augment_options(arguments, arguments["loss"])
-    arguments["command"] = " ".join(["python -m nas_kd.distill", *argv])
+    arguments["command"] = command_line("python -m nas_kd.distill", argv)
     return DistillSettings(**{field.name: arguments[field.name] for field in fields(DistillSettings)})
 
 
@@ -195,12 +204,6 @@ def _pair(text: str) -> tuple[str, Any]:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return key, value
-
-
-def with_prefix(model: str | None) -> str | None:
-    """The folder of an exported model by timm's name for it."""
-    is_folder = model is not None and ":" not in model and Path(model, "config.json").is_file()
-    return f"{LOCAL}{model}" if is_folder else model
 
 
 def _check_weights(arguments: dict[str, Any]) -> None:

@@ -1,13 +1,17 @@
-"""How arguments are read: errors of one line, numbers within their range, and how a command ends."""
+"""How arguments are read: errors of one line, numbers, paths and names as people write them, and how a command ends."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from nas_kd.errors import NasKdError
+
+LOCAL = "local-dir:"
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,15 +26,67 @@ def number(least: float, kind: type[int] | type[float] = int, below: float | Non
 
     def read(text: str) -> float:
         try:
-            value = kind(text)
+            value = _number(text, kind)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+            whole = " whole" if kind is int and _is_float(text) else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is no{whole} number") from None
         if not value >= least or (below is not None and not value < below):
             top = f" and below {below:g}" if below is not None else ""
             raise argparse.ArgumentTypeError(f"must be at least {least:g}{top}, got {text}")
         return value
 
     return read
+
+
+def _number(text: str, kind: type[int] | type[float]) -> float:
+    """A number as people write it: 10000, 10_000 or 1e4. Raises ValueError."""
+    try:
+        return kind(text)
+    except ValueError:
+        value = float(text)
+        if not value.is_integer():
+            raise
+        return int(value)
+
+
+def _is_float(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def path(text: str) -> str:
+    """The type of a path: ~ is the user's home wherever it stands, which no shell says of `--out=~/results`."""
+    return text if "://" in text else str(Path(text).expanduser()) if text.startswith("~") else text
+
+
+def model_name(text: str) -> str:
+    """The type of a model: as `timm.create_model` has it, also with the hub's `timm/` before it; a folder that holds an
+    exported model is one by timm's name for it."""
+    folder = path(text.removeprefix(LOCAL))
+    if text.startswith(LOCAL) or (":" not in text and Path(folder, "config.json").is_file()):
+        return f"{LOCAL}{folder}"
+    return text.removeprefix("timm/")
+
+
+def storage(text: str) -> str:
+    """The type of a storage: a URL, or a bare file, which is SQLite's."""
+    if "://" in text or not text:
+        return text
+    if "/" not in text and not Path(text).suffix:
+        raise argparse.ArgumentTypeError(
+            f"cannot open the storage {text}: write {text}.db for a file of SQLite, or a URL like postgresql+psycopg://…"
+        )
+    if any(character in text for character in "%?#{}"):
+        raise argparse.ArgumentTypeError(f"cannot keep a study in {text!r}: choose a file without ?, %, #, {{ and }}")
+    return f"sqlite:///{path(text)}"
+
+
+def command_line(command: str, arguments: Sequence[str]) -> str:
+    """A command as it can be pasted into a shell."""
+    return f"{command} {shlex.join(arguments)}".rstrip()
 
 
 def guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None) -> int:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nas_kd.arguments.parsing import number
+from nas_kd.arguments.parsing import model_name, number, path
 from nas_kd.errors import NasKdError
 from nas_kd.training.preprocessing import INTERPOLATIONS
 
@@ -19,18 +19,35 @@ def add_base(parser: argparse.ArgumentParser) -> None:
     """The arguments that name base and teacher."""
     group = parser.add_argument_group("base and teacher (as in timm)")
     add = group.add_argument
-    add("--model", default="resnet18", metavar="NAME", help="timm model to search from, or local-dir:FOLDER (resnet18)")
+    add(
+        "--model",
+        type=model_name,
+        default="resnet18",
+        metavar="NAME",
+        help="timm model to search from, or the folder of an exported one (resnet18)",
+    )
     add("--pretrained", action="store_true", help="take timm's weights as the teacher's")
-    add("--initial-checkpoint", metavar="FILE", help="take these weights as the teacher's (.safetensors, .pth)")
+    add(
+        "--initial-checkpoint",
+        type=path,
+        metavar="FILE",
+        help="take these weights as the teacher's (.safetensors, .pth)",
+    )
     add_shape(add)
     add = parser.add_argument_group("another teacher than the base (for the same images)").add_argument
     add(
         "--teacher",
+        type=model_name,
         metavar="NAME",
-        help="what teaches the students: a timm model, or local-dir:FOLDER (the base)",
+        help="what teaches the students: a timm model, or the folder of an exported one (the base)",
     )
     add("--teacher-pretrained", action="store_true", help="take timm's weights for it")
-    add("--teacher-checkpoint", metavar="FILE", help="take these weights for it; without any, it is trained here")
+    add(
+        "--teacher-checkpoint",
+        type=path,
+        metavar="FILE",
+        help="take these weights for it; without any, it is trained here",
+    )
 
 
 def check_teacher(arguments: Mapping[str, Any]) -> None:
@@ -60,9 +77,15 @@ def add_data(parser: argparse.ArgumentParser) -> None:
         help="digits (ships with scikit-learn), folder, or a name of timm's dataset factory (torch/cifar10,"
         " torch/fashion_mnist, …); folder with --data-dir, else digits",
     )
-    add("--data-dir", metavar="DIR", help="where the data lies; alone: image folders, one per class, split or not")
+    add(
+        "--data-dir",
+        type=path,
+        metavar="DIR",
+        help="where the data lies; alone: image folders, one per class, split or not",
+    )
     add(
         "--class-map",
+        type=path,
         metavar="FILE",
         help="the number of each class: a text file with one class per line, or JSON (timm's order of the folders)",
     )
@@ -154,7 +177,7 @@ def add_proxy_rate(add: Callable[..., object]) -> None:
 
 def add_report(add: Callable[..., object]) -> None:
     """The arguments that say where results go and what is printed."""
-    add("--out", metavar="DIR", help="output folder (results/STUDY); the same command again resumes")
+    add("--out", type=path, metavar="DIR", help="output folder (results/STUDY); the same command again resumes")
     add("--study-name", metavar="NAME", help="name of the study (made of model, dataset and budget)")
     add("-q", "--quiet", action="store_true", help="print the result alone")
     add("--debug", action="store_true", help="tracebacks and debug messages")
@@ -175,6 +198,7 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
     add("--jobs", type=number(1), default=1, metavar="N", help="processes that train trials, spread over the GPUs (1)")
     add(
         "--artifacts",
+        type=path,
         metavar="STORE",
         help="where workers on other machines fetch the teacher, views and library: FOLDER, s3://… or gs://…",
     )

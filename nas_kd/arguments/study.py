@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from nas_kd import __version__
 from nas_kd.arguments.augment import AugmentOptions, add_augmentation, augment_options
-from nas_kd.arguments.parsing import Parser, number
+from nas_kd.arguments.parsing import Parser, command_line, number, path, storage
 from nas_kd.arguments.shared import (
     SPACE,
     STAGES,
@@ -28,6 +28,7 @@ from nas_kd.arguments.shared import (
 )
 from nas_kd.budget import parse_budget, parse_levels
 from nas_kd.errors import NasKdError, nearest, without_password
+from nas_kd.spelling import plain_budget
 from nas_kd.training.dataset_names import choose_dataset
 
 STORAGE = "NAS_KD_STORAGE"  # environment variable: a URL with a password is not for every eye on the machine
@@ -124,6 +125,12 @@ class Settings:
         return re.sub(r"[^\w.%+-]+", "-", text).strip("-.")
 
 
+def restore_settings(kept: Mapping[str, Any]) -> Settings:
+    """Settings that were written as JSON, by this version or an earlier one."""
+    tuples = {name: tuple(kept.get(name, ())) for name in ("pin", "left_open", "start_from")}
+    return Settings(**{**kept, **tuples, "augment": AugmentOptions.restore(kept.get("augment"))})
+
+
 def study_parser(prog: str = "python -m nas_kd.study") -> argparse.ArgumentParser:
     """The parser of the main command."""
     parser = Parser(
@@ -181,6 +188,7 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     add(
         "--start-from",
         action="append",
+        type=path,
         default=[],
         metavar="FILE",
         help="begin with the genotype in this file too: structure.json of nas_kd.structure (repeatable)",
@@ -254,7 +262,12 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     add_onnx(add)
     add("--int8", action="store_true", help="write the front's models and the teacher as int8 too, and measure them")
     add("--new-study", action="store_true", help="begin anew under this name; the study that had it is kept")
-    add("--storage", metavar="URL", help="Optuna storage (study.db in the output folder, or $NAS_KD_STORAGE)")
+    add(
+        "--storage",
+        type=storage,
+        metavar="URL",
+        help="Optuna storage: a URL, or a file for SQLite (study.db in the output folder, or $NAS_KD_STORAGE)",
+    )
     add_workers(parser)
 
 
@@ -263,14 +276,22 @@ def parse_study(argv: Sequence[str]) -> Settings:
     arguments = vars(study_parser().parse_args(argv))
     # starting over is done once: the same command again resumes
     again = (without_password(argument) for argument in argv if argument != "--new-study")
-    arguments["command"] = " ".join(["python -m nas_kd.study", *again])
-    arguments["storage"] = arguments["storage"] or os.environ.get(STORAGE)
+    arguments["command"] = command_line("python -m nas_kd.study", list(again))
+    arguments["storage"] = arguments["storage"] or _storage_of_environment()
     return settings_from(arguments)
+
+
+def _storage_of_environment() -> str | None:
+    try:
+        return storage(os.environ.get(STORAGE, "")) or None
+    except argparse.ArgumentTypeError as error:
+        raise NasKdError(f"{STORAGE}: {error}") from None
 
 
 def settings_from(arguments: dict[str, Any]) -> Settings:
     """The settings of a study of parsed arguments. Raises NasKdError for bad ones."""
     parse_budget(arguments["budget"])
+    arguments["budget"] = plain_budget(arguments["budget"])  # which names the study too
     parse_levels(arguments["levels"])
     if arguments["study_name"] is not None and not re.search(r"\w", arguments["study_name"]):
         raise NasKdError(f"--study-name {arguments['study_name']!r} needs a letter or digit")

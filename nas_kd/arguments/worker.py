@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nas_kd.arguments.parsing import Parser, number
+from nas_kd.arguments.parsing import Parser, number, path, storage
 from nas_kd.arguments.shared import add_workers
 from nas_kd.arguments.study import STORAGE
 from nas_kd.errors import NasKdError
@@ -42,10 +42,21 @@ def worker_parser(prog: str = "python -m nas_kd.worker") -> argparse.ArgumentPar
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--storage", metavar="URL", default=os.environ.get(STORAGE), help="the study's storage ($NAS_KD_STORAGE)")
+    add(
+        "--storage",
+        type=storage,
+        metavar="URL",
+        default=os.environ.get(STORAGE),
+        help="the study's storage: a URL, or SQLite's file ($NAS_KD_STORAGE)",
+    )
     add("--study-name", metavar="NAME", help="the study (the only one in the storage)")
     add("--device", metavar="D", help="cpu, cuda, cuda:1, … (cuda where there is one)")
-    add("--out", metavar="DIR", help="folder for what is fetched (the study's own where it is on this machine)")
+    add(
+        "--out",
+        type=path,
+        metavar="DIR",
+        help="folder for what is fetched (the study's own where it is on this machine)",
+    )
     add("--wait", type=number(0), default=0, metavar="S", help="wait so many seconds for the study to begin (0)")
     add_workers(parser)
     add(

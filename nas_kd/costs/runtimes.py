@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import itertools
 import math
@@ -30,6 +29,7 @@ from nas_kd.costs.onnx_layers import LayerProfile
 from nas_kd.errors import NasKdError
 from nas_kd.networks.folding import fold, fold_norms
 from nas_kd.networks.onnx import first_line, need, open_session, write_onnx
+from nas_kd.networks.plain import copied
 
 Runtime = Literal["torch", "onnx"]
 _LAYER_RUNS = 10
@@ -107,7 +107,7 @@ class Subject:
         arguments, keywords = pytree.tree_map_only(
             Tensor, lambda tensor: tensor.to(device), (self.arguments, dict(self.keywords))
         )
-        module = copy.deepcopy(self.module).to(device).eval()
+        module = copied(self.module).to(device).eval()
         fold(module)
         fold_norms(module, arguments, keywords)
         return replace(self, module=module, arguments=arguments, keywords=keywords)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nas_kd.arguments.augment import add_augmentation
-from nas_kd.arguments.parsing import Parser, number
+from nas_kd.arguments.parsing import Parser, command_line, number
 from nas_kd.arguments.shared import add_base, add_data, add_onnx, add_recipe, add_report
 from nas_kd.arguments.study import Settings, settings_from, study_parser
 from nas_kd.budget import KINDS, parse_budget
@@ -107,7 +107,7 @@ def parse_structure(argv: Sequence[str]) -> StructureSettings:
     others_ = vars(
         study_parser().parse_args([f"--budget={arguments['budget']}", "--library-budget=0", "--no-base-bounds"])
     )
-    command = " ".join(["python -m nas_kd.structure", *argv])
+    command = command_line("python -m nas_kd.structure", argv)
     study = settings_from({**others_, **arguments, "command": command})
     if study.out is None:
         study = settings_from({**others_, **arguments, "command": command, "out": f"results/structure-{study.name}"})

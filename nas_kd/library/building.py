@@ -39,8 +39,8 @@ from nas_kd.students.frames import Passage
 from nas_kd.students.unit_importance import unit_importance
 from nas_kd.training.anchoring import anchor_where_foreign
 from nas_kd.training.augment import derive_seed
+from nas_kd.training.evaluation import CALIBRATION, predict_logits
 from nas_kd.training.images import Images
-from nas_kd.training.loop import CALIBRATION, predict_logits
 from nas_kd.training.resume import replace_file
 from nas_kd.training.step_memory import give_back
 from nas_kd.training.views import weights_digest

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nas_kd.library.refit import batch_statistics
 from nas_kd.students.frames import Passage, run_frame
-from nas_kd.training.loop import averaging_statistics, even_split
+from nas_kd.training.evaluation import averaging_statistics, even_split
 
 MOST_IMAGES = 256  # that a layer is fitted or measured on
 PART = 64  # images that pass a frame at a time where it does not matter: more do not stay in a processor's cache

@@ -19,7 +19,15 @@ import timm
 import torch
 from safetensors import SafetensorError
 from timm.layers import get_act_layer, get_norm_layer
-from timm.models import FeatureHookNet, build_model_with_cfg, get_model_args, register_model
+from timm.models import (
+    FeatureDictNet,
+    FeatureGraphNet,
+    FeatureHookNet,
+    FeatureListNet,
+    build_model_with_cfg,
+    get_model_args,
+    register_model,
+)
 from timm.models._features import FeatureGetterNet
 from torch import nn
 
@@ -59,6 +67,15 @@ _ACTIVATIONS = (
 ).split()
 _NORMS = ("batchnorm2d", "groupnorm", "groupnorm1", "layernorm", "layernorm2d")
 
+# timm's names of what `feature_cls` may be
+_FEATURES = {
+    "getter": FeatureGetterNet,
+    "hook": FeatureHookNet,
+    "list": FeatureListNet,
+    "dict": FeatureDictNet,
+    "fx": FeatureGraphNet,
+}
+
 default_cfgs: dict[str, Any] = {ENTRY_POINT: {}}  # every export brings its own
 
 
@@ -83,7 +100,7 @@ def nas_kd_student(
     try:
         given = dict(base_args or {})
         build = functools.partial(_build, base=base, base_args=given, plan=Plan.from_json(plan))
-        wrap = functools.partial(_wrap_features, base=base, base_args=given)
+        wrap = functools.partial(_wrap_features, base=base, base_args=given, cls=kwargs.pop("feature_cls", None))
         kwargs = {name: given[name] for name in _SHARED if name in given} | kwargs
         features = {"feature_cls": wrap}
         model: nn.Module = build_model_with_cfg(build, ENTRY_POINT, pretrained, feature_cfg=features, **kwargs)
@@ -109,14 +126,18 @@ def _build(*, base: str, base_args: Mapping[str, Any], plan: Plan, **kwargs: Any
     return model  # type: ignore[no-any-return]
 
 
-def _wrap_features(model: nn.Module, *, base: str, base_args: Mapping[str, Any], **config: Any) -> nn.Module:
-    """What `features_only=True` gives: the levels that timm gives for the base, unless others were asked for."""
+def _wrap_features(model: nn.Module, *, base: str, base_args: Mapping[str, Any], cls: Any, **config: Any) -> nn.Module:
+    """What `features_only=True` gives: the levels that timm gives for the base, unless others were asked for; `cls` is
+    timm's `feature_cls`, where the user gave one."""
     levels = len(model.feature_info)  # type: ignore[arg-type]
     if tuple(config["out_indices"]) == (0, 1, 2, 3, 4):  # timm's default, which some bases replace by their own
         with torch.device("meta"):
             reference = timm.create_model(base, features_only=True, **base_args)
         config["out_indices"] = tuple(index for index in reference.feature_info.out_indices if index < levels)
-    wrapper = FeatureGetterNet if hasattr(model, "forward_intermediates") else FeatureHookNet
+    default = FeatureGetterNet if hasattr(model, "forward_intermediates") else FeatureHookNet
+    wrapper = default if cls is None else _FEATURES.get(cls, cls)
+    if isinstance(wrapper, str):
+        raise ModelError(f"timm has no feature_cls {cls!r}: use {', '.join(_FEATURES)}, or leave it out")
     return wrapper(model, **config)  # type: ignore[no-any-return]
 
 
@@ -186,6 +207,7 @@ def student_args(network: nn.Module) -> dict[str, Any]:
 
 def create_base(name: str, **kwargs: Any) -> nn.Module:
     """`timm.create_model`, with errors that a person understands. Raises ModelError."""
+    name = name.removeprefix("timm/")  # as the hub calls timm's own
     if ":" not in name and os.path.isdir(name):
         raise ModelError(f"{name} is a folder, but not of an exported model, which has a config.json")
     stem = name.split(".")[0]

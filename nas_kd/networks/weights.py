@@ -35,7 +35,7 @@ def weights_at_hand(name: str) -> Iterator[None]:
         yield  # timm has none, and says so
         return
     cached = _in_cache(hub, name) if hub else _is_downloaded(url)
-    if not cached and (problem := _problem(constants.ENDPOINT if hub else url)):
+    if not cached and (problem := problem_with(constants.ENDPOINT if hub else url)):
         raise ModelError(_explain(name, hub or url, problem, constants.HF_HUB_CACHE if hub else get_dir()))
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = before or cached
@@ -66,7 +66,7 @@ def _is_downloaded(url: str) -> bool:
     return os.path.isfile(os.path.join(get_dir(), "checkpoints", os.path.basename(urlsplit(url).path)))
 
 
-def _problem(address: str) -> str:
+def problem_with(address: str) -> str:
     """Why a server cannot be asked; empty when it can."""
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"

@@ -61,7 +61,7 @@ def baselines(job: Job, best: Genotype, epochs: int) -> list[Wanted]:
 def plain_baselines(job: Job, best: Genotype, epochs: int) -> list[Wanted]:
     """What any way to choose `best` must beat: the same without a teacher, and one width everywhere."""
     baselines = [Wanted(role="no teacher", genotype=best, space=job.space, epochs=epochs)]
-    whole = _whole_space(job)
+    whole = whole_space(job)
     uniform = None if whole is None else _uniform(job, whole)
     if whole is not None and uniform is not None:
         baselines.append(Wanted(role="uniform", genotype=uniform, space=whole, epochs=epochs))
@@ -87,7 +87,7 @@ def _random(job: Job) -> Genotype | None:
     return None
 
 
-def _whole_space(job: Job) -> Space[nn.Module] | None:
+def whole_space(job: Job) -> Space[nn.Module] | None:
     """The base with every width open, residual streams too: what a person narrows without a search."""
     options = parse_options("width", search_stages=True)
     try:

@@ -45,8 +45,8 @@ from nas_kd.students.inheritance import inherit_student
 from nas_kd.training.augment import derive_seed
 from nas_kd.training.checkpoint import load_checkpoint
 from nas_kd.training.data import DIGITS, DataSpec, Splits, load_splits
+from nas_kd.training.evaluation import CALIBRATION, recalibrate
 from nas_kd.training.images import AugmentedImages
-from nas_kd.training.loop import CALIBRATION, recalibrate
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.resume import replace_file
 from nas_kd.training.sources import open_source
@@ -334,6 +334,7 @@ def _facts(settings: DistillSettings, cost: Cost, refined: Refined, quotes_val: 
         **{kind: cost[kind] for kind in COUNTED},
         **val,
         "test accuracy": round(refined.test_accuracy, 4),
+        "dataset": settings.dataset,
         "command": settings.command,
         "seed": settings.seed,
     }

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import optuna
-import torch
 from torch import nn
 
 from nas_kd.arguments.study import Settings
@@ -23,20 +22,17 @@ from nas_kd.pipeline.baselines import Wanted, baselines, whole_models
 from nas_kd.pipeline.choosing import choose_front
 from nas_kd.pipeline.device import TFLITE, write_measured
 from nas_kd.pipeline.quantisation import Int8Spec, Quantised, quantised_once
-from nas_kd.preparation.augmenting import fresh_images, images_key
+from nas_kd.pipeline.sharing import refine_all
+from nas_kd.preparation.augmenting import fresh_images
 from nas_kd.preparation.effort import more_epochs
-from nas_kd.preparation.job import TEACHER_LR, Job, make_base, recipe_of, refine_epochs
+from nas_kd.preparation.job import Job, refine_epochs
 from nas_kd.preparation.latency import latency_spec, make_meter
 from nas_kd.preparation.materials import Materials
 from nas_kd.progress import Advance, Stages
 from nas_kd.results.export import Card, export
-from nas_kd.results.refine import Candidate, Refined, Refinement, refine
+from nas_kd.results.refine import Refined
 from nas_kd.results.rows import ModelRow, Role
-from nas_kd.search.space import Space
-from nas_kd.students.building import build_student
-from nas_kd.training.augment import derive_seed
-from nas_kd.training.loop import CALIBRATION, evaluate, recalibrate
-from nas_kd.training.recipe import Recipe
+from nas_kd.training.evaluation import evaluate
 
 _logger = logging.getLogger(__name__)
 _IN_INT8 = ("teacher", "front")  # the roles that become int8 where asked for
@@ -82,8 +78,8 @@ def make_models(job: Job, plan: Sequence[Wanted], materials: Materials, stages: 
     plan, latencies = _in_time(job, plan, latencies)
     models = [_timed(_teacher_model(job, materials), latencies[0])]
     with stages.stage("refine", sum(wanted.epochs for wanted in plan)) as advance:
-        for wanted, latency in zip(plan, latencies[1:], strict=True):
-            refined = _refine(job, wanted, materials, advance)
+        trained = refine_all(job, plan, materials, advance)
+        for wanted, latency, refined in zip(plan, latencies[1:], trained, strict=True):
             cost = wanted.space.cost(wanted.genotype)
             model = Model(role=wanted.role, genotype=wanted.genotype, cost=cost, refined=refined)
             models.append(_timed(model, latency))
@@ -123,55 +119,6 @@ def _in_time(job: Job, plan: Sequence[Wanted], latencies: list[int]) -> tuple[Se
     if len(kept) < len(plan):
         _logger.warning("%d models of the front are left out: slower here than the bound", len(plan) - len(kept))
     return [plan[number] for number in kept], [latencies[0], *(latencies[1 + number] for number in kept)]
-
-
-def _refine(job: Job, wanted: Wanted, materials: Materials, advance: Advance) -> Refined:
-    role, genotype, space, settings = wanted.role, wanted.genotype, wanted.space, job.settings
-    online = settings.distill == "online" and role != "no teacher"
-    views = materials.refine_views
-    fresh = fresh_images(settings, materials.splits.train, materials.splits.num_classes)
-
-    def build(number: int) -> nn.Module:
-        if online or role == "no teacher":  # from scratch
-            seed = derive_seed(settings.seed, "peer", number) if online else settings.seed
-            seeded = dataclasses.replace(job, settings=dataclasses.replace(settings, seed=seed))
-            return fresh_student(seeded, space, genotype, materials.splits.num_classes)
-        student = wanted.start.build() if wanted.start is not None else space.student(genotype)
-        recalibrate(student.to(job.device), views.sample(CALIBRATION))
-        return student
-
-    refinement = Refinement(
-        data=fresh if online else views,
-        splits=materials.splits,
-        recipe=_recipe(settings, role, wanted.epochs),
-        folder=job.cache,
-        key=f"{images_key(settings, materials.splits)} {materials.digest} {settings.views} {settings.seed}",
-        peers=settings.peers if online else 0,
-    )
-
-    def report(epoch: int, accuracy: float) -> None:
-        advance(f"{role}: val accuracy {100 * accuracy:.1f} %")
-
-    digest = genotype.digest if wanted.start is None else f"{genotype.digest} {wanted.start.digest}"
-    return refine(Candidate(role=role, digest=digest, build=build), refinement, report=report)
-
-
-def _recipe(settings: Settings, role: Role, epochs: int) -> Recipe:
-    """How a model of the results is trained: what starts from scratch takes larger steps."""
-    recipe = dataclasses.replace(recipe_of(settings, epochs), eval_epochs=tuple(range(1, epochs + 1)))
-    if role == "no teacher":
-        return dataclasses.replace(recipe, lr=TEACHER_LR, distill_weight=0.0)
-    if settings.distill == "online":
-        return dataclasses.replace(recipe, lr=TEACHER_LR)
-    return dataclasses.replace(recipe, distill=settings.distill)
-
-
-def fresh_student(job: Job, space: Space[nn.Module], genotype: Genotype, classes: int) -> nn.Module:
-    """The student of a genotype with random weights, the same for the same seed, on the job's device."""
-    base = make_base(dataclasses.replace(job.settings, pretrained=False), classes, job.data.in_chans)
-    with torch.random.fork_rng():  # the cheap convolutions get weights of their own
-        torch.manual_seed(derive_seed(job.settings.seed, "fresh weights"))
-        return build_student(base, space.analysis, genotype).to(job.device)
 
 
 def _teacher_model(job: Job, materials: Materials) -> Model:
@@ -247,6 +194,7 @@ def _export(job: Job, model: Model, materials: Materials) -> ModelRow:
         "test accuracy": round(refined.test_accuracy, 4),
         **({"distillation": settings.distill} if model.role not in ("teacher", "no teacher") else {}),
         **({} if model.int8 is None else model.int8[0].facts),
+        "dataset": settings.dataset,
         "command": settings.command,
         "seed": settings.seed,
     }

@@ -22,6 +22,8 @@ from nas_kd.search.workers import retry_dead_trials, retry_lost_trials
 from nas_kd.workers.crew import advance_by, crew_of, run_crew
 from nas_kd.workers.kit import checkpoints, publish
 
+_STARTS = 8  # genotypes at most that a search begins with
+
 
 def search(job: Job, materials: Materials, stages: Stages) -> optuna.Study:
     """Trains proxies of genotypes within the budget until `--trials` of them have been trained: here, or by `--jobs`
@@ -35,7 +37,7 @@ def search(job: Job, materials: Materials, stages: Stages) -> optuna.Study:
         announce(job, study)
         retry_dead_trials(study)
         retry_lost_trials(study)
-        job.space.enqueue(study, dearest_first=True)
+        job.space.enqueue(study, min(_STARTS, settings.trials), dearest_first=True)
         with stages.board("search", max(1, settings.trials - count_trained(study))) as board:
             if settings.jobs > 1:
                 run_crew(crew_of(settings, job.out, kit), study, board)

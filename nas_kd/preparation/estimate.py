@@ -15,7 +15,7 @@ from nas_kd.library.frame_training import MOST_IMAGES
 from nas_kd.library.library import made_choices
 from nas_kd.preparation.effort import more_epochs, student_share
 from nas_kd.preparation.job import Job
-from nas_kd.training.loop import LOOK_CALIBRATION, memory_layout, suits_channels_last
+from nas_kd.training.evaluation import LOOK_CALIBRATION, memory_layout, suits_channels_last
 
 BASELINES = 3  # that are refined beside the front
 PROBE = 0.4  # of an epoch does it take to anchor a network from elsewhere and to fit its head

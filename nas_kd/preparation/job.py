@@ -43,8 +43,8 @@ from nas_kd.search.trials import objectives
 from nas_kd.training.augment import derive_seed
 from nas_kd.training.checkpoint import load_checkpoint
 from nas_kd.training.data import DIGITS, DataSpec
+from nas_kd.training.evaluation import LOOK_CALIBRATION
 from nas_kd.training.images import Images
-from nas_kd.training.loop import LOOK_CALIBRATION
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.sources import Source, open_source
 from nas_kd.training.transfer import HeadOrigin
@@ -122,9 +122,10 @@ def prepare(settings: Settings, storage: BaseStorage | None = None, stages: Stag
         if networks.other is not None:
             try_out(networks.other, space.input_size)
         data = _data(settings, source, space, networks)
+        space.given = tuple(read_start(Path(file), space) for file in settings.start_from)
         bound_space(space, settings, stages, begun)  # last, since latencies take their time
         assert space.budget is not None
-        _begin_with(space, settings)
+        _check_beginning(space, settings)
         if settings.new_study and (kept := set_aside(storage, settings.name)):
             _logger.warning("the study that was %r is now %r", settings.name, kept)
         effort = choose_effort(settings, networks.base, space.analysis, images, storage, gpu=device.type != "cpu")
@@ -170,11 +171,15 @@ def _networks(settings: Settings, classes: int) -> _Networks:
     return _Networks(base=base, whole=whole, other=other, other_head=other_head)
 
 
-def _begin_with(space: Space[nn.Module], settings: Settings) -> None:
-    """Gives a space the genotypes that the search begins with. Raises a NasKdError for a sampler that cannot propose
-    for it."""
-    space.given = tuple(read_start(Path(file), space) for file in settings.start_from)
-    if settings.sampler not in SAMPLERS and space.budget is not None:
+def _check_beginning(space: Space[nn.Module], settings: Settings) -> None:
+    """Warns of genotypes that the search cannot begin with. Raises a NasKdError for a sampler that cannot propose for
+    the space."""
+    if space.budget is None:
+        return
+    for file, genotype in zip(settings.start_from, space.given, strict=True):
+        if words := space.budget.explain(space.cost(genotype)):
+            _logger.warning("the genotype in %s is left out, it is %s", file, words)
+    if settings.sampler not in SAMPLERS:
         directions = list(objectives(space.budget, settings.maximize).values())
         check_own_sampler(settings.sampler, settings.seed, directions, space.distributions)
 

@@ -64,8 +64,13 @@ class Materials:
 
 def gather(job: Job, stages: Stages) -> Materials:
     """Images, the teacher, and its logits on augmented views: everything that is paid for once."""
-    settings = job.settings
     stages.say(plan_line(job, _teacher_epochs(job, job.train_images), refine_epochs(job, job.train_images)))
+    return collect(job, stages)
+
+
+def collect(job: Job, stages: Stages) -> Materials:
+    """What `gather` gives, without a word on what is to come."""
+    settings = job.settings
     with stages.stage("data"):
         splits = load_splits(job.data, job.cache)
     base = _base(job, splits, stages)

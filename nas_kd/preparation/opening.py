@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import nn
 
 from nas_kd.analysis.structure import ROUND_TO
 from nas_kd.arguments.study import Settings
-from nas_kd.budget import DEVICE, KINDS, LATENCY, parse_budget, parse_levels
+from nas_kd.budget import DEVICE, KINDS, LATENCY, Cost, parse_budget, parse_levels
+from nas_kd.costs.cost_table import CostTable
 from nas_kd.errors import GenotypeError, ModelError, OutputError
 from nas_kd.genotype import Genotype
 from nas_kd.networks.tflite_file import has_interpreter
@@ -74,8 +75,14 @@ def bound_space(
             own.remove(LATENCY)
             _logger.warning("latency is not bounded by the base's: %s", error)
     base = space.base_cost()
-    space.set_budget(parse_budget(settings.budget, base).no_worse_than(base, own))
+    space.set_budget(parse_budget(settings.budget, base).no_worse_than(_just_below(base, space.table, own), own))
     space.set_levels(parse_levels(settings.levels))
+
+
+def _just_below(base: Cost, table: CostTable, kinds: Sequence[str]) -> Cost:
+    """What is less than the base in each of `kinds` that is counted, where anything is."""
+    counted = [kind for kind in kinds if kind != LATENCY and table.cost(table.cheapest(kind))[kind] < base[kind]]
+    return dataclasses.replace(base, **{kind: base[kind] - 1 for kind in counted})
 
 
 def _count_device(space: Space[nn.Module], settings: Settings, *, is_bounded: bool) -> None:
@@ -106,7 +113,7 @@ def as_begun(settings: Settings, begun: Mapping[str, Any] | None) -> Settings:
 
 
 def read_start(path: Path, space: Space[nn.Module]) -> Genotype:
-    """The genotype in a file: in `structure.json` under "genotype", or alone. Warns when it is over the space's budget.
+    """The genotype in a file: in `structure.json` under "genotype", or alone.
 
     Raises OutputError when the file cannot be read, GenotypeError when it holds none of this space.
     """
@@ -120,11 +127,9 @@ def read_start(path: Path, space: Space[nn.Module]) -> Genotype:
         given = Genotype.from_json(json.dumps(data.get("genotype", data) if isinstance(data, dict) else data))
         # of a space in which fewer blocks are open, the others are as in the base
         genotype = Genotype.of({**space.analysis.identity, **given} if given else {})
-        cost = space.cost(genotype)
+        space.analysis.check(genotype)
     except (ValueError, GenotypeError) as error:
         raise GenotypeError(f"--start-from {path} holds no genotype of this space: {error}") from error
-    if space.budget is not None and (words := space.budget.explain(cost)):
-        _logger.warning("the genotype in %s is left out, it is %s", path, words)
     return genotype
 
 

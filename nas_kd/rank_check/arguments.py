@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from nas_kd.arguments.augment import add_augmentation
-from nas_kd.arguments.parsing import Parser, number
+from nas_kd.arguments.parsing import Parser, command_line, number
 from nas_kd.arguments.shared import add_base, add_choices, add_data, add_library, add_proxy_rate, add_recipe, add_report
 from nas_kd.arguments.study import Settings, settings_from, study_parser
 from nas_kd.errors import NasKdError
@@ -76,7 +76,7 @@ def parse_rank_check(argv: Sequence[str]) -> RankSettings:
         )
     _check_counts(own["genotypes"], own["near"])
     others = vars(study_parser().parse_args([f"--budget={arguments['budget']}", "--no-base-bounds"]))
-    command = " ".join(["python -m nas_kd.rank_check", *argv])
+    command = command_line("python -m nas_kd.rank_check", argv)
     return RankSettings(study=settings_from({**others, **arguments, "command": command}), **own)
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from nas_kd.errors import TrainingError
 from nas_kd.genotype import Genotype
 from nas_kd.library.library import Library
-from nas_kd.pipeline.models import fresh_student
+from nas_kd.pipeline.refining import fresh_student
 from nas_kd.preparation.augmenting import images_key
 from nas_kd.preparation.job import TEACHER_LR, Job, proxy_recipe_of, recipe_of
 from nas_kd.preparation.materials import Materials
@@ -26,8 +26,9 @@ from nas_kd.rank_check.portions import Portions
 from nas_kd.rank_check.validation import Look, Validation
 from nas_kd.rank_check.zero_cost import ZERO_COST
 from nas_kd.search.space import Space
+from nas_kd.training.evaluation import CALIBRATION, LOOK_CALIBRATION, evaluate, recalibrate
 from nas_kd.training.images import normalise
-from nas_kd.training.loop import CALIBRATION, LOOK_CALIBRATION, evaluate, fit, recalibrate, student_task, train
+from nas_kd.training.loop import fit, student_task, train
 from nas_kd.training.recipe import Recipe
 
 FRESH, CLOSED_FORM, LIBRARY = "fresh weights", "closed form", "library"

@@ -65,7 +65,7 @@ def export(
     an earlier export in it is replaced. Raises ModelError for a network that timm did not create, that was changed by
     hand since or that cannot be written as ONNX, OutputError when the folder cannot be written or holds something else.
     """
-    target, network = Path(folder), plain(network)
+    target, network = Path(folder).expanduser(), plain(network)
     args = student_args(network)
     check_rebuilds(network, args)
     _check_target(target)
@@ -195,7 +195,7 @@ def _shown(value: Any) -> str:
 def load(folder: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
     """What `timm.create_model("local-dir:FOLDER", pretrained=True, **kwargs)` gives, with errors that a person
     understands. Raises PlanError when the folder is no export or is damaged."""
-    path = Path(folder)
+    path = Path(folder).expanduser()
     if not (path / "config.json").is_file():
         raise PlanError(f"{path} is no exported model: it has no config.json")
     try:

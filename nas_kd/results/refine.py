@@ -16,8 +16,9 @@ from torch import nn
 from nas_kd.errors import CheckpointError
 from nas_kd.training.checkpoint import load_exactly
 from nas_kd.training.data import Splits
+from nas_kd.training.evaluation import evaluate
 from nas_kd.training.images import TrainingData
-from nas_kd.training.loop import Run, evaluate, ignore, train
+from nas_kd.training.loop import Run, ignore, train
 from nas_kd.training.online import accuracies, train_online
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.tensor_files import read_tensors, write_tensors
@@ -81,7 +82,7 @@ def refine(candidate: Candidate, refinement: Refinement, *, report: Callable[[in
 
     Raises what `train` raises, or `train_online`.
     """
-    path = refinement.folder / f"refined-{_key(candidate, refinement)}.safetensors"
+    path = kept_at(candidate, refinement)
     kept = _fetch(candidate, path)
     if kept is not None:
         return kept
@@ -90,6 +91,11 @@ def refine(candidate: Candidate, refinement: Refinement, *, report: Callable[[in
     _keep(refined, path)
     state.unlink(missing_ok=True)
     return refined
+
+
+def kept_at(candidate: Candidate, refinement: Refinement) -> Path:
+    """The file that keeps a candidate once it is trained."""
+    return refinement.folder / f"refined-{_key(candidate, refinement)}.safetensors"
 
 
 def _alone(candidate: Candidate, refinement: Refinement, report: Callable[[int, float], None], run: Run) -> Refined:

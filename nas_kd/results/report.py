@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from nas_kd.budget import Budget, amount, short
+from nas_kd.results.advice import advice
 from nas_kd.results.figures import COST_NAMES, Panel, milliseconds
 from nas_kd.results.front import write_atomically
 from nas_kd.results.front_figure import front_panel
@@ -48,6 +49,7 @@ def render_report(summary: StudySummary) -> str:
         f"{summary.study_name} · nas_kd",
         panels(summary),
         summary=summary,
+        advice=advice(summary),
         headline=headline(summary),
         beside=beside_uniform(summary.models),
         facts=_facts(summary),

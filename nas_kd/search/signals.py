@@ -7,6 +7,7 @@ lost patience, comes through anywhere.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -91,3 +92,10 @@ def _come(number: int, frame: FrameType | None) -> None:
 
 def _is_main() -> bool:
     return threading.current_thread() is threading.main_thread()
+
+
+def follow_parent() -> None:
+    """Ends this process as a cluster would when its parent is gone, however that ended: the pipe to it closes."""
+    while os.read(0, 1):  # not sys.stdin, whose lock a thread must not hold when the interpreter ends
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -30,8 +30,9 @@ from nas_kd.search.signals import at_once, held
 from nas_kd.search.space import Space
 from nas_kd.search.storage import Direction
 from nas_kd.search.workers import WORKER, worker_name
+from nas_kd.training.evaluation import CALIBRATION, LOOK_CALIBRATION, evaluate, recalibrate
 from nas_kd.training.images import Images
-from nas_kd.training.loop import CALIBRATION, LOOK_CALIBRATION, Run, evaluate, fit, recalibrate, student_task
+from nas_kd.training.loop import Run, fit, student_task
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.views import OnlineViews, Views
 

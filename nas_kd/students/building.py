@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, TypeVar, cast
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from nas_kd.analysis.labels import Axes, Labels, Split, tensors
 from nas_kd.analysis.structure import Analysis, Site, is_replaced, padding_for, replaced
 from nas_kd.genotype import Choice
-from nas_kd.networks.plain import without_hooks
+from nas_kd.networks.plain import copied, without_hooks
 from nas_kd.networks.plan import SETTABLE, Edit, Number, Plan, apply_plan, plan_of
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -51,7 +50,7 @@ def _patched_copy(base: nn.Module, plan: Plan, alike: Collection[nn.Module]) -> 
     for module in modules:  # what a module has computed and kept, as efficientformer its attention bias
         copies |= {id(t): t.detach().clone() for t in tensors(vars(module)) if not t.is_leaf}
     own = {id(module): module for module in alike}
-    student = apply_plan(copy.deepcopy(base, {**copies, **views, **own}), plan)
+    student = apply_plan(copied(base, {**copies, **views, **own}), plan)
     for tensor in (*student.parameters(), *student.buffers()):
         if id(tensor) in shared:
             tensor.data = tensor.detach().clone()

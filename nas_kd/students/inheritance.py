@@ -2,7 +2,7 @@
 convolution the best approximation of the one that it replaces.
 
 Nothing is trained here and no image is needed. Batch-norm statistics still describe the base's activations: run
-`nas_kd.training.loop.recalibrate` afterwards.
+`nas_kd.training.evaluation.recalibrate` afterwards.
 """
 
 from __future__ import annotations

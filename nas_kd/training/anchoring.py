@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nas_kd.errors import DataError
-from nas_kd.training.images import Images, normalise
-from nas_kd.training.loop import (
+from nas_kd.training.evaluation import (
     device_of,
     eval_mode,
     evaluate,
@@ -24,6 +23,7 @@ from nas_kd.training.loop import (
     recalibrate,
     suits_channels_last,
 )
+from nas_kd.training.images import Images, normalise
 
 _logger = logging.getLogger(__name__)
 

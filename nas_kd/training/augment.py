@@ -103,6 +103,10 @@ class Draw:
     def __getitem__(self, indices: Tensor) -> Draw:
         return Draw(self.shifts[indices], self.flips[indices])
 
+    def to(self, device: torch.device) -> Draw:
+        """The same on `device`."""
+        return Draw(self.shifts.to(device), self.flips.to(device))
+
 
 AnyAugmentation = Augmentation | PhotoAugmentation
 

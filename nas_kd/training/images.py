@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -113,9 +114,15 @@ class TrainingData(Protocol):
 
 def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
     """(pixels / 255 − mean) / std as float32 on `device`; pixels N×C×H×W uint8, one mean and std per channel."""
-    offset = torch.tensor(mean, device=device).view(1, -1, 1, 1) * 255
-    scale = 1 / (torch.tensor(std, device=device).view(1, -1, 1, 1) * 255)
+    offset, scale = _offset_and_scale(mean, std, device)
     return (pixels.to(device, non_blocking=True).float() - offset) * scale
+
+
+@functools.lru_cache(maxsize=16)  # to make them anew would make a GPU wait at each step
+def _offset_and_scale(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):  # they serve training too
+        offset = torch.tensor(mean, device=device).view(1, -1, 1, 1) * 255
+        return offset, 1 / (torch.tensor(std, device=device).view(1, -1, 1, 1) * 255)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -171,13 +178,14 @@ class AugmentedImages:
         return replace(self.images[indices], pixels=self._seen(0, indices), originals=None)
 
     def _labels(self, indices: Tensor) -> Tensor:
-        return self.images.labels[indices.to(self.images.labels.device)]
+        return self.images.labels[indices.to(self.images.labels.device, non_blocking=True)]
 
     def _seen(self, epoch: int, indices: Tensor) -> Tensor:
         """The images `indices` as `epoch` sees them, before any are mixed."""
         augmentation, pixels = self.augmentation, self.images.pixels
         if isinstance(augmentation, Augmentation):
-            return apply(pixels[indices.to(pixels.device)], self._draw(epoch)[indices.cpu()], augmentation.padding)
+            indices = indices.to(pixels.device, non_blocking=True)
+            return apply(pixels[indices], self._draw(epoch)[indices], augmentation.padding)
         transform = PhotoTransform(augmentation, pixels.shape[-1], self.mean, self.std)
         photos = map(self.images.picture, indices.tolist())
         return transform_each(transform, photos, self._seeds("photo", epoch, indices))
@@ -196,8 +204,8 @@ class AugmentedImages:
     def _draw(self, epoch: int) -> Draw:
         if epoch not in self._drawn:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "augment", epoch))
-            size = self.images.pixels.shape[-1]
+            pixels = self.images.pixels
             self._drawn.clear()
             assert isinstance(self.augmentation, Augmentation)
-            self._drawn[epoch] = draw(len(self), size, self.augmentation, generator)
+            self._drawn[epoch] = draw(len(self), pixels.shape[-1], self.augmentation, generator).to(pixels.device)
         return self._drawn[epoch]

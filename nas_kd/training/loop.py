@@ -1,4 +1,4 @@
-"""The one training loop, and what looks at a network without training it."""
+"""The one training loop."""
 
 from __future__ import annotations
 
@@ -6,29 +6,35 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from nas_kd.errors import DataError, TrainingError
+from nas_kd.errors import TrainingError
 from nas_kd.training.augment import derive_seed
+from nas_kd.training.evaluation import (
+    amp_dtype,
+    device_of,
+    eval_mode,
+    evaluate,
+    even_split,
+    memory_layout,
+    suits_channels_last,
+)
 from nas_kd.training.images import Batch, Images, TrainingData, normalise
 from nas_kd.training.losses import student_loss
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.resume import Stateful, restore, store
+from nas_kd.training.step_graph import StepGraphs
 from nas_kd.training.step_memory import give_back, kept_bytes, pieces_for
 
 Criterion = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # outputs, labels, the teacher's logits → mean loss
 _CHECK_STEPS = 50  # between two looks at the loss: each look makes a GPU wait
-CALIBRATION = 512  # images are enough to recalibrate batch norms on
-LOOK_CALIBRATION = 256  # and these before a look at a student whose training has not ended
 _RESIDENT = 0.25  # of the free device memory may hold the training data
-_ERRORS = 2  # standard errors of an accuracy that are no accident
 _logger = logging.getLogger(__name__)
 
 
@@ -64,11 +70,13 @@ class Run:
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Task:
     """What is trained, and towards what: `network` by `criterion` (see `losses`); `measure` gives the accuracy
-    (fraction) that is reported, None for none."""
+    (fraction) that is reported, None for none. One that is `recordable` does the same kernels in every step, so that a
+    GPU may replay them (`step_graph`): neither network nor criterion may change with Python's own state."""
 
     network: nn.Module
     criterion: Criterion
     measure: Callable[[nn.Module], float] | None = None
+    recordable: bool = False
 
 
 def ignore(epoch: int, accuracy: float) -> None:
@@ -95,7 +103,7 @@ def train(
 def student_task(student: nn.Module, recipe: Recipe, measure: Callable[[nn.Module], float] | None = None) -> Task:
     """Training a student with the recipe's `student_loss`."""
     criterion = functools.partial(student_loss, distill_weight=recipe.distill_weight, soft=recipe.make_soft_loss())
-    return Task(network=student, criterion=criterion, measure=measure)
+    return Task(network=student, criterion=criterion, measure=measure, recordable=True)
 
 
 def fit(
@@ -119,8 +127,12 @@ def fit(
         recipe = replace(recipe, channels_last=suits_channels_last(network))
     data = _resident(data, device)
     steps_per_epoch = len(_batches(data, recipe, 0))
-    with _own_randomness(device), _layout(network, recipe), _left_in_eval(network):
-        stepper = _Stepper(task, data, recipe, steps=steps_per_epoch * recipe.epochs)
+    with (
+        _own_randomness(device),
+        _layout(network, recipe),
+        _left_in_eval(network),
+        closing(_Stepper(task, data, recipe, steps=steps_per_epoch * recipe.epochs)) as stepper,
+    ):
         progress = restore(run.checkpoint, stepper.parts(), recipe, len(data))
         if run.again and progress.accuracies:
             report(*progress.accuracies[-1])
@@ -141,7 +153,7 @@ def fit(
                 if task.measure is not None:
                     report(progress.epoch, progress.accuracies[-1][1])
         stepper.adopt_average()
-        del stepper
+    del stepper
     give_back()
     return TrainResult(
         accuracies=progress.accuracies,
@@ -165,6 +177,9 @@ class _Stepper:
         self.dtype = amp_dtype(self.device) if recipe.amp else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.average = recipe.make_average(self.network)
+        self.graphs = StepGraphs(self._descend, self.network, self.device)
+        if not task.recordable or self.dtype == torch.float16:  # whose scaler skips steps
+            self.graphs.give_up()
         if self.device.type == "cpu":
             self.pieces = self._pieces(data)
 
@@ -191,31 +206,38 @@ class _Stepper:
 
     def _backward(self, batch: Batch) -> Tensor:
         while True:
-            self.optimizer.zero_grad(set_to_none=True)
             try:
-                return self._accumulate(batch)
+                return self.graphs(self._ready(batch)) if self.pieces == 1 else self._accumulate(batch)
             except torch.OutOfMemoryError as error:
                 self._halve(len(batch.labels), error)
 
     def _accumulate(self, batch: Batch) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=self.device)
         for indices in torch.arange(len(batch.labels), device=batch.labels.device).tensor_split(self.pieces):
-            part = self._loss(batch, indices) * (len(indices) / len(batch.labels))
-            torch.autograd.backward(self.scaler.scale(part))
-            loss += part.detach()
+            logits = None if batch.logits is None else batch.logits[indices]
+            piece = self._ready(Batch(batch.pixels[indices], batch.labels[indices], logits))
+            loss += self._descend(piece, len(indices) / len(batch.labels))
         return loss
 
-    def _loss(self, batch: Batch, indices: Tensor) -> Tensor:
-        pixels = normalise(batch.pixels[indices], self.mean, self.std, self.device)
+    def _ready(self, batch: Batch) -> Batch:
+        """The same batch on the device, its pixels normalised (float32) and laid out."""
+        pixels = normalise(batch.pixels, self.mean, self.std, self.device)
+        labels = batch.labels.to(self.device, non_blocking=True)
+        logits = None if batch.logits is None else batch.logits.to(self.device, non_blocking=True)
+        return Batch(memory_layout(pixels, self.recipe.channels_last), labels, logits)
+
+    def _descend(self, batch: Batch, share: float = 1.0) -> Tensor:
+        """Adds the gradients of a batch that is ready, which counts for this share; that share of its mean loss."""
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-            outputs = self.network(memory_layout(pixels, self.recipe.channels_last))
-        labels = batch.labels[indices].to(self.device, non_blocking=True)
-        if batch.logits is None:
-            return self.criterion(outputs, labels, None)
-        return self.criterion(outputs, labels, batch.logits[indices].to(self.device, non_blocking=True))
+            outputs = self.network(batch.pixels)
+        loss = self.criterion(outputs, batch.labels, batch.logits) * share
+        torch.autograd.backward(self.scaler.scale(loss))
+        return loss.detach()
 
     def _halve(self, batch_size: int, error: torch.OutOfMemoryError) -> None:
         self.pieces *= 2
+        self.graphs.give_up()
         if batch_size < 2 * self.pieces:
             raise TrainingError(
                 f"not even {batch_size // (self.pieces // 2)} images fit the memory of {self.device}: "
@@ -236,116 +258,16 @@ class _Stepper:
         if self.average is not None:
             self.network.load_state_dict(self.average.module.state_dict())
 
+    def close(self) -> None:
+        """Frees what a GPU keeps for it, now: graphs hang in a circle with this."""
+        self.graphs.give_up()
+
     def parts(self) -> dict[str, Stateful]:
         """Everything that holds state between two epochs."""
         parts: dict[str, Stateful] = {"network": self.network, "optimizer": self.optimizer, "scaler": self.scaler}
         if self.average is not None:
             parts["average"] = self.average.module
         return parts
-
-
-def evaluate(model: nn.Module, images: Images, *, batch_size: int = 64) -> float:
-    """The accuracy (fraction 0–1) of `model` on `images`, on the model's device, in eval mode; the mode is restored."""
-    logits = predict_logits(model, images, batch_size=batch_size)
-    return (logits.argmax(1) == images.labels.cpu()).double().mean().item()
-
-
-def is_below(accuracy: float, other: float, images: int) -> bool:
-    """Whether an accuracy on so many images is below another one by more than accident has it."""
-    variance = accuracy * (1 - accuracy) + other * (1 - other)
-    return other - accuracy > _ERRORS * math.sqrt(max(variance / images, 1e-4))
-
-
-def predict_logits(model: nn.Module, images: Images, *, batch_size: int = 64) -> Tensor:
-    """The logits N×K (float32, CPU) of `model`, in inference and eval mode; the model's mode is restored."""
-    device, last = device_of(model), suits_channels_last(model)
-    with eval_mode(model), torch.inference_mode():
-        pieces = [
-            model(memory_layout(normalise(pixels, images.mean, images.std, device), last)).float().cpu()
-            for pixels in torch.split(images.pixels, batch_size)
-        ]
-    return torch.cat(pieces).clone()
-
-
-def recalibrate(model: nn.Module, images: Images, *, batch_size: int = 128) -> None:
-    """Recomputes every batch norm's running mean and variance as the average over `images`; ends in eval mode.
-
-    The images must have gone through the training augmentation (`Views.sample`, `AugmentedImages.sample`): on clean
-    ones even an untouched teacher loses points. A few hundred are enough. Does nothing to a model without batch norms.
-    Raises DataError for fewer than 2 images.
-    """
-    with averaging_statistics(model) as found, torch.no_grad():
-        if found:
-            for indices in even_split(torch.arange(len(images)), batch_size):
-                model(normalise(images.pixels[indices], images.mean, images.std, device_of(model)))
-
-
-@contextmanager
-def averaging_statistics(model: nn.Module, spared: Collection[nn.Module] = ()) -> Iterator[bool]:
-    """Inside the block every batch norm that is not `spared` collects its mean and variance anew, as averages over the
-    batches that pass; the rest is in eval mode, and so is all of it afterwards. Gives whether there are any."""
-    model.eval()
-    left_alone = {id(module) for module in spared}
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    norms = [norm for norm in norms if id(norm) not in left_alone]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # torch: the cumulative average
-        norm.train()
-    try:
-        yield bool(norms)
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        model.eval()
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """The device of a model's first parameter or buffer; the CPU when it has none."""
-    tensor = next(model.parameters(), None)
-    return next(model.buffers(), torch.empty(0)).device if tensor is None else tensor.device
-
-
-def amp_dtype(device: torch.device) -> torch.dtype:
-    """The 16-bit type for automatic mixed precision: bfloat16, or float16 on a GPU that has no bfloat16."""
-    return torch.float16 if device.type == "cuda" and not torch.cuda.is_bf16_supported() else torch.bfloat16
-
-
-def even_split(indices: Tensor, batch_size: int) -> tuple[Tensor, ...]:
-    """Cuts indices into batches of nearly equal length ≤ `batch_size`, and never of 1: batch norm cannot train on it.
-
-    Raises DataError for fewer than 2 indices.
-
-    >>> [len(batch) for batch in even_split(torch.arange(65), 64)]
-    [33, 32]
-    """
-    if len(indices) < 2:
-        raise DataError(f"batch norm needs at least 2 images, got {len(indices)}")
-    return indices.tensor_split(max(1, min(math.ceil(len(indices) / batch_size), len(indices) // 2)))
-
-
-def suits_channels_last(network: nn.Module) -> bool:
-    """Whether a network trains faster with channels last in memory: one with grouped or depthwise convolutions does, a
-    dense one on small feature maps is slower (docs/results/memory_layout.md)."""
-    return any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in network.modules())
-
-
-def memory_layout(pixels: Tensor, channels_last: bool | None) -> Tensor:
-    """The same images, laid out channels-last in memory when asked for."""
-    return pixels.contiguous(memory_format=torch.channels_last) if channels_last else pixels
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block, every module's own mode after it."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _batches(data: TrainingData, recipe: Recipe, epoch: int) -> tuple[Tensor, ...]:

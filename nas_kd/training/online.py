@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from nas_kd.errors import ModelError, TrainingError
 from nas_kd.training.augment import derive_seed
+from nas_kd.training.evaluation import device_of, eval_mode, predict_logits
 from nas_kd.training.images import Images, TrainingData, normalise
-from nas_kd.training.loop import Run, Task, TrainResult, device_of, eval_mode, fit, ignore, predict_logits
+from nas_kd.training.loop import Run, Task, TrainResult, fit, ignore
 from nas_kd.training.losses import ensemble_loss
 from nas_kd.training.recipe import Recipe
 
@@ -103,6 +104,7 @@ def train_online(
             ensemble_loss, soft=recipe.make_soft_loss(), teacher_gradient=recipe.teacher_gradient
         ),
         measure=lambda network: max(accuracies(network, val)[:-1]),
+        recordable=True,
     )
     training = fit(task, data, recipe, report=report, run=run or Run())
     return OnlineResult(ensemble=ensemble, accuracies=accuracies(ensemble, val), training=training)

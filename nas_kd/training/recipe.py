@@ -27,7 +27,7 @@ class Recipe:
     `dkd_beta` and `class_mean` are its options; `distill_weight` is its share: 0 is plain training, 1 looks at the
     teacher only. Online distillation weighs everything 1 instead, and `teacher_gradient` is its switch
     (`losses.ensemble_loss`). `amp` is bfloat16 where there is any. `channels_last` None leaves the memory layout to the
-    network (`training.loop.suits_channels_last`). `ema` is the decay of a moving average of the weights, 0 for none.
+    network (`evaluation.suits_channels_last`). `ema` is the decay of a moving average of the weights, 0 for none.
     `eval_epochs` count from 1; the last epoch is always one of them.
     Raises TrainingError for a value outside its range.
     """

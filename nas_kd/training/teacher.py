@@ -18,8 +18,9 @@ from nas_kd.errors import CheckpointError, DataError
 from nas_kd.training.augment import AnyAugmentation
 from nas_kd.training.checkpoint import load_checkpoint, load_exactly
 from nas_kd.training.data import Splits
+from nas_kd.training.evaluation import CALIBRATION, evaluate, is_below, predict_logits
 from nas_kd.training.images import AugmentedImages, Images
-from nas_kd.training.loop import CALIBRATION, Run, evaluate, ignore, is_below, predict_logits, train
+from nas_kd.training.loop import Run, ignore, train
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.tensor_files import read_tensors, write_tensors
 from nas_kd.training.transfer import HeadOrigin, settle

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from nas_kd.training.anchoring import anchor
 from nas_kd.training.data import Splits
+from nas_kd.training.evaluation import evaluate, is_below
 from nas_kd.training.images import Images
-from nas_kd.training.loop import evaluate, is_below
 from nas_kd.training.probe import (
     Features,
     Head,

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from nas_kd.errors import DataError, TrainingError
 from nas_kd.training.arrays import Array, ArrayFile, finish, load, writing
 from nas_kd.training.augment import AnyAugmentation, Augmentation
+from nas_kd.training.evaluation import CALIBRATION, predict_logits
 from nas_kd.training.images import AugmentedImages, Batch, Images
-from nas_kd.training.loop import CALIBRATION, predict_logits
 from nas_kd.training.mixing import Mixing
 
 MAX_BYTES = 16 << 30  # of one cache; larger data wants `OnlineViews`
@@ -83,7 +83,7 @@ class Views:
         pixels, labels, logits = self.epoch(epoch)
         if self.shares is not None:
             labels = self.shares[epoch % self.count]
-        indices = indices.to(labels.device)
+        indices = indices.to(labels.device, non_blocking=True)
         return Batch(pixels[indices], labels[indices], None if logits is None else logits[indices].float())
 
     def sample(self, count: int) -> Images:

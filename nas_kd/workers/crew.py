@@ -197,8 +197,8 @@ def advance_by(board: Board, trial: FrozenTrial) -> None:
 class LocalWorker:
     """A worker process. It ends by itself when this one does: its standard input is a pipe that then closes."""
 
-    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
-        self.command, self.environment = [sys.executable, "-m", "nas_kd.worker", *arguments], environment
+    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], module: str = "nas_kd.worker") -> None:
+        self.command, self.environment = [sys.executable, "-m", module, *arguments], environment
         self.process: subprocess.Popen[bytes] | None = None
         self.errors: IO[Any] = tempfile.TemporaryFile()
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from nas_kd import __version__
 from nas_kd.arguments.augment import AugmentOptions
-from nas_kd.arguments.study import Settings
+from nas_kd.arguments.study import Settings, restore_settings
 from nas_kd.errors import ArtifactError, CheckpointError, StudyError
 from nas_kd.library.entries import EntryFile
 from nas_kd.library.library import Library, entry_file, made_choices
@@ -145,9 +145,7 @@ def read_kit(study: optuna.Study) -> Kit | None:
 
 def settings_of(kit: Kit) -> Settings:
     """The settings of the study's command."""
-    augment = AugmentOptions.restore(kit.settings.get("augment"))
-    tuples = {name: tuple(kit.settings.get(name, ())) for name in ("pin", "left_open")}
-    return Settings(**{**kit.settings, **tuples, "augment": augment})
+    return restore_settings(kit.settings)
 
 
 def locate(kit: Kit, out: str | None, artifacts: str | None) -> Path:

@@ -37,8 +37,9 @@ from nas_kd.students.frames import find_frames, joined, recording, swapped
 from nas_kd.students.inheritance import inherit_student
 from nas_kd.training.augment import default_augmentation
 from nas_kd.training.data import Splits
+from nas_kd.training.evaluation import predict_logits, recalibrate
 from nas_kd.training.images import AugmentedImages, Images, normalise
-from nas_kd.training.loop import predict_logits, recalibrate, train
+from nas_kd.training.loop import train
 from nas_kd.training.recipe import Recipe
 
 Build = Callable[..., Library]

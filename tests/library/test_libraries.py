@@ -16,8 +16,8 @@ from nas_kd.genotype import Genotype
 from nas_kd.library.building import LibrarySpec, build_library
 from nas_kd.search.options import parse_options
 from nas_kd.search.space import Space
+from nas_kd.training.evaluation import recalibrate
 from nas_kd.training.images import Images
-from nas_kd.training.loop import recalibrate
 
 QUICK = ("mobilenetv3_small_100", "starnet_s1", "regnety_004")
 NAMES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in COVERED if name not in QUICK)]

@@ -14,8 +14,8 @@ from nas_kd.library.recorder import Recorder
 from nas_kd.search.space import Space
 from nas_kd.students.frames import swapped
 from nas_kd.students.inheritance import inherit_student
+from nas_kd.training.evaluation import predict_logits
 from nas_kd.training.images import Images
-from nas_kd.training.loop import predict_logits
 from nas_kd.training.losses import distillation_loss
 
 

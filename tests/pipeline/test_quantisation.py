@@ -26,8 +26,9 @@ from nas_kd.quantize import main
 from nas_kd.results.export import Card, export
 from nas_kd.training.augment import Augmentation
 from nas_kd.training.data import DataSpec, Splits, load_splits
+from nas_kd.training.evaluation import evaluate
 from nas_kd.training.images import AugmentedImages
-from nas_kd.training.loop import evaluate, train
+from nas_kd.training.loop import train
 from nas_kd.training.recipe import Recipe
 
 _USUAL = Int8Spec()

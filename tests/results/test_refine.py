@@ -14,8 +14,8 @@ from torch import nn
 from nas_kd.results.refine import Candidate, Refinement, refine
 from nas_kd.training.augment import Augmentation
 from nas_kd.training.data import DataSpec, Splits, load_splits
+from nas_kd.training.evaluation import evaluate
 from nas_kd.training.images import AugmentedImages
-from nas_kd.training.loop import evaluate
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.tensor_files import read_tensors
 

@@ -38,7 +38,7 @@ from nas_kd.search.trials import (
 )
 from nas_kd.search.work import run_trials
 from nas_kd.search.workers import WORKER, retry_dead_trials, worker_name
-from nas_kd.training.loop import predict_logits
+from nas_kd.training.evaluation import predict_logits
 
 MakeProxy = Callable[..., Proxy]
 

@@ -10,12 +10,15 @@ import pytest
 import torch
 from torch import nn
 
+from nas_kd.training import step_graph
 from nas_kd.training.augment import Augmentation
 from nas_kd.training.data import Splits
-from nas_kd.training.images import AugmentedImages
-from nas_kd.training.loop import evaluate, train
+from nas_kd.training.evaluation import evaluate
+from nas_kd.training.images import AugmentedImages, Batch
+from nas_kd.training.loop import train
 from nas_kd.training.online import train_online
 from nas_kd.training.recipe import Recipe
+from nas_kd.training.step_graph import EAGER, StepGraphs
 from nas_kd.training.teacher import Teacher
 from nas_kd.training.views import OnlineViews, ViewSpec, build_views
 
@@ -70,3 +73,65 @@ def test_out_of_memory_halves_the_batch(
     with caplog.at_level(logging.WARNING):
         train(Hungry(make_network()).cuda(), data, Recipe(epochs=1, batch_size=64, distill_weight=0))
     assert "go on as 4 pieces" in caplog.text
+
+
+def batch_of(network: nn.Module, seed: int) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randn(16, 1, 32, 32, generator=generator).to(next(network.parameters()).device)
+    return Batch(pixels, torch.randint(0, 10, (16,), generator=generator).to(pixels.device), None)
+
+
+def backward_of(network: nn.Module) -> Callable[[Batch], torch.Tensor]:
+    def backward(batch: Batch) -> torch.Tensor:
+        loss = nn.functional.cross_entropy(network(batch.pixels), batch.labels)
+        torch.autograd.backward(loss)
+        return loss.detach()
+
+    return backward
+
+
+def test_a_recorded_step_gives_the_gradients_of_the_step_itself(make_network: Callable[..., nn.Module]) -> None:
+    network = make_network().cuda().train()
+    graphs = StepGraphs(backward_of(network), network, torch.device("cuda"))
+    for seed in range(EAGER + 2):
+        graphs(batch_of(network, seed))
+    loss = graphs(batch_of(network, 99))
+    gradients = [parameter.grad.clone() for parameter in network.parameters() if parameter.grad is not None]
+    for parameter in network.parameters():
+        parameter.grad = None
+    expected = backward_of(network)(batch_of(network, 99))
+    assert len(graphs.graphs) == 1
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-4)
+    found = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+    torch.testing.assert_close(gradients, found, rtol=1e-2, atol=1e-4)
+
+
+def test_training_by_recorded_steps_gives_the_same_losses(
+    make_network: Callable[..., nn.Module], digits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = AugmentedImages(digits.train, Augmentation(flip=False))
+    recipe = Recipe(epochs=2, batch_size=24, lr=0.002, distill_weight=0)  # so that roundings do not grow
+    recorded = train(make_network(1).cuda(), data, recipe)
+    monkeypatch.setattr(step_graph, "EAGER", 10**9)
+    assert recorded.losses == pytest.approx(train(make_network(1).cuda(), data, recipe).losses, rel=0.02)
+
+
+def test_a_network_that_waits_for_the_device_is_not_recorded_and_still_draws_at_random(
+    make_network: Callable[..., nn.Module], digits: Splits
+) -> None:
+    class Waiting(nn.Module):
+        def __init__(self, network: nn.Module) -> None:
+            super().__init__()
+            self.network = network
+            self.dropout = nn.Dropout(0.1)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.dropout(self.network(images))
+            return logits if logits.sum().item() < 1e9 else 2 * logits
+
+    data = AugmentedImages(digits.train, Augmentation(flip=False))
+    recipe = Recipe(epochs=3, batch_size=16, lr=0.05, distill_weight=0)
+    result = train(Waiting(make_network()).cuda(), data, recipe)
+    assert result.losses[-1] < result.losses[0]
+    assert torch.randn(3, device="cuda").isfinite().all()
+    train(make_network().cuda(), data, recipe)  # and the next one may be recorded

@@ -21,8 +21,9 @@ from nas_kd.distill import main
 from nas_kd.study import main as study
 from nas_kd.training.augment import Augmentation
 from nas_kd.training.data import Splits
+from nas_kd.training.evaluation import evaluate, is_below, predict_logits
 from nas_kd.training.images import AugmentedImages, Images
-from nas_kd.training.loop import evaluate, is_below, predict_logits, train
+from nas_kd.training.loop import train
 from nas_kd.training.probe import Features, features_of, find_head, fit_probe, install
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.teacher import Renormalised, TeacherCache, TeacherResult, Teaching, adopt_teacher, prepare_teacher

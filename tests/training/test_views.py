@@ -12,8 +12,9 @@ from torch import nn
 from nas_kd.errors import DataError, TrainingError
 from nas_kd.training.augment import Augmentation
 from nas_kd.training.data import Splits
+from nas_kd.training.evaluation import predict_logits
 from nas_kd.training.images import AugmentedImages, Images
-from nas_kd.training.loop import predict_logits, train
+from nas_kd.training.loop import train
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.teacher import Teacher
 from nas_kd.training.views import OnlineViews, ViewSpec, build_views

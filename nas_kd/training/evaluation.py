@@ -1,0 +1,125 @@
+"""What looks at a network without training it: logits, accuracies, the statistics of its batch norms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from nas_kd.errors import DataError
+from nas_kd.training.images import Images, normalise
+
+CALIBRATION = 512  # images are enough to recalibrate batch norms on
+LOOK_CALIBRATION = 256  # these before a look at a student whose training has not ended
+_GPU_LOOK = 512  # images that a GPU looks at at once: smaller batches wait for Python
+_ERRORS = 2  # standard errors of an accuracy that are no accident
+
+
+def evaluate(model: nn.Module, images: Images, *, batch_size: int = 64) -> float:
+    """The accuracy (fraction 0–1) of `model` on `images`, on the model's device, in eval mode; the mode is restored."""
+    logits = predict_logits(model, images, batch_size=batch_size)
+    return (logits.argmax(1) == images.labels.cpu()).double().mean().item()
+
+
+def is_below(accuracy: float, other: float, images: int) -> bool:
+    """Whether an accuracy on so many images is below another one by more than accident has it."""
+    variance = accuracy * (1 - accuracy) + other * (1 - other)
+    return other - accuracy > _ERRORS * math.sqrt(max(variance / images, 1e-4))
+
+
+def predict_logits(model: nn.Module, images: Images, *, batch_size: int = 64) -> Tensor:
+    """The logits N×K (float32, CPU) of `model`, in inference and eval mode; the model's mode is restored."""
+    device, last = device_of(model), suits_channels_last(model)
+    if device.type == "cuda":
+        batch_size = max(batch_size, _GPU_LOOK)
+    with eval_mode(model), torch.inference_mode():
+        pieces = [
+            model(memory_layout(normalise(pixels, images.mean, images.std, device), last)).float().cpu()
+            for pixels in torch.split(images.pixels, batch_size)
+        ]
+    return torch.cat(pieces).clone()
+
+
+def recalibrate(model: nn.Module, images: Images, *, batch_size: int = 128) -> None:
+    """Recomputes every batch norm's running mean and variance as the average over `images`; ends in eval mode.
+
+    The images must have gone through the training augmentation (`Views.sample`, `AugmentedImages.sample`): on clean
+    ones even an untouched teacher loses points. A few hundred are enough. Does nothing to a model without batch norms.
+    Raises DataError for fewer than 2 images.
+    """
+    with averaging_statistics(model) as found, torch.no_grad():
+        if found:
+            for indices in even_split(torch.arange(len(images)), batch_size):
+                model(normalise(images.pixels[indices], images.mean, images.std, device_of(model)))
+
+
+@contextmanager
+def averaging_statistics(model: nn.Module, spared: Collection[nn.Module] = ()) -> Iterator[bool]:
+    """Inside the block every batch norm that is not `spared` collects its mean and variance anew, as averages over the
+    batches that pass; the rest is in eval mode, and so is all of it afterwards. Gives whether there are any."""
+    model.eval()
+    left_alone = {id(module) for module in spared}
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    norms = [norm for norm in norms if id(norm) not in left_alone]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # torch: the cumulative average
+        norm.train()
+    try:
+        yield bool(norms)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        model.eval()
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a model's first parameter or buffer; the CPU when it has none."""
+    tensor = next(model.parameters(), None)
+    return next(model.buffers(), torch.empty(0)).device if tensor is None else tensor.device
+
+
+def amp_dtype(device: torch.device) -> torch.dtype:
+    """The 16-bit type for automatic mixed precision: bfloat16, or float16 on a GPU that has no bfloat16."""
+    return torch.float16 if device.type == "cuda" and not torch.cuda.is_bf16_supported() else torch.bfloat16
+
+
+def even_split(indices: Tensor, batch_size: int) -> tuple[Tensor, ...]:
+    """Cuts indices into batches of nearly equal length ≤ `batch_size`, and never of 1: batch norm cannot train on it.
+
+    Raises DataError for fewer than 2 indices.
+
+    >>> [len(batch) for batch in even_split(torch.arange(65), 64)]
+    [33, 32]
+    """
+    if len(indices) < 2:
+        raise DataError(f"batch norm needs at least 2 images, got {len(indices)}")
+    return indices.tensor_split(max(1, min(math.ceil(len(indices) / batch_size), len(indices) // 2)))
+
+
+def suits_channels_last(network: nn.Module) -> bool:
+    """Whether a network trains faster with channels last in memory: one with grouped or depthwise convolutions does, a
+    dense one on small feature maps is slower (docs/results/memory_layout.md)."""
+    return any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in network.modules())
+
+
+def memory_layout(pixels: Tensor, channels_last: bool | None) -> Tensor:
+    """The same images, laid out channels-last in memory when asked for."""
+    return pixels.contiguous(memory_format=torch.channels_last) if channels_last else pixels
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block, every module's own mode after it."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,3 @@
+from .sampler import KnapsackSampler
+
+__all__ = ["KnapsackSampler"]
