@@ -107,18 +107,23 @@ def run_mcu(settings: McuSettings) -> int:
     if not settings.model.startswith(LOCAL):
         raise ModelError(f"there is no exported model in {settings.model}: name a folder that a study wrote")
 
+    import numpy as np
+    import torch
+
     from nas_kd.networks.tflite_file import need_tools
-    from nas_kd.pipeline.device import put_on_device
+    from nas_kd.pipeline.device import check_int8, put_on_device
     from nas_kd.quantize import prepare_network
     from nas_kd.training.data import load_splits
 
+    check_int8(settings.folder)
     need_tools()
     stages = Stages(console, quiet=settings.quiet)
     _, spec = prepare_network(settings)
     with stages.stage("data"):
         splits = load_splits(spec, Path(settings.cache) if settings.cache else settings.folder / "cache")
     with stages.stage("device"):
-        result = put_on_device(settings.folder, splits.test[: settings.images], settings.accelerator)
+        shown = np.linspace(0, len(splits.test) - 1, min(settings.images, len(splits.test))).round()  # of all classes
+        result = put_on_device(settings.folder, splits.test[torch.from_numpy(shown).long()], settings.accelerator)
     out = console_for(sys.stdout)
     for line in _lines(result, settings.folder):
         out.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -127,14 +132,14 @@ def run_mcu(settings: McuSettings) -> int:
 
 def _lines(result: OnDevice, folder: Path) -> Iterator[str]:
     """What a person should know."""
-    arena, compiled = result.arena, result.compiled
+    arena, answers, compiled = result.arena, result.answers, result.compiled
     operators = ", ".join(f"{count} {kind}" for kind, count in result.operators.items())
     yield f"flash {result.bytes:,} bytes: the file, {operators}"
     yield f"ram {arena.total:,} bytes: TensorFlow Lite Micro's arena, activations {arena.head:,}, tail {arena.tail:,}"
     yield (
-        f"answers: as ONNX Runtime's int8 on {result.same:.1%} of {result.images} test images, "
-        f"at most {result.steps:.0f} steps of rounding apart; "
-        f"{result.accuracy:.1%} right, {result.onnx_accuracy:.1%} in ONNX Runtime"
+        f"answers: as ONNX Runtime's int8 on {answers.same:.1%} of {answers.images} test images, "
+        f"at most {answers.steps:.0f} steps of rounding apart; "
+        f"{answers.accuracy:.1%} right, {answers.onnx_accuracy:.1%} in ONNX Runtime"
     )
     yield (
         f"{compiled.accelerator} ({compiled.system}): {compiled.cycles:,} cycles, {compiled.images_per_second:,.0f} "

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from nas_kd.arguments.parsing import Parser, guarded, model_name, number
 from nas_kd.arguments.shared import add_choices
-from nas_kd.budget import COUNTED, KINDS, Budget, parse_budget, short
-from nas_kd.errors import BudgetError
+from nas_kd.budget import DEVICE, KINDS, Budget, parse_budget, short
+from nas_kd.errors import BudgetError, ModelError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -88,6 +88,11 @@ def show_space(settings: SpaceSettings) -> int:
         channel_multiple=settings.channel_multiple,
     )
     space = Space(base, img_size=settings.img_size, options=options, name=settings.model)
+    try:
+        space.count_device()
+    except ModelError:  # they are left out, unless somebody asks for them
+        if settings.budget and set(DEVICE) & set(parse_budget(settings.budget)):
+            raise
     budget = parse_budget(settings.budget, space.table.base()) if settings.budget else None
     facts = describe(space, block_prices(space.table, space.analysis, base), budget)
     if settings.as_json:
@@ -107,7 +112,7 @@ def describe(space: Space[Any], prices: Sequence[BlockPrices], budget: Budget | 
         "genotypes": math.prod(len(block.choices) for block in space.blocks),
         "left_alone": [{"module": module, "reason": reason} for module, reason in space.analysis.left_alone],
     }
-    for kind in COUNTED:
+    for kind in space.table.kinds:
         facts[kind] = base[kind]
         facts[f"min_{kind}"] = space.table.cost(space.table.cheapest(kind))[kind]
     if budget is not None:
@@ -139,6 +144,11 @@ def _print(space: Space[Any], facts: dict[str, Any]) -> None:
         f"{short(facts['size'])} bytes of weights, {short(facts['peak_memory'])} bytes of activations at once; "
         f"smallest reachable: {short(facts['min_size'])} and {short(facts['min_peak_memory'])}"
     )
+    if "ram" in facts:
+        lines.append(
+            f"in int8 on a device: {short(facts['flash'])} bytes of flash, {short(facts['ram'])} bytes of RAM; "
+            f"smallest reachable: {short(facts['min_flash'])} and {short(facts['min_ram'])}"
+        )
     lines.append(f"genotypes: {facts['genotypes']:.3g}")
     lines += [f"left alone: {item['module']}, {item['reason']}" for item in facts["left_alone"]]
     if "budget" in facts:

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision.datasets import CIFAR10
 
-from nas_kd import distill, quantize, rank_check, space, structure, study, worker
+from nas_kd import distill, mcu, quantize, rank_check, space, structure, study, worker
 from nas_kd.arguments.distill import parse_distill
 from nas_kd.arguments.study import parse_study
 from nas_kd.arguments.worker import parse_worker
@@ -40,6 +40,7 @@ PARSE: dict[str, Callable[[Sequence[str]], Any]] = {
     "rank_check": parse_rank_check,
     "worker": parse_worker,
     "quantize": parse_quantize,
+    "mcu": mcu.parse_mcu,
 }
 MAIN: dict[str, Callable[[Sequence[str]], int]] = {
     "study": study.main,
@@ -193,7 +194,7 @@ ELSEWHERE = ("--ray", "--latency-command")  # tests/test_workers.py, tests/test_
 RUN = [
     case
     for case in {case[1:]: case for case in reversed((*commands(), *inline_commands()))}.values()
-    if not any(option in case[2] for option in ELSEWHERE)
+    if case[1] != "mcu" and not any(option in case[2] for option in ELSEWHERE)  # mcu: tests/pipeline/test_device.py
 ][::-1]
 
 

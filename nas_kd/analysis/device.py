@@ -24,7 +24,7 @@ _OPERATORS = {
     "sigmoid": ("LOGISTIC",),
     "silu": ("LOGISTIC", "MUL"),
     "hardswish": ("HARD_SWISH",),
-    "hardsigmoid": ("ADD", "MUL"),
+    "hardsigmoid": ("ADD_CONSTANT", "MUL_CONSTANT"),
     "mean": ("MEAN",),
     "_adaptive_avg_pool2d": ("MEAN",),
     "avg_pool2d": ("AVERAGE_POOL_2D",),
@@ -199,5 +199,7 @@ def _written_over(moment: Moment) -> tuple[int, ...]:
 
 
 def _kinds(moment: Moment) -> tuple[str, ...]:
+    if moment.operator in ("add", "mul") and len(moment.reads) == 1:
+        return (f"{moment.operator.upper()}_CONSTANT",)
     known = _OPERATORS.get(moment.operator)
     return known or ("FULLY_CONNECTED" if moment.kind == "product" else moment.operator.upper(),)

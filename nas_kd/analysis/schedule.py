@@ -11,6 +11,7 @@ layer norm) do not count. Nothing is counted for what an operator uses inside.
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -93,16 +94,19 @@ class Activations:
         reads = self.numbers(inputs)
         if not reads:
             return
-        kind, before = _kind(operator, arguments), len(self.made)
+        (name, kind), before = _known(operator), len(self.made)
+        if kind == "pad" and len(arguments) > 2 and arguments[2] != 0:
+            kind = ""
         for tensor in outputs:
             if kind == "reshape":
                 self._numbers.setdefault(_place(tensor), reads[0])
             else:
                 self._number(tensor)
         makes = tuple(range(before, len(self.made)))
-        moment = Moment(module=module, operator=_name(operator), kind=kind, reads=reads, makes=makes)
+        window = window_of(name, arguments)
+        weights = _weights(name, arguments) if kind == "product" and len(reads) == 1 else 0
         self.moments.append(
-            replace(moment, window=window_of(moment.operator, arguments), weights=_weights(moment, arguments))
+            Moment(module=module, operator=name, kind=kind, reads=reads, makes=makes, window=window, weights=weights)
         )
 
     def numbers(self, tensors: Iterable[Tensor]) -> tuple[int, ...]:
@@ -191,26 +195,21 @@ def _lifetimes(moments: Sequence[Moment], outputs: Iterable[int]) -> dict[int, t
     return {number: (first[number], last[number]) for number in sorted(last) if number in first}
 
 
-def _name(operator: Any) -> str:
-    name: str = operator._schema.name
-    return name.removeprefix("aten::").removesuffix("_")
-
-
-def _weights(moment: Moment, arguments: Sequence[Any]) -> int:
-    """The weights of a product: of a convolution its kernels, else what else it multiplies, apart from a bias."""
-    if moment.kind != "product" or len(moment.reads) != 1:
-        return 0
-    if moment.operator == "convolution":
+def _weights(name: str, arguments: Sequence[Any]) -> int:
+    """The weights of a product: of a convolution its kernels, else what it multiplies with."""
+    if name == "convolution":
         return int(arguments[1].numel())
     return max((value.numel() for value in arguments[-1:] if isinstance(value, Tensor)), default=0)
 
 
-def _kind(operator: Any, arguments: Sequence[Any]) -> str:
+@functools.cache
+def _known(operator: Any) -> tuple[str, str]:
+    """The name of an ATen operator, without what marks it as in place, and its kind."""
     name = operator._schema.name.removeprefix("aten::")
     kind = _KINDS.get(name) or _KINDS.get(name.removesuffix("_"), "")
-    if kind == "pad" and len(arguments) > 2 and arguments[2] != 0:
-        return ""
-    return "elementwise" if not kind and torch.Tag.pointwise in operator.tags else kind
+    if not kind and torch.Tag.pointwise in operator.tags:
+        kind = "elementwise"
+    return name.removesuffix("_"), kind
 
 
 def _length(tensor: Tensor) -> int:

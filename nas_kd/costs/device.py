@@ -52,6 +52,8 @@ _OPERATORS = {
     "FULLY_CONNECTED": _Bytes(tail=248, file=232),
     "ADD": _Bytes(tail=160, file=124),
     "MUL": _Bytes(tail=140, file=124),
+    "ADD_CONSTANT": _Bytes(tail=186, file=212),
+    "MUL_CONSTANT": _Bytes(tail=166, file=212),
     "LOGISTIC": _Bytes(tail=104, file=108),
     "HARD_SWISH": _Bytes(tail=120, file=120),
     "RELU": _Bytes(tail=120, file=108),

@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nas_kd.errors import ModelError
-from nas_kd.networks.onnx import BATCH
+from nas_kd.networks.int8_graph import UNSIGNED, Constant, Graph
 from nas_kd.networks.tflite_file import Array, FileWriter, Quantisation
 from nas_kd.networks.windows import Window
 
-_UNSIGNED = 128  # by which a byte of ONNX is more than one of TensorFlow Lite
 _GATE = Quantisation(scale=1 / 256, zero_point=-128)  # the one form in which LOGISTIC gives its output
 _SIX = Quantisation(scale=6 / 255, zero_point=-128)
-_SAME_FORM = ("MaxPool", "AveragePool")  # whose output has the scale of what they read
 _FLAT = ("Flatten", "Reshape", "Squeeze")
 
 
@@ -32,7 +29,7 @@ def write_tflite(path: Path, target: Path) -> None:
 
     Raises ModelError for operators that TensorFlow Lite has no int8 form of here, and for layers that stay float.
     """
-    graph = _Graph(path)
+    graph = Graph(path)
     missing = sorted({node.op_type for node in graph.nodes if node.op_type not in _WRITERS})
     if missing:
         raise ModelError(
@@ -47,80 +44,10 @@ def write_tflite(path: Path, target: Path) -> None:
     file.write(target, [given], [tensors.of(graph.output)])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Constant:
-    """Numbers of the file, and how they are quantised."""
-
-    values: Array
-    quantisation: Quantisation
-
-
-class _Graph:
-    """The nodes of an int8 ONNX file apart from those that round, and what is known of their values."""
-
-    def __init__(self, path: Path) -> None:
-        import onnx
-        from onnxruntime.tools.onnx_model_utils import make_dim_param_fixed
-
-        model = onnx.load(path)
-        make_dim_param_fixed(model.graph, BATCH, 1)
-        model = onnx.shape_inference.infer_shapes(model)
-        self.path = path
-        self.plain = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-        values = (*model.graph.input, *model.graph.value_info, *model.graph.output)
-        self._shapes = {value.name: tuple(d.dim_value for d in value.type.tensor_type.shape.dim) for value in values}
-        self.constants: dict[str, _Constant] = {}
-        self.forms: dict[str, Quantisation] = {}  # by the value that is rounded
-        self._sources: dict[str, str] = {}  # by a value that was rounded: what it was before
-        self.nodes = []
-        for node in model.graph.node:
-            if node.op_type == "QuantizeLinear":
-                self.forms.setdefault(node.input[0], self._quantisation(node))
-                self._sources[node.output[0]] = self.source(node.input[0])
-            elif node.op_type == "DequantizeLinear" and node.input[0] in self.plain:
-                held = self.plain[node.input[0]]
-                self.constants[node.output[0]] = _Constant(values=held, quantisation=self._quantisation(node))
-            elif node.op_type == "DequantizeLinear":
-                self._sources[node.output[0]] = self.source(node.input[0])
-            elif node.op_type != "Constant":
-                self.nodes.append(node)
-        self.input, self.output = model.graph.input[0].name, self.source(model.graph.output[0].name)
-
-    def _quantisation(self, node: Any) -> Quantisation:
-        scale, zero_point = self.plain[node.input[1]], self.plain[node.input[2]]
-        shift = _UNSIGNED if zero_point.dtype == np.uint8 else 0
-        if scale.ndim:
-            return Quantisation(scale=scale, zero_point=zero_point.astype(np.int64) - shift)
-        return Quantisation(scale=float(scale), zero_point=int(zero_point) - shift)
-
-    def source(self, name: str) -> str:
-        """The value that this one is the rounded form of."""
-        return self._sources.get(name, name)
-
-    def products(self, name: str) -> set[tuple[str, ...]] | None:
-        """What a value is multiplied with, itself last; None where it is read for something else."""
-        read = [node for node in self.nodes if any(self.source(own) == name for own in node.input)]
-        if any(node.op_type != "Mul" for node in read):
-            return None
-        pairs = (sorted(map(self.source, node.input), key=lambda own: own == name) for node in read)
-        return {tuple(pair) for pair in pairs}
-
-    def readers(self, name: str) -> set[str]:
-        """The kinds of nodes that read a value."""
-        return {node.op_type for node in self.nodes if any(self.source(read) == name for read in node.input)}
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a value, N×C×H×W or N×C. Raises ModelError where it is not known."""
-        shape = self._shapes.get(name, ())
-        if len(shape) not in (2, 4) or not all(shape):
-            raise ModelError(f"{self.path}: the shape of {name} is {shape or 'not known'}: only images are converted")
-        return shape
-
-
 class _Tensors:
     """The tensors of the TensorFlow Lite file, by the values of the ONNX file."""
 
-    def __init__(self, graph: _Graph, file: FileWriter) -> None:
+    def __init__(self, graph: Graph, file: FileWriter) -> None:
         self.graph, self.file = graph, file
         self._made: dict[str, int] = {}
         self._forms: dict[int, Quantisation] = {}
@@ -177,7 +104,7 @@ def _beside_images(name: str, values: Array) -> Array:
 
 
 def _signed(values: Array) -> Array:
-    return (values.astype(np.int16) - _UNSIGNED).astype(np.int8) if values.dtype == np.uint8 else values
+    return (values.astype(np.int16) - UNSIGNED).astype(np.int8) if values.dtype == np.uint8 else values
 
 
 def _attributes(node: Any) -> dict[str, Any]:
@@ -269,7 +196,7 @@ def _gemm(node: Any, tensors: _Tensors) -> None:
     tensors.file.operator("FULLY_CONNECTED", [image, kernels, _bias(node, tensors, len(rows))], [made])
 
 
-def _weights(node: Any, graph: _Graph) -> _Constant:
+def _weights(node: Any, graph: Graph) -> Constant:
     """The weights of a layer. Raises ModelError where they are not int8."""
     weight = graph.constants.get(node.input[1])
     if weight is None or weight.values.dtype != np.int8:
@@ -303,7 +230,7 @@ def _clip(node: Any, tensors: _Tensors) -> None:
     tensors.file.operator(kind, [tensors.of(node.input[0])], [tensors.new(node.output[0])])
 
 
-def _number(graph: _Graph, name: str) -> float | None:
+def _number(graph: Graph, name: str) -> float | None:
     """The one number that a constant holds, rounded to what it was before."""
     if name in graph.constants:
         held = graph.constants[name]

@@ -25,27 +25,40 @@ _SAME = 0.9  # of the images on which two interpreters of the same numbers agree
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OnDevice:
-    """What an int8 file is on a device.
+class Answers:
+    """Over so many test `images`, the share on which the interpreter's first answer is that of the int8 ONNX file in
+    ONNX Runtime (`same`), the largest difference of an output in `steps` of its rounding, and what both score."""
 
-    `bytes` of the file, the `arena` of its interpreter, its `operators`; over `images` test images the share on which
-    the interpreter's first answer is that of the int8 ONNX file in ONNX Runtime (`same`), the largest difference of an
-    output in `steps` of its rounding, and what both score; and what an accelerator makes of it.
-    """
-
-    bytes: int
-    arena: Arena
-    operators: dict[str, int]
     images: int
     same: float
     steps: float
     accuracy: float
     onnx_accuracy: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnDevice:
+    """What an int8 file is on a device.
+
+    `bytes` of the file, the `arena` of its interpreter, its `operators`, its `answers` beside ONNX Runtime's; and what
+    an accelerator makes of it.
+    """
+
+    bytes: int
+    arena: Arena
+    operators: dict[str, int]
+    answers: Answers
     compiled: Compiled
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain JSON values."""
         return asdict(self)
+
+
+def check_int8(folder: Path) -> None:
+    """Raises NasKdError where a folder has no int8 file."""
+    if not (folder / INT8).is_file():
+        raise NasKdError(f"there is no {INT8} in {folder}: write it with python -m nas_kd.quantize {folder}")
 
 
 def write_measured(folder: Path) -> DeviceCost:
@@ -56,33 +69,38 @@ def write_measured(folder: Path) -> DeviceCost:
     return DeviceCost(flash=target.stat().st_size, ram=MicroInterpreter(target).arena().total)
 
 
+def compared(interpreter: MicroInterpreter, path: Path, test: Images) -> Answers:
+    """The answers of an interpreter beside those of the int8 ONNX file that it should give. Raises ModelError for
+    others."""
+    images, labels = inputs_of(test), torch.as_tensor(test.labels).numpy()
+    answers, expected = interpreter.run(images.numpy()), run_onnx(path, images).numpy()
+    same = float((answers.argmax(1) == expected.argmax(1)).mean())
+    if same < _SAME:
+        apart = f"{1 - same:.0%} of {len(test)} images"
+        raise ModelError(f"{interpreter.path} answers otherwise than {path.name} on {apart}: do not deploy it")
+    return Answers(
+        images=len(test),
+        same=same,
+        steps=round(float(np.abs(answers - expected).max() / interpreter.step), 2),
+        accuracy=float((answers.argmax(1) == labels).mean()),
+        onnx_accuracy=float((expected.argmax(1) == labels).mean()),
+    )
+
+
 def put_on_device(folder: Path, test: Images, accelerator: str) -> OnDevice:
     """Writes the int8 ONNX file of a folder for microcontrollers, runs some test images, and notes what is found.
 
     Raises NasKdError without an int8 file or what is to be installed, ModelError when the file cannot be converted, run
     or compiled, or when the interpreter answers otherwise than ONNX Runtime.
     """
-    if not (folder / INT8).is_file():
-        raise NasKdError(f"there is no {INT8} in {folder}: write it with python -m nas_kd.quantize {folder}")
+    check_int8(folder)
     cost = write_measured(folder)
     interpreter = MicroInterpreter(folder / TFLITE)
-    images = inputs_of(test)
-    answers, expected = interpreter.run(images.numpy()), run_onnx(folder / INT8, images).numpy()
-    same = float((answers.argmax(1) == expected.argmax(1)).mean())
-    if same < _SAME:
-        raise ModelError(
-            f"{folder / TFLITE} answers otherwise than {INT8} on {1 - same:.0%} of {len(test)} images: do not deploy it"
-        )
-    labels = torch.as_tensor(test.labels).numpy()
     result = OnDevice(
         bytes=cost.flash,
         arena=interpreter.arena(),
         operators=operators_of(folder / TFLITE),
-        images=len(test),
-        same=same,
-        steps=round(float(np.abs(answers - expected).max() / interpreter.step), 2),
-        accuracy=float((answers.argmax(1) == labels).mean()),
-        onnx_accuracy=float((expected.argmax(1) == labels).mean()),
+        answers=compared(interpreter, folder / INT8, test),
         compiled=compile_file(folder / TFLITE, accelerator),
     )
     text = json.dumps(result.to_json(), indent=2) + "\n"

@@ -84,7 +84,7 @@ def make_models(job: Job, plan: Sequence[Wanted], materials: Materials, stages: 
             model = Model(role=wanted.role, genotype=wanted.genotype, cost=cost, refined=refined)
             models.append(_timed(model, latency))
     if job.settings.int8 or set(DEVICE) & set(job.budget):
-        models = _on_device(job, _quantised(job, models, materials, stages))
+        models = on_device(_quantised(job, models, materials, stages), job.budget)
     with stages.stage("export", len(models)) as advance:
         rows = []
         for model in models:
@@ -147,13 +147,13 @@ def _quantised(job: Job, models: Sequence[Model], materials: Materials, stages: 
     return done
 
 
-def _on_device(job: Job, models: Sequence[Model]) -> list[Model]:
+def on_device(models: Sequence[Model], budget: Budget) -> list[Model]:
     """The models with their int8 forms as a device reads them, measured where its interpreter is installed; without
     those of the front that turn out to be over the budget there."""
     if not has_interpreter():
         return list(models)
     measured = [_measured_on_device(model) for model in models]
-    bounds = Budget(tuple((kind, bound) for kind, bound in job.budget.bounds if kind in DEVICE))
+    bounds = Budget(tuple((kind, bound) for kind, bound in budget.bounds if kind in DEVICE))
     over = [model for model in measured if model.role == "front" and not bounds.admits(model.cost)]
     for model in over:
         _logger.warning("a model of the front is left out, as measured it is %s", bounds.explain(model.cost))
