@@ -174,7 +174,8 @@ _GROUPS: tuple[tuple[Rule, str], ...] = (
     (_group_norm, "native_group_norm"),
     (_reduce, "mean sum amax amin max min var std var_mean std_mean norm linalg_vector_norm prod argmax logsumexp"),
     (_add, "add"),
-    (_pointwise, "where masked_fill sub mul div hardswish hardsigmoid hardtanh relu6 prelu _prelu_kernel"),
+    # torch tags these as pointwise in no version, or (leaky_relu) in no old one
+    (_pointwise, "where masked_fill sub mul div hardswish hardsigmoid hardtanh relu6 leaky_relu prelu _prelu_kernel"),
     (_same, "clone detach alias contiguous _to_copy lift_fresh _softmax _log_softmax native_dropout dropout"),
     (
         _spatial,

@@ -31,7 +31,8 @@ _KINDS = {
         "norm": "native_batch_norm cudnn_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training",
         "pad": "constant_pad_nd",
         "reshape": "view _unsafe_view reshape _reshape_alias squeeze unsqueeze expand alias detach",
-        "elementwise": "clone contiguous _to_copy hardswish hardsigmoid hardtanh relu6 prelu _prelu_kernel where",
+        "elementwise": "clone contiguous _to_copy where hardswish hardsigmoid hardtanh relu6 leaky_relu prelu"
+        " _prelu_kernel",
     }.items()
     for name in names.split()
 }

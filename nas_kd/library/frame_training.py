@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nas_kd.library.refit import batch_statistics
 from nas_kd.students.frames import Passage, run_frame
-from nas_kd.training.evaluation import averaging_statistics, even_split
+from nas_kd.training.evaluation import averaging_statistics, contiguous_where_it_overflows, even_split
 
 MOST_IMAGES = 256  # that a layer is fitted or measured on
 PART = 64  # images that pass a frame at a time where it does not matter: more do not stay in a processor's cache
@@ -74,7 +74,7 @@ def distil_frame(module: nn.Module, parameters: Sequence[nn.Parameter], passage:
     batch_size = images_for(passage, _BATCH_POSITIONS, recipe.batch_size)
     order = torch.empty(0, dtype=torch.int64)
     module.eval()
-    with batch_statistics(module):
+    with batch_statistics(module), contiguous_where_it_overflows(module):
         for _ in range(recipe.steps):
             if len(order) < batch_size:
                 order = torch.randperm(len(passage), generator=generator)

@@ -25,6 +25,7 @@ from nas_kd.preparation.job import (
     transfer_epochs,
 )
 from nas_kd.progress import Advance, Stages
+from nas_kd.search.storage import check_study
 from nas_kd.training.data import Splits, load_splits
 from nas_kd.training.images import AugmentedImages, Images
 from nas_kd.training.teacher import (
@@ -57,13 +58,16 @@ class Materials:
     @property
     def digest(self) -> str:
         """Names what students begin with and what teaches them."""
-        if self.teacher is self.base:
-            return self.base.digest
-        return f"{self.base.digest}-{self.teacher.digest}"
+        return _digest_of(self.base, self.teacher)
+
+
+def _digest_of(base: TeacherResult, teacher: TeacherResult) -> str:
+    return base.digest if teacher is base else f"{base.digest}-{teacher.digest}"
 
 
 def gather(job: Job, stages: Stages) -> Materials:
-    """Images, the teacher, and its logits on augmented views: everything that is paid for once."""
+    """Images, the teacher, and its logits on augmented views: everything that is paid for once. Raises StudyError as
+    soon as one of them is seen not to be that of the study that goes on."""
     stages.say(plan_line(job, _teacher_epochs(job, job.train_images), refine_epochs(job, job.train_images)))
     return collect(job, stages)
 
@@ -73,8 +77,10 @@ def collect(job: Job, stages: Stages) -> Materials:
     settings = job.settings
     with stages.stage("data"):
         splits = load_splits(job.data, job.cache)
+    check_study(job.storage, settings.name, {"data": splits.digest})
     base = _base(job, splits, stages)
     teacher = base if job.other_teacher is None else _other_teacher(job, splits, stages)
+    check_study(job.storage, settings.name, {"teacher": _digest_of(base, teacher)})
     subset = splits.train[: settings.proxy_images]
     short, long = (min(settings.views, epochs) for epochs in (settings.proxy_epochs, refine_epochs(job, splits.train)))
     with stages.stage("views", short + long) as advance:

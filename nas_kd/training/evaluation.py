@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from nas_kd.training.images import Images, normalise
 
 CALIBRATION = 512  # images are enough to recalibrate batch norms on
 LOOK_CALIBRATION = 256  # these before a look at a student whose training has not ended
+_SIMD = 16  # channels that oneDNN's kernels take at once
 _GPU_LOOK = 512  # images that a GPU looks at at once: smaller batches wait for Python
 _ERRORS = 2  # standard errors of an accuracy that are no accident
 
@@ -104,8 +105,35 @@ def even_split(indices: Tensor, batch_size: int) -> tuple[Tensor, ...]:
 
 def suits_channels_last(network: nn.Module) -> bool:
     """Whether a network trains faster with channels last in memory: one with grouped or depthwise convolutions does, a
-    dense one on small feature maps is slower (docs/results/memory_layout.md)."""
-    return any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in network.modules())
+    dense one on small feature maps is slower (docs/results/memory_layout.md). Not where that is unsafe."""
+    grouped = any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in network.modules())
+    return grouped and not overflows(network)
+
+
+def overflows(network: nn.Module) -> bool:
+    """Whether training it on a CPU with channels last in memory may write beyond a buffer: oneDNN does (torch 2.14) in
+    the way back of a pointwise convolution that strides over fewer than 16 channels of 64 pixels a side or more."""
+    return any(True for _ in _overflowing(network))
+
+
+@contextmanager
+def contiguous_where_it_overflows(network: nn.Module) -> Iterator[None]:
+    """Inside the block such convolutions read images laid out channels first, whatever the others read."""
+    with ExitStack() as stack:
+        for convolution in _overflowing(network):
+            stack.callback(convolution.register_forward_pre_hook(_contiguous).remove)
+        yield
+
+
+def _contiguous(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(tensor.contiguous() for tensor in inputs)
+
+
+def _overflowing(network: nn.Module) -> Iterator[nn.Conv2d]:
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.stride != (1, 1):
+            if module.in_channels < _SIMD and module.weight.device.type == "cpu":
+                yield module
 
 
 def memory_layout(pixels: Tensor, channels_last: bool | None) -> Tensor:

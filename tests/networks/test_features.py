@@ -148,6 +148,19 @@ def test_students_fold_where_they_can(name: str, side: int) -> None:
     assert sum(p.numel() for p in fused(student).parameters()) < sum(p.numel() for p in student.parameters())
 
 
+@pytest.mark.parametrize("name", ["mobileone_s0", "repvgg_a0"])
+def test_students_with_narrow_streams_fold_whole(name: str) -> None:
+    """A depthwise block of timm's remembers how many channels it had: its own folding divides by what is left."""
+    subject, image = base(name, 32, opened=OPEN), torch.randn(1, 3, 32, 32)
+    chosen = dict(subject.analysis.identity)
+    chosen |= {block.name: block.choices[block.narrowest] for block in subject.analysis.blocks if block.is_stream}
+    student = inherit_student(real(name), subject.analysis, Genotype.of(chosen)).eval()
+    folded = fused(student)
+    with torch.no_grad():
+        _close(folded(image), student(image))
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+
+
 def test_an_inference_form_reloads_and_is_no_base(tmp_path: Path) -> None:
     subject, image = base("repvgg_a0", 32), torch.randn(1, 3, 32, 32)
     student = fused(inherit_student(real("repvgg_a0"), subject.analysis, subject.genotype(1)))

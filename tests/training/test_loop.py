@@ -3,6 +3,9 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -265,3 +268,26 @@ def test_the_sample_for_recalibration_is_augmented(data: AugmentedImages, digits
     assert sample.pixels.shape == (20, 1, 32, 32)
     assert not torch.equal(sample.pixels, digits.train.pixels[:20])
     assert torch.equal(sample.pixels[3], data.batch(0, torch.tensor([3])).pixels[0])
+
+
+@pytest.mark.parametrize("layout", ["of the network", "of its input"])
+def test_a_narrow_strided_shortcut_does_not_spoil_memory(layout: str) -> None:
+    """oneDNN (torch 2.14) writes beyond a buffer on the way back of such a convolution with channels last: without our
+    care the process ends by "double free or corruption"."""
+    source = """
+import torch
+from torch import nn
+from nas_kd.training.evaluation import contiguous_where_it_overflows, memory_layout, suits_channels_last
+torch.manual_seed(0)
+network = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 24, 1, stride=2))
+last = LAST and suits_channels_last(network)
+network.to(memory_format=torch.channels_last if last else torch.contiguous_format)
+images = memory_layout(torch.randn(2, 8, 96, 96), last or not LAST)
+with contiguous_where_it_overflows(network):
+    for _ in range(8):
+        network(images).square().mean().backward()
+"""
+    source = source.replace("LAST", str(layout == "of the network"))
+    checked = {**os.environ, "LD_PRELOAD": "libc_malloc_debug.so.0", "MALLOC_CHECK_": "3"}
+    done = subprocess.run([sys.executable, "-c", source], env=checked, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-300:]
