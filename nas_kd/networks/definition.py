@@ -125,7 +125,7 @@ def definition(network: nn.Module, title: str, images: Mapping[str, Any]) -> str
         fold="    fold(model)  # into the inference form\n" if plan.fused else "",
         replacement=_REPLACE if replaces else "nn.Identity()",
     )
-    parts = [code, *_sources([resize, *((folding.fold, folding.folded) if plan.fused else ())])]
+    parts = [code, *_sources([resize, *((folding.fold, folding.folded, folding.count_groups) if plan.fused else ())])]
     parts += [*(_conv_parts() if replaces else ()), *(_network_parts(form[0]) if form else ())]
     text = "\n\n".join(parts)
     registers = "" if form else _registering(home)

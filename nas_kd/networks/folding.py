@@ -31,7 +31,7 @@ def folded(module: Any) -> nn.Module:
             return draft.fuse()  # type: ignore[no-any-return]
         for method in methods[1:]:
             if hasattr(draft, method):
-                _count_groups(draft)
+                count_groups(draft)
                 getattr(draft, method)()
                 return draft  # type: ignore[no-any-return]
     except (ArithmeticError, AttributeError, AssertionError, LookupError, RuntimeError, TypeError):
@@ -39,7 +39,7 @@ def folded(module: Any) -> nn.Module:
     return module  # type: ignore[no-any-return]
 
 
-def _count_groups(module: Any) -> None:
+def count_groups(module: Any) -> None:
     """Tells a block of timm's the groups of its convolution, of which it remembers how many they were at first."""
     convolutions = (own for name, own in module.named_modules() if name.startswith("conv_kxk"))
     own = next((own for own in convolutions if isinstance(own, nn.Conv2d)), None)
