@@ -13,10 +13,10 @@ weights (`cifar10_resnet56_akamaster.safetensors`, …).
 - `paper_a`: widths learnt at half of the MACs and 1/5.2 of the params of MobileNetV2 (paper_a.py)
 - `paper_b`: ResNet-56 with cheap convolutions, direct, beside a teacher, online (paper_b.py)
 
-One command after the other: once steps are recorded, four at once were no faster together (gpu.md). What ends within the
-minutes is kept: rows in `docs/results/gpu/PART.jsonl` (`--rows`), under the command that made them, and the next
-quarter does what is missing. Commands that are still at work when the time is over are stopped. Logs and models lie in
-`--out`.
+One command after the other: once steps are recorded, four at once were no faster together (docs/results/gpu.md). What
+ends within the minutes is kept: rows in `docs/results/gpu/PART.jsonl` (`--rows`), under the command that made them, and
+the next quarter does what is missing. Commands that are still at work when the time is over are stopped. Logs and
+models lie in `--out`.
 """
 
 from __future__ import annotations
