@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from nas_kd.arguments.augment import AugmentOptions
 from nas_kd.arguments.parsing import LOCAL, Parser, guarded, model_name, number, path
-from nas_kd.arguments.shared import add_data
+from nas_kd.arguments.shared import add_look
 from nas_kd.budget import short
 from nas_kd.errors import ModelError
 from nas_kd.training.dataset_names import choose_dataset
@@ -70,23 +70,13 @@ def parse_mcu(argv: Sequence[str]) -> McuSettings:
     )
     add("--images", type=number(1), default=50, metavar="N", help="test images to run in the interpreter (50)")
     add("--accelerator", choices=ACCELERATORS, default="ethos-u55-128", help="the Ethos-U (ethos-u55-128)")
-    add("--workers", type=number(1), default=2, metavar="N", help="threads that decode images (2)")
-    add(
-        "--seed",
-        type=number(0, int, 2**32),
-        default=0,
-        metavar="N",
-        help="the seed of the study, which cut the data (0)",
-    )
     add(
         "--cache",
         type=path,
         metavar="DIR",
         help="decoded images, shared with a study: results/STUDY/cache (FOLDER/cache)",
     )
-    add("-q", "--quiet", action="store_true", help="print the result alone")
-    add("--debug", action="store_true", help="tracebacks and debug messages")
-    add_data(parser)
+    add_look(parser)
     arguments = vars(parser.parse_args(argv))
     arguments["dataset"] = choose_dataset(arguments["dataset"], arguments["data_dir"])
     names = [own.name for own in fields(McuSettings) if own.name in arguments]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from nas_kd.arguments.augment import AugmentOptions
 from nas_kd.arguments.parsing import LOCAL, Parser, guarded, model_name, number, path
-from nas_kd.arguments.shared import add_data
+from nas_kd.arguments.shared import add_look
 from nas_kd.budget import short
 from nas_kd.errors import ModelError
 from nas_kd.training.dataset_names import choose_dataset
@@ -84,21 +84,11 @@ def parse_quantize(argv: Sequence[str]) -> QuantizeSettings:
     )
     add("--no-recover", action="store_false", dest="recover", help="never train a loss away")
     add("--threads", type=number(1), default=1, metavar="N", help="CPU threads that run it while it is timed (1)")
-    add("--workers", type=number(1), default=2, metavar="N", help="threads that decode images (2)")
-    add(
-        "--seed",
-        type=number(0, int, 2**32),
-        default=0,
-        metavar="N",
-        help="the seed of the study, which cut the data (0)",
-    )
     add("--out", type=path, metavar="DIR", help="where the files go (the model's folder, or results/quantize-MODEL)")
     add(
         "--cache", type=path, metavar="DIR", help="decoded images, shared with a study: results/STUDY/cache (OUT/cache)"
     )
-    add("-q", "--quiet", action="store_true", help="print the result alone")
-    add("--debug", action="store_true", help="tracebacks and debug messages")
-    add_data(parser)
+    add_look(parser)
     arguments = vars(parser.parse_args(argv))
     arguments["keep_float"] = tuple(arguments["keep_float"])
     arguments["dataset"] = choose_dataset(arguments["dataset"], arguments["data_dir"])

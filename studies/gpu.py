@@ -74,21 +74,16 @@ REAL = (
     ),
     *(
         Job(
-            part="versus",
-            name=f"resnet56 {arm}",
-            words=f"studies/versus.py resnet56 {CIFAR} {RESNET56} --out {{out}} --arms {shlex.quote(arm)}",
-            seconds=150,
+            part=part,
+            name=f"{pair} {arm}",
+            words=f"studies/versus.py {pair} {CIFAR} {weights} --out {{out}} --arms {shlex.quote(arm)}",
+            seconds=seconds,
         )
-        for arm in ("knapsack, small", "torch-pruning local l2 inner")
-    ),
-    *(
-        Job(
-            part="tiny",
-            name=f"tiny {arm}",
-            words=f"studies/versus.py tiny {CIFAR} {RESNET20} --out {{out}} --arms {shlex.quote(arm)}",
-            seconds=100,
+        for part, pair, weights, seconds, ours in (
+            ("versus", "resnet56", RESNET56, 150, "knapsack, small"),
+            ("tiny", "tiny", RESNET20, 100, "knapsack, widths"),
         )
-        for arm in ("knapsack, widths", "torch-pruning local l2 inner")
+        for arm in (ours, "torch-pruning local l2 inner")
     ),
     Job(part="paper_a", name="paper_a", words=f"studies/paper_a.py --quarter {CIFAR} --out {{out}}", seconds=330),
     Job(part="paper_b", name="paper_b", words=f"studies/paper_b.py --quarter {CIFAR} --out {{out}}", seconds=330),

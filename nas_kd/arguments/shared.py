@@ -111,6 +111,22 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_look(parser: argparse.ArgumentParser) -> None:
+    """The arguments of a command that looks at a finished model on its data."""
+    add = parser.add_argument
+    add("--workers", type=number(1), default=2, metavar="N", help="threads that decode images (2)")
+    add(
+        "--seed",
+        type=number(0, int, 2**32),
+        default=0,
+        metavar="N",
+        help="the seed of the study, which cut the data (0)",
+    )
+    add("-q", "--quiet", action="store_true", help="print the result alone")
+    add("--debug", action="store_true", help="tracebacks and debug messages")
+    add_data(parser)
+
+
 def add_choices(add: Callable[..., object]) -> None:
     """The arguments that say what a base may become."""
     add(

@@ -64,9 +64,15 @@ def check_int8(folder: Path) -> None:
 def write_measured(folder: Path) -> DeviceCost:
     """Writes the int8 ONNX file of a folder as a TensorFlow Lite file beside it and returns its bytes and the arena in
     which it runs. Raises as `write_tflite` and `MicroInterpreter` do."""
+    target = _write(folder)
+    return DeviceCost(flash=target.stat().st_size, ram=MicroInterpreter(target).arena().total)
+
+
+def _write(folder: Path) -> Path:
+    """Writes the int8 ONNX file of a folder as a TensorFlow Lite file beside it and returns that."""
     target = folder / TFLITE
     replace_file(target, lambda draft: write_tflite(folder / INT8, draft))
-    return DeviceCost(flash=target.stat().st_size, ram=MicroInterpreter(target).arena().total)
+    return target
 
 
 def compared(interpreter: MicroInterpreter, path: Path, test: Images) -> Answers:
@@ -94,14 +100,14 @@ def put_on_device(folder: Path, test: Images, accelerator: str) -> OnDevice:
     or compiled, or when the interpreter answers otherwise than ONNX Runtime.
     """
     check_int8(folder)
-    cost = write_measured(folder)
-    interpreter = MicroInterpreter(folder / TFLITE)
+    target = _write(folder)
+    interpreter = MicroInterpreter(target)
     result = OnDevice(
-        bytes=cost.flash,
+        bytes=target.stat().st_size,
         arena=interpreter.arena(),
-        operators=operators_of(folder / TFLITE),
+        operators=operators_of(target),
         answers=compared(interpreter, folder / INT8, test),
-        compiled=compile_file(folder / TFLITE, accelerator),
+        compiled=compile_file(target, accelerator),
     )
     text = json.dumps(result.to_json(), indent=2) + "\n"
     replace_file(folder / RECORD, lambda draft: draft.write_text(text, encoding="utf-8"))

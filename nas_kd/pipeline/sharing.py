@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from optuna.storages import InMemoryStorage
@@ -30,7 +32,7 @@ from nas_kd.arguments.study import STORAGE, restore_settings
 from nas_kd.genotype import Genotype
 from nas_kd.pipeline.baselines import Wanted, whole_space
 from nas_kd.pipeline.refining import is_refined, refine_one
-from nas_kd.preparation.estimate import predicted_seconds
+from nas_kd.preparation.estimate import BASELINES, predicted_seconds
 from nas_kd.preparation.job import Job, prepare, storage_url
 from nas_kd.preparation.materials import Materials, collect
 from nas_kd.progress import Advance, Stages
@@ -63,7 +65,7 @@ def _processes(job: Job, pending: Sequence[Wanted]) -> int:
     if isinstance(job.storage, InMemoryStorage) or any(wanted.start is not None for wanted in pending):
         return 1
     epochs = max((wanted.epochs for wanted in pending), default=0)
-    seconds = predicted_seconds(job, 0, epochs)["refine"] * len(pending) / max(1, (settings.front or 0) + 3)
+    seconds = predicted_seconds(job, 0, epochs)["refine"] * len(pending) / ((settings.front or 0) + BASELINES)
     if seconds < _WORTH:
         return 1
     if job.device.type == "cuda":
@@ -82,7 +84,7 @@ def _fitting() -> int:
     return (int(available[1]) << 10) // _EACH if available else _MOST
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@dataclasses.dataclass(kw_only=True, eq=False)
 class Claims:
     """What is planned, dearest first, in a `folder` in which each model has a file of who trains it and how far it
     is; `others` are the processes beside this one."""
@@ -103,13 +105,13 @@ class Claims:
                 continue
             self.own.add(path.name)
             with file:
+                train(wanted, functools.partial(self._tell, file, advance))
 
-                def tell(words: str, steps: float = 1, /, file: object = file) -> None:
-                    print(words, file=file, flush=True)  # type: ignore[call-overload]
-                    advance(words, steps)
-                    self.listen(advance)
-
-                train(wanted, tell)
+    def _tell(self, file: TextIO, advance: Advance, words: str, steps: float = 1, /) -> None:
+        file.write(f"{words}\n")
+        file.flush()
+        advance(words, steps)
+        self.listen(advance)
 
     def listen(self, advance: Advance) -> None:
         """Tells of what others did since the last time."""

@@ -11,7 +11,7 @@ from typing import Any
 import timm
 from huggingface_hub import EvalResult, ModelCardData
 
-from nas_kd.budget import Cost, short
+from nas_kd.budget import COUNTED, Cost, short
 from nas_kd.errors import NasKdError, PlanError
 from nas_kd.genotype import Genotype
 from nas_kd.results.front import read_front_csv
@@ -19,7 +19,6 @@ from nas_kd.results.picture import student_picture
 from nas_kd.results.rows import ModelRow
 
 PICTURE = "blocks.svg"
-_COSTS = ("params", "macs", "size", "peak_memory")
 _WEIGHTS = ("--pretrained", "--initial-checkpoint")  # by which a command says that it did not begin from scratch
 
 
@@ -69,7 +68,7 @@ def _metadata(folder: Path, config: Mapping[str, Any], license: str | None) -> M
     accuracy = facts.get("test accuracy")
     dataset = str(facts.get("dataset", "unknown"))
     results = [] if accuracy is None else [_result(dataset, "accuracy", accuracy)]
-    results += [_result(dataset, kind, facts[kind]) for kind in _COSTS if results and kind in facts]
+    results += [_result(dataset, kind, facts[kind]) for kind in COUNTED if results and kind in facts]
     return ModelCardData(
         model_name=folder.resolve().name,
         library_name="timm",
@@ -95,7 +94,7 @@ def _result(dataset: str, kind: str, value: float) -> EvalResult:
 def _row(name: str, facts: Mapping[str, Any]) -> ModelRow | None:
     """The model as pictures and tables have it; None where an export brings no figures."""
     try:
-        cost = Cost(**{kind: int(facts[kind]) for kind in _COSTS})
+        cost = Cost(**{kind: int(facts[kind]) for kind in COUNTED})
         genotype = Genotype.from_json(facts["genotype"]) if "genotype" in facts else None
     except (KeyError, TypeError, ValueError):
         return None
@@ -136,7 +135,7 @@ def _table(facts: Mapping[str, Any]) -> Iterator[str]:
         yield "## Figures\n\n| | |\n|---|---|"
     for key, value in facts.items():
         if key not in ("genotype", "digest", "role"):
-            shown = short(value) if key in _COSTS else value if isinstance(value, str) else json.dumps(value)
+            shown = short(value) if key in COUNTED else value if isinstance(value, str) else json.dumps(value)
             yield f"| {key} | {shown} |"
     yield ""
 
