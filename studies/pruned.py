@@ -17,7 +17,7 @@ import torch_pruning
 from torch import Tensor, nn
 from torch_pruning.pruner import importance as importances
 
-from nas_kd.budget import Budget
+from nas_kd.budget import Budget, Cost
 from nas_kd.costs.verification import measure
 from nas_kd.networks.cifar import _PadShortcut
 from nas_kd.training.images import Images, normalise
@@ -92,25 +92,33 @@ class PickPruner(torch_pruning.BasePruningFunc):
         return layer.inputs
 
 
-def prune(base: nn.Module, method: Method, budget: Budget, images: Images) -> nn.Module | None:
+def prune(
+    base: nn.Module,
+    method: Method,
+    budget: Budget,
+    images: Images,
+    cost: Callable[[nn.Module], Cost] | None = None,
+) -> nn.Module | None:
     """A pruned copy of `base` within the budget, in training form; None when the method cannot get there.
 
-    `images` (N×C×H×W) give the size and, for Taylor importances, the gradients.
+    `images` (N×C×H×W) give the size and, for Taylor importances, the gradients. `cost` is what a network costs, by
+    default what can be counted; a latency is to be measured by it.
     """
+    size = images.pixels.shape[1:]
+    cost = cost or (lambda network: measure(network, size))
     network = copy.deepcopy(base).cpu()
     if method.part == "whole":
         _replace_shortcuts(network)
     pruner = _pruner(network, method, images)
-    size = images.pixels.shape[1:]
     for _ in range(STEPS):
         if method.importance == "taylor":
             _accumulate_gradients(network, images)
-        closely = budget.scaled(1.25).admits(measure(network, size))
+        closely = budget.scaled(1.25).admits(cost(network))
         for group in pruner.step(interactive=True):
             group.prune()
-            if closely and budget.admits(measure(network, size)):
+            if closely and budget.admits(cost(network)):
                 break
-        if budget.admits(measure(network, size)):
+        if budget.admits(cost(network)):
             network.zero_grad()
             return network
     return None

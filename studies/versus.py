@@ -1,9 +1,13 @@
-"""Our students beside what people would use instead: same base, teacher, images and bound on MACs or params.
+"""Our students beside what people would use instead: same base, teacher, images and bound (MACs, params, milliseconds).
 
     python studies/versus.py smoke                                                          two minutes, digits
     python studies/versus.py resnet20 --dataset folder --data-dir cifar10 --initial-checkpoint FILE
     python studies/versus.py resnet20_params … the same, at equal params
     python studies/versus.py mobilenetv2 --dataset folder --data-dir cifar10 --teacher FOLDER
+    python studies/versus.py resnet20_half_time … the same, at half of its milliseconds in ONNX Runtime
+    python studies/versus.py resnet20_third_time … the same, at a third
+    python studies/versus.py resnet20_half_time …   the same, at half of its milliseconds in ONNX Runtime
+    python studies/versus.py resnet20_third_time …  at a third of them
     python studies/versus.py fashion --dataset torch/fashion_mnist --data-dir DIR --teacher FOLDER
     python studies/versus.py fashion_tight … the same, at a third of the MACs
 
@@ -43,6 +47,7 @@ from versus_arms import FASTNAS, FRESH, OURS, PLAIN, PRUNED, Bench, Ours
 from versus_page import write_page
 
 from nas_kd.arguments.parsing import guarded
+from nas_kd.arguments.shared import SPACE
 from nas_kd.rank_check.portions import Portions
 from nas_kd.training.evaluation import evaluate
 from nas_kd.training.loop import train
@@ -85,7 +90,28 @@ class Pair:
         return tuple(arm for arm in (*self.ours, *self.peers) if arm != FASTNAS or peers.modelopt() is not None)
 
 
+def _in_time(share: int, words: str) -> Pair:
+    """ResNet-20 on CIFAR-10 within this share of its latency (percent), which is measured for all arms alike."""
+    return Pair(
+        title=f"ResNet-20 on CIFAR-10 at {words} of its milliseconds",
+        study=f"--model cifar_resnet20 --img-size 32 --budget latency={share}% --val-fraction 0.1 --views 1 "
+        "--refine-epochs 1 --proxy-epochs 1 --proxy-images 1600 --amp",
+        images=12_800,
+        totals=(60,),
+        ours={
+            "knapsack, small": Ours(space=SMALL, stages=True, rounds=()),
+            "knapsack, closed forms": Ours(space=SPACE, stages=True, rounds=()),
+        },
+        peers=(WHOLE, "torch-pruning local bn whole", TAYLOR),
+        timed=("knapsack, small", WHOLE),
+        rates={OURS: (0.005, 0.01), PRUNED: (0.0075, 0.02)},
+        seeds={"knapsack, small": 2, "knapsack, closed forms": 2, WHOLE: 2, TAYLOR: 2},
+    )
+
+
 PAIRS = {
+    "resnet20_half_time": _in_time(50, "half"),
+    "resnet20_third_time": _in_time(33, "a third"),
     "smoke": Pair(
         title="cifar_resnet20 on handwritten digits",
         study="--model cifar_resnet20 --img-size 16 --budget macs=30% --teacher-epochs 12 --batch-size 32 --views 1 "
@@ -258,7 +284,7 @@ class Versus:
         cost, splits = self.bench.cost(made.network), self.bench.materials.splits
         self.records[run.key] = {
             **{"arm": run.arm, "seed": run.seed, "lr": run.lr, "total": run.total, "images": images},
-            **{"macs": cost.macs, "params": cost.params},
+            **{"macs": cost.macs, "params": cost.params, "latency": cost.latency},
             **{"library": made.library, "other": made.other, "training": training, "words": made.words},
             "val": evaluate(made.network, splits.val),
             "test": evaluate(made.network, splits.test),
@@ -288,7 +314,8 @@ class Versus:
         if TEACHER not in self.records:
             base, splits = self.bench.base, self.bench.materials.splits
             cost, test = self.bench.cost(base), evaluate(base, splits.test)
-            self.records[TEACHER] = {"macs": cost.macs, "params": cost.params, "test": test}
+            counted = {"macs": cost.macs, "params": cost.params, "latency": cost.latency}
+            self.records[TEACHER] = {**counted, "test": test}
 
 
 def facts(pair: Pair, bench: Bench, command: str) -> dict[str, Any]:

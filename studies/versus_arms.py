@@ -21,9 +21,10 @@ from torch import nn
 
 from nas_kd import Space
 from nas_kd.arguments.study import parse_study
-from nas_kd.budget import Cost
+from nas_kd.budget import LATENCY, Cost
 from nas_kd.costs.verification import measure
 from nas_kd.errors import ModelError
+from nas_kd.genotype import Genotype
 from nas_kd.library.building import LibrarySpec, build_library
 from nas_kd.library.library import Library
 from nas_kd.pipeline.choosing import choose_front
@@ -48,16 +49,18 @@ SCORED = 1000  # validation images that FastNAS scores a network by
 
 @dataclass(frozen=True, kw_only=True)
 class Ours:
-    """One of our arms: which choices its library holds, for how many steps entries are trained, how many trials."""
+    """One of our arms: which choices its library holds, with the widths of residual streams or not, for how many steps
+    entries are trained, how many trials."""
 
     space: str = "width,kernel,conv"
     rounds: tuple[int, ...] = LibrarySpec().rounds
     trials: int = 0
+    stages: bool = False
 
     @property
     def library(self) -> str:
         """The key of its library; several arms may share one."""
-        return f"library {self.space} {self.rounds}"
+        return f"library {self.space} {self.rounds}{' stages' if self.stages else ''}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +101,11 @@ class Bench:
         return views
 
     def cost(self, network: nn.Module) -> Cost:
-        return measure(network, self.job.space.input_size)
+        """What a network costs; its latency is measured where that is the bound."""
+        counted, latency = measure(network, self.job.space.input_size), self.job.space.latency
+        if LATENCY not in self.job.budget or latency is None:
+            return counted
+        return dataclasses.replace(counted, latency=latency.other(copy.deepcopy(network)))
 
     def keep(self, network: nn.Module, name: str) -> None:
         """Exports what was trained, where that is a network of ours."""
@@ -150,7 +157,7 @@ class Bench:
     def _pruned(self, arm: str, calibration: Images) -> nn.Module | None:
         if arm in TORCH_PRUNING:
             base = copy.deepcopy(self.base).cpu()  # torch-pruning's own images are there
-            pruned = prune(base, TORCH_PRUNING[arm], self.job.budget, calibration)
+            pruned = prune(base, TORCH_PRUNING[arm], self.job.budget, calibration, self.cost)
             return None if pruned is None else pruned.to(self.job.device)
         few = self.materials.splits.val[:SCORED]
         macs = self.job.budget["macs"]
@@ -176,9 +183,7 @@ class Bench:
             (genotype,) = choose_front(study, 1, job.budget)
             words = f"{len(study.trials)} trials; "
         else:
-            genotype = solve(space.table, self.job.budget, space.damages(), seconds=60)
-            words = ""
-        assert genotype is not None
+            genotype, words = self._solved(space), ""
         network = space.student(genotype)
         recalibrate(network, calibration)
         return Made(
@@ -188,10 +193,21 @@ class Bench:
             words=f"{words}{genotype.to_json()}",
         )
 
+    def _solved(self, space: Space[nn.Module]) -> Genotype:
+        """The knapsack's solution; where latency is the bound, measured and solved again until it is within."""
+        if LATENCY in self.job.budget:
+            return space.starts(1)[-1]
+        genotype = solve(space.table, self.job.budget, space.damages(), seconds=60)
+        assert genotype is not None
+        return genotype
+
     def _space(self, ours: Ours) -> Space[nn.Module]:
         """What the base may become, with the library of that."""
-        options, side = parse_options(ours.space), self.job.space.input_size[1]
-        space = Space(self.base, budget=self.job.budget, img_size=side, options=options)
+        options, side = parse_options(ours.space, search_stages=ours.stages), self.job.space.input_size[1]
+        space = Space(self.base, img_size=side, options=options)
+        if self.job.space.latency is not None:
+            space.measure_latency(self.job.space.latency.meter)
+        space.set_budget(self.job.budget)
         space.library = self._library(space, ours)
         return space
 

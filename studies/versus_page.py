@@ -22,10 +22,24 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from versus_arms import FASTNAS, PLAIN, TIMM
 
+from nas_kd.budget import LATENCY
 from nas_kd.preparation.records import Records
 
 Row = dict[str, Any]
-COLUMNS = ("arm", "test", "seeds", "MACs", "params", "lr", "images", "library s", "search s", "training s", "total s")
+COLUMNS = (
+    "arm",
+    "test",
+    "seeds",
+    "ms",
+    "MACs",
+    "params",
+    "lr",
+    "images",
+    "library s",
+    "search s",
+    "training s",
+    "total s",
+)
 NOTES = """Test accuracy in %, mean ± standard deviation over seeds (one run where there is none). Seconds are CPU time
 on one core: of the library, of what else comes before the training (trials, pruning, another search), of the training,
 and all together. What every arm needs is not in them: the teacher, and its logits on the augmented images. At equal
@@ -111,7 +125,15 @@ def pair_lines(pair: Row) -> Iterator[str]:
 
 def bound_of(pair: Row) -> str:
     """In words; rows of before bound MACs."""
+    if bounded(pair) == LATENCY:
+        base = milliseconds(pair["teacher"][LATENCY])
+        return f"{milliseconds(pair['bound'])} of its {base} ms in ONNX Runtime, one image on one thread"
     return f"{pair['bound']:,.0f} params" if bounded(pair) == "params" else f"{pair['bound'] / 1e6:.2f} M MACs"
+
+
+def milliseconds(nanoseconds: float) -> str:
+    """As the table shows them; rows of before know of none."""
+    return f"{nanoseconds / 1e6:.3f}" if nanoseconds else ""
 
 
 def bounded(pair: Row) -> str:
@@ -135,7 +157,8 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
 def line(group: Sequence[Row]) -> str:
     spread = f" ± {100 * statistics.stdev(row['test'] for row in group):.2f}" if len(group) > 1 else ""
     first = group[0]
-    cells = [first["arm"], f"{100 * mean(group, 'test'):.2f}{spread}", len(group), f"{first['macs'] / 1e6:.2f} M"]
+    cells = [first["arm"], f"{100 * mean(group, 'test'):.2f}{spread}", len(group)]
+    cells += [milliseconds(first.get(LATENCY, 0)), f"{first['macs'] / 1e6:.2f} M"]
     cells += [f"{first['params']:,}", f"{first['lr']:.3g}", f"{mean(group, 'images'):,.0f}"]
     cells += [f"{mean(group, part):.0f}" for part in ("library", "other", "training")]
     return f"| {' | '.join(map(str, cells))} | {statistics.mean(map(total, group)):.0f} |"
@@ -155,13 +178,15 @@ def tried(pair: Row) -> Iterator[str]:
 
 
 def draw(pairs: Sequence[Row], path: Path) -> None:
-    """Accuracy over MACs, params and CPU seconds; equal images filled, equal compute hollow."""
+    """Accuracy over MACs (or ms, where they are the bound), params and CPU seconds; at equal compute hollow."""
     plt.rcParams.update({"svg.hashsalt": "nas_kd", "font.size": 10})
-    axes_of = ("macs", "MACs in M", 1e6), ("params", "params in M", 1e6), ("seconds", "CPU seconds in all", 1)
+    shared = ("params", "params in M", 1e6), ("seconds", "CPU seconds in all", 1)
     figure, grid = plt.subplots(len(pairs), 3, figsize=(12, 3.6 * len(pairs)), sharey="row", squeeze=False)
     for pair, row_of_axes in zip(pairs, grid, strict=True):
         teacher = {**pair["teacher"], "arm": "teacher", "total": 0}
         rows = [{**row, "seconds": total(row)} for row in pair["rows"]]
+        timed = bounded(pair) == LATENCY
+        axes_of = ((LATENCY, "ms", 1e6) if timed else ("macs", "MACs in M", 1e6), *shared)
         for axes, (name, label, unit) in zip(row_of_axes, axes_of, strict=True):
             for row in [*rows, *([teacher] if name != "seconds" else [])]:
                 _, marker, colour = style(row["arm"])
@@ -169,7 +194,7 @@ def draw(pairs: Sequence[Row], path: Path) -> None:
                 axes.plot(row[name] / unit, 100 * row["test"], marker, color=colour, markerfacecolor=fill)
             if name == bounded(pair):
                 axes.axvline(pair["bound"] / unit, color="#57606a", linestyle=":", linewidth=1.2)
-            if name != "macs":
+            if name not in ("macs", LATENCY):
                 spread_out(axes)
             axes.set_xlabel(label)
             axes.grid(alpha=0.3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -9,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+import nas_kd.models  # noqa: F401 (the CIFAR bases)
+from nas_kd.budget import LATENCY, Budget, Cost
 from nas_kd.costs.verification import measure
+from nas_kd.training.images import Images
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE, CLASSES = (1, 16, 16), 10
@@ -58,6 +63,23 @@ def test_the_plain_search_learns_from_the_teacher(plain: Any) -> None:
     assert measure(network, SIZE).macs <= 300_000
     plain.distil(network, data, plain.Training(5600, 0.1))
     assert plain.accuracy(network, data, 1000) > 0.5  # a tenth by chance
+
+
+def test_torch_pruning_keeps_to_a_cost_that_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "studies"))
+    from pruned import Method, prune
+
+    base = timm.create_model("cifar_resnet20", num_classes=CLASSES, in_chans=1)
+
+    def cost(network: torch.nn.Module) -> Cost:  # as if a MAC took a nanosecond
+        counted = measure(network, SIZE)
+        return dataclasses.replace(counted, latency=counted.macs)
+
+    images = Images(*digits(), mean=(0.5,), std=(0.5,))[:512]
+    bound = cost(base).latency // 2
+    pruned = prune(base, Method("local", "l2", "whole"), Budget(((LATENCY, bound),)), images, cost)
+    assert pruned is not None
+    assert 0.9 * bound < measure(pruned, SIZE).macs <= bound
 
 
 @pytest.mark.slow

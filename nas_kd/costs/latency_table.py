@@ -176,6 +176,12 @@ class LatencyTable:
             self._observed[genotype.digest] = self._seen(genotype, measured)
         return [self._exact[genotype.digest] for genotype in genotypes]
 
+    def other(self, network: nn.Module) -> int:
+        """The latency of a network of other origin on the same images (nanoseconds), measured beside the base."""
+        subject = Subject(module=network.eval(), arguments=(self._images,))
+        (measured,) = self.meter.milliseconds(self._reference, [subject], WHOLE)
+        return round(1e6 * measured.milliseconds)
+
     def known(self, genotype: Genotype) -> int | None:
         """The latency of a whole student, None when it was not measured."""
         return self._exact.get(genotype.digest)
