@@ -20,6 +20,7 @@ from nas_kd.costs.runtimes import LatencySpec, Measured, Subject
 from nas_kd.costs.verification import analyse
 from nas_kd.genotype import Genotype
 from nas_kd.search.options import parse_options, restrict
+from nas_kd.students.building import build_student
 
 SIZE = (3, 32, 32)
 
@@ -102,6 +103,8 @@ def test_each_structure_is_measured_once(base: torch.nn.Module, analysis: Analys
     assert one.onto(costs).cost(drawn(analysis, 3)) == other.onto(costs).cost(drawn(analysis, 3))
     assert one.onto(costs).cost(drawn(analysis, 3)).latency == other.onto(costs).cost(drawn(analysis, 3)).latency
     assert one.whole(drawn(analysis, 1)) == other.whole(drawn(analysis, 1)) > 0
+    assert other.other(build_student(base, analysis, drawn(analysis, 1))) == other.whole(drawn(analysis, 1))
+    assert second.measured == 0
 
 
 def test_a_slower_hour_changes_nothing(base: torch.nn.Module, analysis: Analysis, costs: CostTable) -> None:
