@@ -12,8 +12,12 @@ from nas_kd.spelling import plain_budget
 KINDS = ("params", "macs")  # what students are compared by, in the order of every table
 COUNTED = (*KINDS, "size", "peak_memory")  # exact, in closed form
 DEVICE = ("flash", "ram")  # of the int8 form: in closed form, and measured before a result is exported
-LATENCY = "latency"  # measured
-BOUNDABLE = (*COUNTED, *DEVICE, LATENCY)  # what a budget can bound
+LATENCY, CYCLES = "latency", "cycles"
+MEASURED = (CYCLES, LATENCY)  # on whole students, the quicker first
+ON_DEVICE = (*DEVICE, CYCLES)
+ACCELERATORS = (*(f"ethos-u55-{n}" for n in (32, 64, 128, 256)), *(f"ethos-u65-{n}" for n in (256, 512)))
+ACCELERATOR = "ethos-u55-128"  # whose cycles are meant by default
+BOUNDABLE = (*COUNTED, *ON_DEVICE, LATENCY)  # what a budget can bound
 _SUFFIX = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 _BYTES = _SUFFIX | {f"{letter}B": amount for letter, amount in _SUFFIX.items()}
 _BYTES |= {f"{letter}IB": 2 ** (10 * power) for power, letter in enumerate("KMG", start=1)}
@@ -29,7 +33,8 @@ class Cost:
     bytes of the exported weights; `peak_memory`, bytes of the activations that are alive at once for one image in a
     deployed graph (both at float32, see `nas_kd.analysis.schedule`; 0 where they were not counted); `flash` and `ram`,
     bytes of the int8 file and of the arena in which an interpreter on a device runs it (see `nas_kd.costs.device`; 0
-    where they were not counted); `latency`,
+    where they were not counted); `cycles`, those that a compiler estimates of the int8 form on an accelerator (see
+    `nas_kd.costs.cycle_table`; 0 where it did not); `latency`,
     nanoseconds of one forward pass (measured, see `nas_kd.costs.latency_table`; 0 where it was not). Costs are equal
     when params and macs are.
     """
@@ -40,6 +45,7 @@ class Cost:
     peak_memory: int = field(default=0, compare=False)
     flash: int = field(default=0, compare=False)
     ram: int = field(default=0, compare=False)
+    cycles: int = field(default=0, compare=False)
     latency: int = field(default=0, compare=False)
 
     def __getitem__(self, kind: str) -> int:
@@ -87,7 +93,7 @@ class Budget(Mapping[str, float]):
 
     def admits(self, cost: Cost) -> bool:
         """Whether `cost` is within every bound; a cost that was not measured or counted is not."""
-        needed = (LATENCY, *DEVICE)
+        needed = (LATENCY, *ON_DEVICE)
         return all(cost[kind] <= bound and (kind not in needed or cost[kind] > 0) for kind, bound in self.bounds)
 
     def scaled(self, share: float) -> Budget:
@@ -128,7 +134,7 @@ def _check_kind(kind: str) -> None:
         hint = nearest(kind, BOUNDABLE)
         raise BudgetError(
             f"a budget cannot bound {kind!r}: use params or macs{hint} (or size, peak_memory, in int8 flash and ram: "
-            "in bytes; latency: in ms)"
+            "in bytes; cycles of an accelerator; latency: in ms)"
         )
 
 
@@ -153,7 +159,7 @@ def _bound(part: str, base: Cost) -> tuple[str, float]:
     kind, equals, text = (piece.strip() for piece in part.partition("="))
     match = _AMOUNT.fullmatch(text)
     _check_kind(kind)
-    units = _NANOSECONDS if kind == LATENCY else _SUFFIX if kind in KINDS else _BYTES
+    units = _NANOSECONDS if kind == LATENCY else _SUFFIX if kind in (*KINDS, CYCLES) else _BYTES
     number, unit = match.groups(default="") if match else ("", "")
     unit = unit.lower() if kind == LATENCY else unit.upper()
     if not equals or match is None or (unit != "%" and unit not in units):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from nas_kd.arguments.augment import AugmentOptions
 from nas_kd.arguments.parsing import LOCAL, Parser, guarded, model_name, number, path
-from nas_kd.arguments.shared import add_look
+from nas_kd.arguments.shared import add_accelerator, add_look
 from nas_kd.budget import short
 from nas_kd.errors import ModelError
 from nas_kd.training.dataset_names import choose_dataset
@@ -54,8 +54,6 @@ class McuSettings:
 
 def parse_mcu(argv: Sequence[str]) -> McuSettings:
     """Reads the arguments of the mcu command. Raises NasKdError for bad ones."""
-    from nas_kd.networks.micro import ACCELERATORS
-
     parser = Parser(
         prog="python -m nas_kd.mcu",
         description="Writes an int8 result for TensorFlow Lite Micro, runs it there and compiles it for an Ethos-U.",
@@ -69,7 +67,7 @@ def parse_mcu(argv: Sequence[str]) -> McuSettings:
         help="a folder that a study exported with --int8, or that quantize wrote to",
     )
     add("--images", type=number(1), default=50, metavar="N", help="test images to run in the interpreter (50)")
-    add("--accelerator", choices=ACCELERATORS, default="ethos-u55-128", help="the Ethos-U (ethos-u55-128)")
+    add_accelerator(add)
     add(
         "--cache",
         type=path,

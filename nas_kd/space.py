@@ -10,8 +10,8 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from nas_kd.arguments.parsing import Parser, guarded, model_name, number
-from nas_kd.arguments.shared import add_choices
-from nas_kd.budget import DEVICE, KINDS, Budget, parse_budget, short
+from nas_kd.arguments.shared import add_accelerator, add_choices
+from nas_kd.budget import CYCLES, DEVICE, KINDS, Budget, parse_budget, short
 from nas_kd.errors import BudgetError, ModelError
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class SpaceSettings:
     channel_multiple: int
     budget: str | None
     as_json: bool
+    accelerator: str
 
 
 def parse_space(argv: Sequence[str]) -> SpaceSettings:
@@ -55,6 +56,7 @@ def parse_space(argv: Sequence[str]) -> SpaceSettings:
     add("--num-classes", type=number(1), metavar="N", help="outputs (the model's)")
     add_choices(add)
     add("--budget", metavar="B", help="tell whether it can be met: params=1M,macs=30M or macs=50%% of the base")
+    add_accelerator(add)
     add("--json", action="store_true", dest="as_json", help="print one JSON object")
     add("--debug", action="store_true", help="tracebacks")
     arguments = vars(parser.parse_args(argv))
@@ -73,6 +75,7 @@ def show_space(settings: SpaceSettings) -> int:
     """Analyses the base and prints what was found. Raises a NasKdError when that cannot be done."""
     from nas_kd.analysis.stride_reduction import reduce_stride
     from nas_kd.networks.hub import create_base
+    from nas_kd.networks.micro import Estimator
     from nas_kd.search.options import parse_options
     from nas_kd.search.prices import block_prices
     from nas_kd.search.space import Space
@@ -93,6 +96,8 @@ def show_space(settings: SpaceSettings) -> int:
     except ModelError:  # they are left out, unless somebody asks for them
         if settings.budget and set(DEVICE) & set(parse_budget(settings.budget)):
             raise
+    if settings.budget and CYCLES in parse_budget(settings.budget):
+        space.estimate_cycles(Estimator(settings.accelerator))
     budget = parse_budget(settings.budget, space.table.base()) if settings.budget else None
     facts = describe(space, block_prices(space.table, space.analysis, base), budget)
     if settings.as_json:
@@ -112,6 +117,8 @@ def describe(space: Space[Any], prices: Sequence[BlockPrices], budget: Budget | 
         "genotypes": math.prod(len(block.choices) for block in space.blocks),
         "left_alone": [{"module": module, "reason": reason} for module, reason in space.analysis.left_alone],
     }
+    if space.cycles is not None and space.cycles.estimator is not None:
+        facts["accelerator"] = space.cycles.estimator.accelerator
     for kind in space.table.kinds:
         facts[kind] = base[kind]
         facts[f"min_{kind}"] = space.table.cost(space.table.cheapest(kind))[kind]
@@ -149,6 +156,9 @@ def _print(space: Space[Any], facts: dict[str, Any]) -> None:
             f"in int8 on a device: {short(facts['flash'])} bytes of flash, {short(facts['ram'])} bytes of RAM; "
             f"smallest reachable: {short(facts['min_flash'])} and {short(facts['min_ram'])}"
         )
+    if CYCLES in facts:
+        least = short(facts[f"min_{CYCLES}"])
+        lines.append(f"{short(facts[CYCLES])} cycles of {facts['accelerator']}; smallest reachable: about {least}")
     lines.append(f"genotypes: {facts['genotypes']:.3g}")
     lines += [f"left alone: {item['module']}, {item['reason']}" for item in facts["left_alone"]]
     if "budget" in facts:

@@ -7,6 +7,7 @@ TensorFlow has no word for is an operator of its own too.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -51,13 +52,20 @@ class DeviceTensor:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operation:
     """One operator on the device, the module that calls it, and the tensors that it reads and makes, by position; of
-    a layer how many `weights` it has."""
+    a layer the shape of its weights, of what slides over an image the `window`, what is padded apart from it left out.
+    """
 
     module: str
     kind: str
     reads: tuple[int, ...]
     makes: tuple[int, ...]
-    weights: int = 0
+    shape: tuple[int, ...] = ()
+    window: Window | None = None
+
+    @property
+    def weights(self) -> int:
+        """How many weights a layer has."""
+        return math.prod(self.shape) if self.shape else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +142,7 @@ class _Builder:
         if is_the_same or not made:
             self.places.update(dict.fromkeys(made, reads[0]))
             return
-        reads[0] = self._padding(moment, reads[0])
+        reads[0], window = self._padding(moment, reads[0])
         kinds = _kinds(moment)
         if moment.operator == "cat":  # each part is rounded to one scale
             parts = [self._operation(moment, "QUANTIZE", [read], [self.tensors[read]]) for read in reads]
@@ -142,7 +150,7 @@ class _Builder:
         for kind in kinds[:-1]:
             between = self._operation(moment, kind, reads, [DeviceTensor(number=made[0])])
             reads = [*between, *(reads if moment.operator == "silu" else [])]
-        tensors = self._operation(moment, kinds[-1], reads, [DeviceTensor(number=number) for number in made])
+        tensors = self._operation(moment, kinds[-1], reads, [DeviceTensor(number=number) for number in made], window)
         self.places.update(zip(made, tensors, strict=True))
 
     def _is_the_same(self, moment: Moment) -> bool:
@@ -163,21 +171,27 @@ class _Builder:
         """What reads a tensor before it is written over."""
         return self._readers[number, self._versions[number]]
 
-    def _padding(self, moment: Moment, read: int) -> int:
-        """The tensor that a moment's window slides over; a padded copy where it has to be."""
+    def _padding(self, moment: Moment, read: int) -> tuple[int, Window | None]:
+        """The tensor that a moment's window slides over, a padded copy where it has to be, and that window."""
         if moment.window is None or moment.kind == "pad":
-            return read
+            return read, moment.window
         number = moment.reads[0]
         window = moment.window.around(self._padded[number]) if number in self._padded else moment.window
         if not window.padded:
-            return read
+            return read, window
         height, width = window.size
         tensor = self.tensors[read]
         copy = replace(tensor, times=tensor.times * window.padded, by=tensor.by * height * width)
-        return self._operation(moment, "PAD", [read], [copy])[0]
+        padding = Window(size=window.size, pads=window.pads)
+        return self._operation(moment, "PAD", [read], [copy], padding)[0], window.after_padding
 
     def _operation(
-        self, moment: Moment, kind: str, reads: Sequence[int], makes: Sequence[DeviceTensor]
+        self,
+        moment: Moment,
+        kind: str,
+        reads: Sequence[int],
+        makes: Sequence[DeviceTensor],
+        window: Window | None = None,
     ) -> tuple[int, ...]:
         made = tuple(range(len(self.tensors), len(self.tensors) + len(makes)))
         self.tensors += makes
@@ -185,9 +199,13 @@ class _Builder:
         if kind == "MEAN":
             beside = (len(self.tensors),)
             self.tensors.append(replace(makes[0], times=_SUM_BYTES))
-        weights = moment.weights if kind in LAYERS else 0
         operation = Operation(
-            module=moment.module, kind=kind, reads=tuple(reads), makes=(*made, *beside), weights=weights
+            module=moment.module,
+            kind=kind,
+            reads=tuple(reads),
+            makes=(*made, *beside),
+            shape=moment.weights if kind in LAYERS else (),
+            window=window,
         )
         self.operations.append(operation)
         return made

@@ -42,22 +42,21 @@ class Run:
 def followed(network: nn.Module, image: Tensor) -> Run:
     """Run a network and follow its activations; flops are by torch's own formulas (`FlopCounterMode` adds up the same
     and also keeps a tree of modules). Shifts, which multiply by one and zero alone, have none."""
-    activations, flops, shifting = Activations(), 0, False
+    activations, flops, running = Activations(), 0, [""]
     activations.begin(image)
+    shifts = {name for name, module in network.named_modules() if isinstance(module, Shift2d)}
 
     def hook(operator: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
         nonlocal flops
         formula = flop_registry.get(operator._overloadpacket)
-        if formula is not None and not shifting:
+        if formula is not None and running[-1] not in shifts:
             flops += formula(*arguments, **keywords, out_val=output)
-        activations.record("", operator, arguments, tensors([*arguments, keywords]), tensors(output))
+        activations.record(running[-1], operator, arguments, tensors([*arguments, keywords]), tensors(output))
 
-    def turn(*_: Any) -> None:
-        nonlocal shifting
-        shifting = not shifting
-
-    shifts = [module for module in network.modules() if isinstance(module, Shift2d)]
-    handles = [add(turn) for shift in shifts for add in (shift.register_forward_pre_hook, shift.register_forward_hook)]
+    handles = []
+    for name, module in network.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
+        handles.append(module.register_forward_hook(lambda *_: _dropped_last(running)))
     try:
         with torch.no_grad(), OperatorHook(hook):
             outputs = tuple(tensors(network(image)))
@@ -65,3 +64,7 @@ def followed(network: nn.Module, image: Tensor) -> Run:
         for handle in handles:
             handle.remove()
     return Run(outputs=outputs, activations=activations, flops=flops)
+
+
+def _dropped_last(names: list[str]) -> None:
+    names.pop()

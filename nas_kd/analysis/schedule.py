@@ -41,7 +41,7 @@ _KINDS = {
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moment:
     """One call: its module, its operator (ATen's name) and the kind of that, and the numbers of the tensors that it
-    reads and makes; of what slides over an image the `window`, of a product how many `weights` it has."""
+    reads and makes; of what slides over an image the `window`, of a product the shape of its weights."""
 
     module: str
     operator: str
@@ -49,7 +49,7 @@ class Moment:
     reads: tuple[int, ...]
     makes: tuple[int, ...]
     window: Window | None = None
-    weights: int = 0
+    weights: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +105,7 @@ class Activations:
                 self._number(tensor)
         makes = tuple(range(before, len(self.made)))
         window = window_of(name, arguments)
-        weights = _weights(name, arguments) if kind == "product" and len(reads) == 1 else 0
+        weights = _weights(name, arguments) if kind == "product" and len(reads) == 1 else ()
         self.moments.append(
             Moment(module=module, operator=name, kind=kind, reads=reads, makes=makes, window=window, weights=weights)
         )
@@ -196,11 +196,10 @@ def _lifetimes(moments: Sequence[Moment], outputs: Iterable[int]) -> dict[int, t
     return {number: (first[number], last[number]) for number in sorted(last) if number in first}
 
 
-def _weights(name: str, arguments: Sequence[Any]) -> int:
-    """The weights of a product: of a convolution its kernels, else what it multiplies with."""
-    if name == "convolution":
-        return int(arguments[1].numel())
-    return max((value.numel() for value in arguments[-1:] if isinstance(value, Tensor)), default=0)
+def _weights(name: str, arguments: Sequence[Any]) -> tuple[int, ...]:
+    """The shape of a product's weights: of a convolution its kernels, else what it multiplies with."""
+    weights = arguments[1 if name == "convolution" else -1]
+    return tuple(weights.shape) if isinstance(weights, Tensor) else ()
 
 
 @functools.cache

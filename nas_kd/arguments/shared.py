@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nas_kd.arguments.parsing import model_name, number, path
+from nas_kd.budget import ACCELERATOR, ACCELERATORS
 from nas_kd.errors import NasKdError
 from nas_kd.training.preprocessing import INTERPOLATIONS
 
@@ -150,6 +151,11 @@ def add_choices(add: Callable[..., object]) -> None:
         metavar="N",
         help="what stays of many channels is a multiple of it, as runtimes and accelerators like it (8)",
     )
+
+
+def add_accelerator(add: Callable[..., object]) -> None:
+    """Whose cycles are meant."""
+    add("--accelerator", choices=ACCELERATORS, default=ACCELERATOR, help=f"whose cycles count ({ACCELERATOR})")
 
 
 def add_library(add: Callable[..., object]) -> None:

@@ -15,6 +15,7 @@ from nas_kd.arguments.parsing import Parser, command_line, number, path, storage
 from nas_kd.arguments.shared import (
     SPACE,
     STAGES,
+    add_accelerator,
     add_base,
     add_choices,
     add_data,
@@ -26,7 +27,7 @@ from nas_kd.arguments.shared import (
     add_workers,
     check_teacher,
 )
-from nas_kd.budget import parse_budget, parse_levels
+from nas_kd.budget import ACCELERATOR, parse_budget, parse_levels
 from nas_kd.errors import NasKdError, nearest, without_password
 from nas_kd.spelling import plain_budget
 from nas_kd.training.dataset_names import choose_dataset
@@ -108,6 +109,7 @@ class Settings:
     skip_unreadable: bool = False
     crop_pct: float | None = None
     interpolation: str | None = None
+    accelerator: str = ACCELERATOR
     pruner: str = "front"
     augment: AugmentOptions = field(default_factory=AugmentOptions)
     teacher: str | None = None
@@ -157,7 +159,7 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
         "--budget",
         required=True,
         metavar="B",
-        help="hard upper bounds: params=1M,macs=30M,latency=4ms or macs=50%% of the base",
+        help="hard upper bounds: params=1M,macs=30M,latency=4ms,cycles=400K or macs=50%% of the base",
     )
     add("--levels", default="1", metavar="L", help="shares of the budget that get a best model each: 0.25,0.5,1 (1)")
     add(
@@ -166,6 +168,7 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
         help="what --budget leaves out of params, MACs, peak memory and latency is bounded by the base's own (yes)",
     )
     _add_latency(add)
+    add_accelerator(add)
     add("--trials", type=number(1), default=20, metavar="N", help="students to train; over-budget ones are free (20)")
     add_choices(add)
     parser.set_defaults(space=None, search_stages=None)  # as the study began

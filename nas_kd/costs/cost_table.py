@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from nas_kd.analysis.structure import Analysis, Block
-from nas_kd.budget import COUNTED, DEVICE, LATENCY, Cost
+from nas_kd.budget import COUNTED, DEVICE, MEASURED, Cost
 from nas_kd.costs.cost_terms import Counts, cost_polynomials
 from nas_kd.costs.device import DeviceTable, device_table
 from nas_kd.costs.peak_memory import MemoryTable, memory_table
@@ -26,8 +26,8 @@ from nas_kd.genotype import Choice, Genotype
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CostTable:
     """Costs of every genotype of a base: per kind of sum a constant, a vector per block, and a matrix per pair of
-    blocks; and `memory`, the moments whose largest is the peak. Latency is a sum too, where it was measured. `device`
-    tells flash and ram, where these are asked for.
+    blocks; and `memory`, the moments whose largest is the peak. Latency and cycles are sums too,
+    where they were measured. `device` tells flash and ram, where these are asked for.
 
     Vectors and matrices are indexed by the position of a choice in `block.choices`.
     """
@@ -42,7 +42,7 @@ class CostTable:
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of cost that this table tells."""
-        return (*COUNTED, *(DEVICE if self.device else ()), *((LATENCY,) if LATENCY in self.single else ()))
+        return (*COUNTED, *(DEVICE if self.device else ()), *(kind for kind in MEASURED if kind in self.single))
 
     def with_device(self, device: DeviceTable) -> CostTable:
         """Add flash and ram to this table."""
@@ -55,16 +55,16 @@ class CostTable:
             pairs={**self.pairs, **sums["pairs"]},
         )
 
-    def with_latency(
-        self, constant: int, single: Sequence[Vector], pairs: Mapping[tuple[int, int], Vector] | None = None
-    ) -> CostTable:
-        """Add a latency (nanoseconds) to this table: a constant, a number per choice of each block, and a matrix per
-        pair of blocks."""
+    def with_measured(self, kind: str, terms: Mapping[tuple[int, ...], NDArray[np.float64]]) -> CostTable:
+        """Add a kind of cost that is measured (nanoseconds, cycles) to this table: sums over no blocks, one, or two."""
+        whole = {blocks: np.rint(numbers).astype(np.int64) for blocks, numbers in terms.items()}
+        nothing = [np.zeros(len(block.choices), dtype=np.int64) for block in self.blocks]
+        pairs = {(blocks[0], blocks[1]): matrix for blocks, matrix in whole.items() if len(blocks) == 2}
         return replace(
             self,
-            constants={**self.constants, LATENCY: constant},
-            single={**self.single, LATENCY: tuple(single)},
-            pairs={**self.pairs, LATENCY: pairs or {}},
+            constants={**self.constants, kind: int(whole.get((), np.int64(0)))},
+            single={**self.single, kind: tuple(whole.get((index,), zeros) for index, zeros in enumerate(nothing))},
+            pairs={**self.pairs, kind: pairs},
         )
 
     def indices(self, genotype: Mapping[str, Choice]) -> Vector:
@@ -77,7 +77,7 @@ class CostTable:
         return Genotype.of({block.name: block.choices[index] for block, index in chosen})
 
     def cost(self, genotype: Mapping[str, Choice]) -> Cost:
-        """Return the cost of one genotype, equal to what the built student counts; a latency is expected."""
+        """Return the cost of one genotype, equal to what the built student counts; what is measured is expected."""
         totals = self.many(self.indices(genotype)[None])
         return Cost(**{kind: int(total[0]) for kind, total in totals.items()})
 
@@ -101,7 +101,7 @@ class CostTable:
             total += vector[indices[:, column]]
         for (one, two), matrix in self.pairs[kind].items():
             total += matrix[indices[:, one], indices[:, two]]
-        return np.maximum(total, 1) if kind == LATENCY else total  # a sum of differences may be none
+        return np.maximum(total, 1) if kind in MEASURED else total  # a sum of differences may be none
 
     def base(self) -> Cost:
         """Return the cost of the base itself."""

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from nas_kd.analysis.structure import Analysis, Block
+from nas_kd.budget import LATENCY
 from nas_kd.costs.cost_table import CostTable
 from nas_kd.costs.latency import Timing
 from nas_kd.costs.layer_times import Layer, Observed, Terms, fit, layers_of, summed, total_of
@@ -186,7 +187,7 @@ class LatencyTable:
         """The latency of a whole student, None when it was not measured."""
         return self._exact.get(genotype.digest)
 
-    def fastest(self) -> int:
+    def least(self) -> int:
         """The smallest latency of those whole students that were measured."""
         return min(self._exact.values())
 
@@ -218,13 +219,9 @@ class LatencyTable:
         """A cost table with the corrected sums as its latency."""
         sums = self.sums()
         offset, slope = self.correction(sums)
-        whole = {blocks: np.rint(slope * numbers).astype(np.int64) for blocks, numbers in sums.items()}
-        nothing = [np.zeros(len(block.choices), dtype=np.int64) for block in self.analysis.blocks]
-        return table.with_latency(
-            int(whole.get((), np.int64(0))) + round(offset * self.whole_base),
-            [whole.get((index,), zeros) for index, zeros in enumerate(nothing)],
-            {(blocks[0], blocks[1]): matrix for blocks, matrix in whole.items() if len(blocks) == 2},
-        )
+        corrected = {blocks: slope * numbers for blocks, numbers in sums.items()}
+        corrected[()] = corrected.get((), np.zeros(())) + offset * self.whole_base
+        return table.with_measured(LATENCY, corrected)
 
     def _students(self) -> list[Observed]:
         """The students that were measured, in an order that does not depend on when."""

@@ -77,6 +77,13 @@ class Layer:
     around: int | None
     stays: NDArray[np.bool_]
 
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The blocks that it depends on."""
+        factors = (factors for amount in self.amounts for factors in amount.factors())
+        named = {block for block in (self.block, self.around) if block is not None}
+        return tuple(sorted(named.union(*factors)))
+
     def kind(self, row: Vector) -> Kind:
         """Its kind in a student with these positions of choices."""
         return self.kinds[0 if self.block is None else int(row[self.block])]
@@ -184,6 +191,14 @@ def fit(layers: Sequence[Layer], students: Sequence[Observed]) -> Times:
 def _amounts(layer: Layer, rows: Vector) -> Floats:
     """One, and what a layer reads, writes and multiplies, in each of N students (N × 4)."""
     return np.stack([np.ones(len(rows)), *(amount.at(rows) for amount in layer.amounts)], axis=1).astype(np.float64)
+
+
+def expected(layer: Layer, times: Times, rows: Vector) -> Floats:
+    """The time of a layer in each of N students, none where it is not there."""
+    spent = np.stack([times[kind] for kind in layer.kinds])
+    kinds = np.zeros(len(rows), dtype=np.int64) if layer.block is None else rows[:, layer.block]
+    taken = (_amounts(layer, rows) * spent[kinds]).sum(axis=1)
+    return taken if layer.around is None else np.asarray(taken * layer.stays[rows[:, layer.around]])
 
 
 def _non_negative(examples: Sequence[tuple[Floats, float]]) -> Floats:

@@ -3,7 +3,9 @@ files for its Ethos-U: both as they run on this machine."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import os
 import re
 import subprocess
@@ -11,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,23 @@ from nas_kd.errors import ModelError
 from nas_kd.networks.onnx import first_line
 from nas_kd.networks.tflite_file import Array, Quantisation, need_tools
 
-ACCELERATORS = (*(f"ethos-u55-{n}" for n in (32, 64, 128, 256)), *(f"ethos-u65-{n}" for n in (256, 512)))
 _ROOM = 64 << 20  # bytes of an arena in which anything has room
+_VELA_OPTIONS = """
+[compiler]
+enable_db=true
+output_format=TFLite
+cop_format=COP1
+
+[scheduler]
+optimize=Performance
+arena_size_limit={arena}
+disable_feature=
+cpu_tensor_alignment=16
+tensor_allocator=HillClimb
+
+[graph]
+softmax_int16_neg_exp_range=10.0
+"""  # what its command passes on by default
 _ARENA = re.compile(r"Arena allocation (total|head|tail) (\d+) bytes")
 
 
@@ -153,3 +171,55 @@ def compile_file(path: Path, accelerator: str) -> Compiled:
         images_per_second=float(row["inferences_per_second"]),
         cpu_operators=int(left[1]) if left else 0,
     )
+
+
+class Estimator:
+    """Vela within this process: what it estimates of files that are known to be whole, in some hundredths of a second.
+
+    Raises NasKdError where it is not installed.
+    """
+
+    def __init__(self, accelerator: str) -> None:
+        need_tools("ethosu")
+        from ethosu.vela import architecture_features as features
+
+        with contextlib.redirect_stdout(io.StringIO()):  # it tells that nothing was said of clock and memories
+            own = features.ArchitectureFeatures(
+                vela_config_files=None,
+                accelerator_config=accelerator,
+                system_config=features.ArchitectureFeatures.DEFAULT_CONFIG,
+                memory_mode=features.ArchitectureFeatures.DEFAULT_CONFIG,
+                max_blockdep=features.ArchitectureFeatures.MAX_BLOCKDEP,
+                verbose_config=False,
+                arena_cache_size=None,
+            )
+        self._family = "".join(part.capitalize() for part in accelerator.split("-")[:-1])
+        self._system = "\n".join(
+            (
+                f"[architecture]\nmacs={own.num_macs_per_cycle}\ncores={own.ncores}",
+                f"[vela]\nsystem_config_name={own.system_config}\nmemory_mode_name={own.memory_mode}",
+                *(Path(file).read_text(encoding="utf-8") for file in own.vela_config_files),
+            )
+        )
+        self.accelerator = accelerator
+        self.facts = version("ethos-u-vela"), accelerator, own.system_config, own.memory_mode
+        self._options = _VELA_OPTIONS.format(arena=own.arena_cache_size)
+
+    def cycles(self, content: bytes) -> list[int]:
+        """The cycles of each operator of a file, by its place there. Raises ModelError where Vela refuses the file."""
+        from ethosu import regor
+
+        try:
+            compiled = regor.compile(self._family, content, "TFLITE", self._system, options=self._options)
+        except Exception as error:  # of any kind: a library in C++
+            raise ModelError(f"Vela cannot compile a network for {self._family}: {first_line(error)}") from error
+        tables = {
+            name: [dict(zip(table.header, row, strict=True)) for row in table.data]
+            for name, table in compiled.opt_database.tables.items()
+            if name in ("source", "perf")
+        }
+        places = {row["id"]: int(row["ext_key"]) for row in tables["source"]}
+        spent = [0] * (1 + max(places.values()))
+        for row in tables["perf"]:
+            spent[places[row["source_id"]]] += int(row["op_cycles"])
+        return spent

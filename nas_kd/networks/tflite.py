@@ -41,7 +41,7 @@ def write_tflite(path: Path, target: Path) -> None:
     given = tensors.of(graph.input)
     for node in graph.nodes:
         _WRITERS[node.op_type](node, tensors)
-    file.write(target, [given], [tensors.of(graph.output)])
+    target.write_bytes(file.content([given], [tensors.of(graph.output)]))
 
 
 class _Tensors:

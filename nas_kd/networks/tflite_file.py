@@ -42,6 +42,11 @@ def has_interpreter() -> bool:
     return importlib.util.find_spec("tflite_micro") is not None
 
 
+def has_tools() -> bool:
+    """Whether both the interpreter and the compiler are installed."""
+    return all(importlib.util.find_spec(name) is not None for name in _TOOLS)
+
+
 def need_tools(*packages: str) -> None:
     """Raises NasKdError where the interpreter, the compiler, or of them those named, are not installed."""
     missing = [name for name in packages or _TOOLS if importlib.util.find_spec(name) is None]
@@ -151,8 +156,8 @@ class FileWriter:
             own.inputs, own.outputs = (_numbers(place[t] for t in tensors) for tensors in (own.inputs, own.outputs))
         graph.inputs, graph.outputs = (_numbers(place[t] for t in tensors) for tensors in (inputs, outputs))
 
-    def write(self, path: Path, inputs: Sequence[int], outputs: Sequence[int]) -> None:
-        """Writes the file, all weights inside the flatbuffer: TensorFlow Lite Micro takes those behind it for
+    def content(self, inputs: Sequence[int], outputs: Sequence[int]) -> bytes:
+        """The bytes of the file, all weights inside the flatbuffer: TensorFlow Lite Micro takes those behind it for
         activations, without an error."""
         import flatbuffers
 
@@ -166,7 +171,7 @@ class FileWriter:
         )
         builder = flatbuffers.Builder(1024)
         builder.Finish(model.Pack(builder), b"TFL3")
-        path.write_bytes(builder.Output())
+        return bytes(builder.Output())
 
 
 def _numbers(values: Iterable[int]) -> Array:

@@ -29,12 +29,18 @@ class Window:
         return replace(self, size=other.size, pads=pads)
 
     @property
+    def after_padding(self) -> Window:
+        """The window over an image that is padded already."""
+        size = tuple(length + sum(pad) for length, pad in zip(self.size, self.pads, strict=True))
+        return replace(self, size=size, pads=((0, 0), (0, 0)))
+
+    @property
     def padded(self) -> int:
         """The pixels of an image with its padding as TensorFlow needs it: none where it pads that much of itself."""
         same = zip(self.size, self.kernel, self.strides, self.dilations, strict=True)
         if not any(map(sum, self.pads)) or self.pads == tuple(same_pads(*side) for side in same):
             return 0
-        return math.prod(length + sum(pad) for length, pad in zip(self.size, self.pads, strict=True))
+        return math.prod(self.after_padding.size)
 
 
 def same_pads(size: int, kernel: int, stride: int, dilation: int = 1) -> tuple[int, int]:

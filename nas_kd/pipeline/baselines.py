@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from nas_kd.budget import LATENCY
+from nas_kd.budget import CYCLES, LATENCY, MEASURED, Budget
+from nas_kd.costs.cycle_table import CycleTable
 from nas_kd.costs.latency_table import LatencyTable, Meter
 from nas_kd.errors import ModelError
 from nas_kd.genotype import Genotype
@@ -16,7 +17,7 @@ from nas_kd.preparation.job import Job
 from nas_kd.results.rows import Role
 from nas_kd.search.options import parse_options
 from nas_kd.search.space import Space
-from nas_kd.search.starts import random_genotype, uniform_width_student, uniform_width_students
+from nas_kd.search.starts import random_genotype, uniform_width_students
 from nas_kd.training.augment import derive_seed
 
 _ATTEMPTS = 5  # to draw a random student that is as fast as its blocks promise
@@ -69,12 +70,16 @@ def plain_baselines(job: Job, best: Genotype, epochs: int) -> list[Wanted]:
 
 
 def _uniform(job: Job, whole: Space[nn.Module]) -> Genotype | None:
-    """The widest uniform student within the budget, its latency measured where that is bounded."""
-    if job.space.latency is None or LATENCY not in job.budget:
-        return uniform_width_student(whole.table, job.budget)
-    table, bound = whole_models(whole, job.space.latency.meter), job.budget[LATENCY]
-    narrow = uniform_width_students(whole.table, job.budget.without(LATENCY))
-    return next((g for g in narrow if table.whole(g) <= bound), None)
+    """The widest uniform student within the budget, its latency and cycles measured where they are bounded."""
+    measures: dict[str, Callable[[Genotype], int]] = {}
+    if job.space.latency is not None:
+        measures[LATENCY] = whole_models(whole, job.space.latency.meter).whole
+    if job.space.cycles is not None and job.space.cycles.estimator is not None:
+        measures[CYCLES] = CycleTable(whole.base, whole.analysis, whole.input_size, job.space.cycles.estimator).whole
+    counted = Budget(tuple((kind, bound) for kind, bound in job.budget.bounds if kind not in MEASURED))
+    wanted = [(measures[kind], job.budget[kind]) for kind in MEASURED if kind in job.budget and kind in measures]
+    students = uniform_width_students(whole.table, counted)
+    return next((g for g in students if all(measure(g) <= bound for measure, bound in wanted)), None)
 
 
 def _random(job: Job) -> Genotype | None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nas_kd.costs.device import DeviceCost
+from nas_kd.budget import CYCLES
 from nas_kd.errors import ModelError, NasKdError
 from nas_kd.networks.micro import Arena, Compiled, MicroInterpreter, compile_file
 from nas_kd.networks.onnx import run_onnx
@@ -61,11 +61,13 @@ def check_int8(folder: Path) -> None:
         raise NasKdError(f"there is no {INT8} in {folder}: write it with python -m nas_kd.quantize {folder}")
 
 
-def write_measured(folder: Path) -> DeviceCost:
-    """Writes the int8 ONNX file of a folder as a TensorFlow Lite file beside it and returns its bytes and the arena in
-    which it runs. Raises as `write_tflite` and `MicroInterpreter` do."""
+def write_measured(folder: Path, accelerator: str | None = None) -> dict[str, int]:
+    """Writes the int8 ONNX file of a folder as a TensorFlow Lite file beside it and returns, by kind of cost, its
+    bytes, the arena in which it runs, and its cycles on an accelerator. Raises as `write_tflite`, `MicroInterpreter`
+    and `compile_file` do."""
     target = _write(folder)
-    return DeviceCost(flash=target.stat().st_size, ram=MicroInterpreter(target).arena().total)
+    cycles = {} if accelerator is None else {CYCLES: compile_file(target, accelerator).cycles}
+    return {"flash": target.stat().st_size, "ram": MicroInterpreter(target).arena().total, **cycles}
 
 
 def _write(folder: Path) -> Path:

@@ -13,11 +13,11 @@ import optuna
 from torch import nn
 
 from nas_kd.arguments.study import Settings
-from nas_kd.budget import COUNTED, DEVICE, LATENCY, Budget, Cost, amount
+from nas_kd.budget import ACCELERATOR, COUNTED, CYCLES, LATENCY, ON_DEVICE, Budget, Cost, amount
 from nas_kd.errors import ModelError
 from nas_kd.genotype import Genotype
 from nas_kd.networks.onnx import is_installed
-from nas_kd.networks.tflite_file import has_interpreter
+from nas_kd.networks.tflite_file import has_interpreter, has_tools
 from nas_kd.pipeline.baselines import Wanted, baselines, whole_models
 from nas_kd.pipeline.choosing import choose_front
 from nas_kd.pipeline.device import TFLITE, write_measured
@@ -83,8 +83,8 @@ def make_models(job: Job, plan: Sequence[Wanted], materials: Materials, stages: 
             cost = wanted.space.cost(wanted.genotype)
             model = Model(role=wanted.role, genotype=wanted.genotype, cost=cost, refined=refined)
             models.append(_timed(model, latency))
-    if job.settings.int8 or set(DEVICE) & set(job.budget):
-        models = on_device(_quantised(job, models, materials, stages), job.budget)
+    if job.settings.int8 or set(ON_DEVICE) & set(job.budget):
+        models = on_device(_quantised(job, models, materials, stages), job.budget, job.settings.accelerator)
     with stages.stage("export", len(models)) as advance:
         rows = []
         for model in models:
@@ -147,31 +147,34 @@ def _quantised(job: Job, models: Sequence[Model], materials: Materials, stages: 
     return done
 
 
-def on_device(models: Sequence[Model], budget: Budget) -> list[Model]:
-    """The models with their int8 forms as a device reads them, measured where its interpreter is installed; without
-    those of the front that turn out to be over the budget there."""
+def on_device(models: Sequence[Model], budget: Budget, accelerator: str = ACCELERATOR) -> list[Model]:
+    """The models with their int8 forms as a device reads them, measured where its interpreter and the accelerator's
+    compiler are installed; without those of the front that turn out to be over the budget there."""
     if not has_interpreter():
         return list(models)
-    measured = [_measured_on_device(model) for model in models]
-    bounds = Budget(tuple((kind, bound) for kind, bound in budget.bounds if kind in DEVICE))
+    if CYCLES in budget and not has_tools():
+        _logger.warning("cycles are those that the table expects: pip install 'nas-kd[mcu]' to have them estimated")
+        budget = budget.without(CYCLES)
+    measured = [_measured_on_device(model, accelerator) for model in models]
+    bounds = Budget(tuple((kind, bound) for kind, bound in budget.bounds if kind in ON_DEVICE))
     over = [model for model in measured if model.role == "front" and not bounds.admits(model.cost)]
     for model in over:
         _logger.warning("a model of the front is left out, as measured it is %s", bounds.explain(model.cost))
     return [model for model in measured if model not in over]
 
 
-def _measured_on_device(model: Model) -> Model:
+def _measured_on_device(model: Model, accelerator: str) -> Model:
     if model.int8 is None:
         return model
     result, files = model.int8
     try:
-        cost = write_measured(files[0].parent)
+        found = write_measured(files[0].parent, accelerator if has_tools() else None)
     except ModelError as error:
         _logger.warning("a model (%s) goes without %s: %s", model.role, TFLITE, error)
         return model
     return dataclasses.replace(
         model,
-        cost=dataclasses.replace(model.cost, flash=cost.flash, ram=cost.ram),
+        cost=dataclasses.replace(model.cost, **found),
         int8=(result, (*files, files[0].with_name(TFLITE))),
     )
 
@@ -189,7 +192,7 @@ def _export(job: Job, model: Model, materials: Materials) -> ModelRow:
         "role": model.role,
         "digest": genotype.digest,
         "genotype": genotype.to_json(),
-        **{kind: model.cost[kind] for kind in (*COUNTED, *DEVICE) if kind in COUNTED or model.cost[kind]},
+        **{kind: model.cost[kind] for kind in (*COUNTED, *ON_DEVICE) if kind in COUNTED or model.cost[kind]},
         "latency": f"{amount(LATENCY, model.cost.latency)} ({latency_spec(settings)})",
         "test accuracy": round(refined.test_accuracy, 4),
         **({"distillation": settings.distill} if model.role not in ("teacher", "no teacher") else {}),

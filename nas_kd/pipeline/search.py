@@ -7,6 +7,7 @@ from typing import Any
 import optuna
 
 from nas_kd.pipeline.showcase import announce
+from nas_kd.preparation.cycles import note_cycles
 from nas_kd.preparation.effort import note_effort
 from nas_kd.preparation.job import Job, choices_made, proxy_recipe_of
 from nas_kd.preparation.latency import note_latency
@@ -32,6 +33,7 @@ def search(job: Job, materials: Materials, stages: Stages) -> optuna.Study:
     with storage_errors(f"use the study {settings.name!r} in its storage"):
         study = _open(job, materials)
         note_latency(study, settings, job.space)  # before workers join
+        note_cycles(study, job.space)
         kit = publish(job, materials, study)
         note_budget(study, job.budget)
         announce(job, study)

@@ -24,6 +24,7 @@ from nas_kd.costs.peak_memory import RULE
 from nas_kd.errors import DeviceError, ModelError, NasKdError, OutputError
 from nas_kd.networks.hub import create_base
 from nas_kd.networks.onnx import need
+from nas_kd.preparation.cycles import cycle_facts
 from nas_kd.preparation.effort import Effort, choose_effort, training_images, with_effort
 from nas_kd.preparation.image_form import data_spec, warn_of_other_order
 from nas_kd.preparation.latency import latency_facts
@@ -295,6 +296,7 @@ def choices_made(settings: Settings, budget: Budget) -> dict[str, Any]:
         **({"peak memory": RULE} if "peak_memory" in budget else {}),
         **({"device": DEVICE_RULE} if set(DEVICE) & set(budget) else {}),
         **latency_facts(settings, budget),
+        **cycle_facts(settings, budget),
         **space_of(settings),
         **bounds_of(settings),
         "augmentation": settings.augment.text,

@@ -13,11 +13,12 @@ from torch import nn
 
 from nas_kd.analysis.structure import ROUND_TO
 from nas_kd.arguments.study import Settings
-from nas_kd.budget import DEVICE, KINDS, LATENCY, Cost, parse_budget, parse_levels
+from nas_kd.budget import CYCLES, DEVICE, KINDS, LATENCY, Cost, parse_budget, parse_levels
 from nas_kd.costs.cost_table import CostTable
 from nas_kd.errors import GenotypeError, ModelError, OutputError
 from nas_kd.genotype import Genotype
 from nas_kd.networks.tflite_file import has_interpreter
+from nas_kd.preparation.cycles import count_cycles
 from nas_kd.preparation.latency import make_meter, measure_latency, told_latency
 from nas_kd.progress import Stages
 from nas_kd.search.options import parse_options
@@ -59,10 +60,13 @@ def bound_space(
     stages: Stages | None = None,
     begun: Mapping[str, Any] | None = None,
 ) -> None:
-    """Bounds a space as it is asked, and what that leaves out by the base's own; latencies are measured for it, which
-    `stages` show. `begun` are the user attributes of the study that goes on: what another machine measured is there."""
+    """Bounds a space as it is asked, and what that leaves out by the base's own; latencies and cycles are measured for
+    it, which `stages` show. `begun` are the user attributes of the study that goes on: what another machine
+    measured is there."""
     given = parse_budget(settings.budget)
     _count_device(space, settings, is_bounded=bool(set(DEVICE) & set(given)))
+    if CYCLES in given:
+        count_cycles(space, settings, stages, begun)
     own = [kind for kind in BASE_BOUNDS if settings.base_bounds and kind not in given]
     if LATENCY in own and (told := told_latency(begun, settings)):
         space.tell_latency(make_meter(settings), told)

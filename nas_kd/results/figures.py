@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import plotly.graph_objects as go
 
-from nas_kd.budget import LATENCY, short
+from nas_kd.budget import CYCLES, LATENCY, short
 from nas_kd.results.axes import (
     plain,
 )
@@ -19,6 +19,7 @@ COST_NAMES = {
     "peak_memory": "bytes of activations at once",
     "flash": "bytes of flash",
     "ram": "bytes of RAM",
+    CYCLES: "cycles of the accelerator",
     LATENCY: "latency",
 }
 

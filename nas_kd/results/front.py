@@ -13,7 +13,7 @@ from typing import TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 
-from nas_kd.budget import COUNTED, DEVICE, KINDS, Cost
+from nas_kd.budget import COUNTED, KINDS, ON_DEVICE, Cost
 from nas_kd.errors import OutputError
 from nas_kd.results.rows import Int8Row, ModelRow, Role, sort_models
 
@@ -33,7 +33,7 @@ COLUMNS = (
     "val_accuracy",
     "test_accuracy",
     *COUNTED,
-    *DEVICE,
+    *ON_DEVICE,
     "latency_ms",
     "best_at",
     "path",
@@ -127,7 +127,7 @@ def _cells(model: ModelRow) -> tuple[str | int, ...]:
         model.role,
         _decimals(model.val_accuracy, 4),
         _decimals(model.test_accuracy, 4),
-        *(model.cost[kind] if kind in KINDS else model.cost[kind] or "" for kind in (*COUNTED, *DEVICE)),
+        *(model.cost[kind] if kind in KINDS else model.cost[kind] or "" for kind in (*COUNTED, *ON_DEVICE)),
         _decimals(model.latency_ms, 4),
         " ".join(f"{level:g}" for level in model.best_at),
         model.path or "",
@@ -175,7 +175,7 @@ def _int8(cells: dict[str, str]) -> Int8Row:
 
 def _cost(cells: dict[str, str]) -> Cost:
     """Bytes may be missing: an older file has no such columns, and no cost need count them."""
-    others = {kind: int(cells[kind]) for kind in (*COUNTED, *DEVICE) if kind not in KINDS and cells.get(kind)}
+    others = {kind: int(cells[kind]) for kind in (*COUNTED, *ON_DEVICE) if kind not in KINDS and cells.get(kind)}
     return Cost(params=int(cells["params"]), macs=int(cells["macs"]), **others)
 
 

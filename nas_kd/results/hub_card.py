@@ -11,7 +11,7 @@ from typing import Any
 import timm
 from huggingface_hub import EvalResult, ModelCardData
 
-from nas_kd.budget import COUNTED, Cost, short
+from nas_kd.budget import COUNTED, ON_DEVICE, Cost, short
 from nas_kd.errors import NasKdError, PlanError
 from nas_kd.genotype import Genotype
 from nas_kd.results.front import read_front_csv
@@ -68,7 +68,7 @@ def _metadata(folder: Path, config: Mapping[str, Any], license: str | None) -> M
     accuracy = facts.get("test accuracy")
     dataset = str(facts.get("dataset", "unknown"))
     results = [] if accuracy is None else [_result(dataset, "accuracy", accuracy)]
-    results += [_result(dataset, kind, facts[kind]) for kind in COUNTED if results and kind in facts]
+    results += [_result(dataset, kind, facts[kind]) for kind in (*COUNTED, *ON_DEVICE) if results and kind in facts]
     return ModelCardData(
         model_name=folder.resolve().name,
         library_name="timm",
@@ -135,7 +135,13 @@ def _table(facts: Mapping[str, Any]) -> Iterator[str]:
         yield "## Figures\n\n| | |\n|---|---|"
     for key, value in facts.items():
         if key not in ("genotype", "digest", "role"):
-            shown = short(value) if key in COUNTED else value if isinstance(value, str) else json.dumps(value)
+            shown = (
+                short(value)
+                if key in (*COUNTED, *ON_DEVICE)
+                else value
+                if isinstance(value, str)
+                else json.dumps(value)
+            )
             yield f"| {key} | {shown} |"
     yield ""
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nas_kd.budget import DEVICE, KINDS, LATENCY, short
+from nas_kd.budget import KINDS, LATENCY, ON_DEVICE, short
 from nas_kd.results.rows import Int8Row, ModelRow, sort_models
 
 # Plain ASCII: a terminal or a file of another encoding must not lose the end of a long study to a dash.
@@ -59,8 +59,8 @@ def render_table(models: Sequence[ModelRow], *, folder: Path | None = None, kind
 
 
 def bytes_shown(kinds: Iterable[str], models: Sequence[ModelRow]) -> list[str]:
-    """Of kinds of cost those in bytes, and what models take on a device where that is known."""
-    known = (kind for kind in DEVICE if any(model.cost[kind] for model in models))
+    """Of kinds of cost those besides params, MACs and latency, and what models take on a device where that is known."""
+    known = (kind for kind in ON_DEVICE if any(model.cost[kind] for model in models))
     return [kind for kind in dict.fromkeys((*kinds, *known)) if kind not in (*KINDS, LATENCY)]
 
 

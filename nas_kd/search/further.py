@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from torch import nn
 
 from nas_kd.analysis.structure import Analysis
-from nas_kd.budget import LATENCY, amount
+from nas_kd.budget import MEASURED, amount
 from nas_kd.costs.cost_table import cost_table
 from nas_kd.costs.verification import analyse
 from nas_kd.errors import ModelError
 from nas_kd.genotype import Genotype
 from nas_kd.search.options import Options, restrict
 
-Fastest = Callable[[Analysis, Genotype], int]  # nanoseconds of a whole student
+Measured = Callable[[str, Analysis, Genotype], int]  # a kind of cost of a whole student
 
 
 def further_options(options: Options) -> Iterator[tuple[str, Options]]:
@@ -34,12 +34,12 @@ def further_options(options: Options) -> Iterator[tuple[str, Options]]:
 
 
 def reachable_by_opening(
-    base: nn.Module, analysis: Analysis, options: Options, kinds: Sequence[str], fastest: Fastest
+    base: nn.Module, analysis: Analysis, options: Options, kinds: Sequence[str], measured: Measured
 ) -> str:
     """In words, the smallest costs of `kinds` that further choices would reach; empty where none would be smaller.
 
-    `fastest` measures the latency of the student of such an analysis that has the fewest MACs."""
-    now = _smallest(base, analysis, kinds, fastest)
+    `measured` measures, of kinds that are, that of the student of such an analysis that has the fewest MACs."""
+    now = _smallest(base, analysis, kinds, measured)
     parts = []
     for words, further in further_options(options):
         try:
@@ -47,7 +47,7 @@ def reachable_by_opening(
             wider = analyse(
                 base, analysis.input_size, name=analysis.name, open=further.aspects, channel_multiple=multiple
             )
-            smallest = _smallest(base, restrict(wider, further), kinds, fastest)
+            smallest = _smallest(base, restrict(wider, further), kinds, measured)
         except ModelError:  # what cannot be opened reaches nothing
             continue
         if any(smallest[kind] < now[kind] for kind in kinds):
@@ -55,10 +55,10 @@ def reachable_by_opening(
     return "; ".join(parts)
 
 
-def _smallest(base: nn.Module, analysis: Analysis, kinds: Sequence[str], fastest: Fastest) -> Mapping[str, int]:
+def _smallest(base: nn.Module, analysis: Analysis, kinds: Sequence[str], measured: Measured) -> Mapping[str, int]:
     table = cost_table(analysis, base, kinds)
-    cheapest = {kind: table.cheapest("macs" if kind == LATENCY else kind) for kind in kinds}
+    cheapest = {kind: table.cheapest("macs" if kind in MEASURED else kind) for kind in kinds}
     return {
-        kind: fastest(analysis, genotype) if kind == LATENCY else table.cost(genotype)[kind]
+        kind: measured(kind, analysis, genotype) if kind in MEASURED else table.cost(genotype)[kind]
         for kind, genotype in cheapest.items()
     }

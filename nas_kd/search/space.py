@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
@@ -13,10 +12,11 @@ import optuna
 from numpy.typing import NDArray
 from torch import nn
 
-from nas_kd.analysis.structure import Analysis, Block
-from nas_kd.budget import DEVICE, LATENCY, Budget, Cost, amount, kinds_of, parse_budget
+from nas_kd.analysis.structure import Block
+from nas_kd.budget import ACCELERATOR, CYCLES, DEVICE, LATENCY, MEASURED, Budget, Cost, amount, kinds_of, parse_budget
 from nas_kd.costs.cost_table import cost_table
 from nas_kd.costs.cost_terms import Counts
+from nas_kd.costs.cycle_table import CycleTable
 from nas_kd.costs.device import device_table
 from nas_kd.costs.latency_table import LatencyTable, Meter
 from nas_kd.costs.runtimes import LatencySpec
@@ -25,35 +25,36 @@ from nas_kd.errors import BudgetError, GenotypeError
 from nas_kd.genotype import Choice, Genotype
 from nas_kd.library.library import Library
 from nas_kd.networks.hub import input_channels
+from nas_kd.networks.micro import Estimator
 from nas_kd.networks.plain import plain, tell_of_hooks, unwrapped
 from nas_kd.networks.rebuilt import check_exportable
 from nas_kd.search.further import reachable_by_opening
+from nas_kd.search.measured import MEASURING, MeasuredCosts
 from nas_kd.search.options import Options, parse_options, restrict
 from nas_kd.search.solver import solve
 from nas_kd.search.starts import feasible_starts, mixed_starts, prior_damages
 from nas_kd.search.workers import GENOTYPE
 from nas_kd.students.inheritance import inherit_student
 
-_MEASURING = threading.RLock()  # of one process: trials in threads take turns, or each would slow the other's timing
 Network = TypeVar("Network", bound=nn.Module)
 AnyTrial = optuna.trial.BaseTrial | optuna.trial.FrozenTrial
 _MEASURED = "measured"  # the user attribute of a trial whose latency is that of its whole student
 _REARRANGED = 16  # channels: a first convolution that reads as many does not read an image as it is
 _DROPPED = 4.0  # docs/decisions.md
 _ROUNDS = 4  # in which starts are measured and chosen anew
-_TIGHTER = 0.01  # of the bound on latency: what each round of them leaves free, for what the table does not know
+_TIGHTER = 0.01  # of a bound on what is measured: what each round of them leaves free, for what the table does not know
 _OVER = 2.0  # the level of what is over the budget
 _FIELDS = {"width": "width", "kernel": "kernel_size", "conv": "conv", "keep": "keep"}  # parameter → field of a choice
 
 
-class Space(Generic[Network]):
+class Space(MeasuredCosts, Generic[Network]):
     """What a trained timm CNN may become, within a hard budget.
 
     Attributes: `base`, the network searched from; `budget`, or None; `blocks` with the choices open to each; `library`,
     None until there is one (`build_library`): students then start from its weights, and `starts` from its damages;
-    `latency`, None until it is measured (`measure_latency`); `levels`, the shares of the budget that starts and
-    proposals are spread over; `given`, genotypes of yours that a study begins with before `starts`, those within the
-    budget.
+    `latency` and `cycles`, None until they are measured (`measure_latency`, `estimate_cycles`); `levels`, the shares of
+    the budget that starts and proposals are spread over; `given`, genotypes of yours that a study begins with before
+    `starts`, those within the budget.
 
     Example::
 
@@ -78,12 +79,13 @@ class Space(Generic[Network]):
         `budget` is text such as `params=1M,macs=30%` or a Budget; `img_size` the side of its images in pixels, by
         default the model's own; `options` limits the choices (`parse_options`). With `meter`, or a budget that bounds
         the latency, that is measured now, for some minutes: without a `meter` by torch on one thread of this machine.
+        Cycles that are bounded are estimated now, of the accelerator `ACCELERATOR`, if nothing was before.
         Raises ModelError when the base cannot be analysed, BudgetError when no student fits the budget, GenotypeError
         for options that leave nothing. What is wrapped around the base (`torch.compile`, `DataParallel`) is left out;
         so are its hooks, with a warning, and synchronised batch norms become usual ones. A base of timm that was
         changed by hand, so that exports of its students could not be loaded, is refused (ModelError).
         """
-        self.base = plain(base)
+        self.base: Network = plain(base)
         tell_of_hooks(unwrapped(base))
         check_exportable(self.base)
         self.input_size = input_size_of(self.base, img_size)
@@ -101,6 +103,7 @@ class Space(Generic[Network]):
         self.levels: tuple[float, ...] = (1.0,)
         self.library: Library | None = None
         self.latency: LatencyTable | None = None
+        self.cycles: CycleTable | None = None
         self.given: tuple[Genotype, ...] = ()
         if meter is not None:
             self.measure_latency(meter)
@@ -114,6 +117,8 @@ class Space(Generic[Network]):
             self.count_device()
         if LATENCY in bounds and self.latency is None:
             self.measure_latency(Meter(LatencySpec()))
+        if CYCLES in bounds and self.cycles is None:
+            self.estimate_cycles(Estimator(ACCELERATOR))
         bounds = parse_budget(budget, self.base_cost()) if isinstance(budget, str) else budget
         self.check_budget(bounds)
         self.budget = bounds
@@ -132,39 +137,16 @@ class Space(Generic[Network]):
         if self.table.device is None:
             self.table = self.table.with_device(device_table(self.analysis, Counts(self.analysis)))
 
-    def measure_latency(self, meter: Meter, report: Callable[[str], None] = lambda words: None) -> None:
-        """Measures some students of all kinds and widths, from which the latency of all others is expected; `report` is
-        told of each. Costs hold a latency from then on. Raises a NasKdError when something cannot be measured."""
-        latency = LatencyTable(self.base, self.analysis, self.input_size, meter)
-        latency.measure_students(report)
-        self.latency = latency
-        self.table = latency.onto(self.table)
-
-    def tell_latency(self, meter: Meter, notes: Mapping[str, Any]) -> None:
-        """Takes over what another machine measured of this space (`LatencyTable.notes`): no student is timed, all have
-        the latency that is expected there. `meter` measures here what is not a student of a trial."""
-        self.latency = LatencyTable(self.base, self.analysis, self.input_size, meter)
-        self.latency.tell(notes)
-        self.table = self.latency.onto(self.table)
-
-    def _measure(self, *genotypes: Genotype, layers: bool = False) -> list[int]:
-        """The latencies of whole students, which correct the table when they are new."""
-        assert self.latency is not None
-        if self.latency.is_told:
-            return [self.latency.known(one) or self.table.cost(one).latency for one in genotypes]
-        with _MEASURING:
-            known = [self.latency.known(genotype) for genotype in genotypes]
-            measured = self.latency.wholes(genotypes, layers=layers)
-            if None in known:
-                self.table = self.latency.onto(self.table)
-        return measured
+    def _measured_in(self, budget: Budget | None) -> list[str]:
+        """The kinds of cost that a budget bounds and that are measured on whole students."""
+        return [kind for kind in MEASURED if kind in (budget or ())]
 
     def recall_latencies(self, study: optuna.Study) -> None:
         """Takes over the latencies of whole students that were measured in trials of a study, by an earlier run or
         another worker, so that the table is corrected by them too."""
         if self.latency is None:
             return
-        with _MEASURING:
+        with MEASURING:
             for trial in study.get_trials(deepcopy=False):
                 if trial.user_attrs.get(_MEASURED) and LATENCY in trial.user_attrs:
                     genotype = self.genotype(trial.params)
@@ -173,7 +155,7 @@ class Space(Generic[Network]):
             self.table = self.latency.onto(self.table)
 
     def base_cost(self) -> Cost:
-        """The cost of the base itself, its latency as it was measured."""
+        """The cost of the base itself, its latency and cycles as they were measured."""
         return self.cost(self.analysis.identity)
 
     @property
@@ -199,29 +181,16 @@ class Space(Generic[Network]):
             reachable = ", ".join(f"{kind}={amount(kind, cost)}" for kind, cost in smallest.items())
             together = "" if impossible else " (each alone; no student meets all bounds together)"
             more = reachable_by_opening(
-                self.base, self.analysis, self.options, impossible or list(budget), self._fastest
+                self.base, self.analysis, self.options, impossible or list(budget), self._elsewhere
             )
             raise BudgetError(
                 f"no student of {self.analysis.name} is within {budget}: the smallest reachable is {reachable}"
                 f"{together}; raise the budget{' or open more choices: ' if more else ''}{more}"
             )
 
-    def _fastest(self, analysis: Analysis, genotype: Genotype) -> int:
-        """The latency of a student of the base with other choices open."""
-        assert self.latency is not None
-        return LatencyTable(self.base, analysis, self.input_size, self.latency.meter).whole(genotype)
-
-    def _smallest(self, kind: str) -> int:
-        """The smallest reachable cost; of latencies the smallest that a whole student was measured to have."""
-        cheapest = self.table.cheapest(kind)
-        if kind != LATENCY or self.latency is None:
-            return self.table.cost(cheapest)[kind]
-        self._measure(cheapest)
-        return self.latency.fastest()
-
     def _admits_any(self, budget: Budget) -> bool:
-        if LATENCY in budget:
-            return self._admits_fastest(budget)
+        if measured := self._measured_in(budget):
+            return all(self._admits_fastest(budget, kind) for kind in measured)
         if feasible_starts(self.table, budget, 1):
             return True
         try:
@@ -229,14 +198,15 @@ class Space(Generic[Network]):
         except TimeoutError:  # neither found nor ruled out: the search may find one
             return True
 
-    def _admits_fastest(self, budget: Budget) -> bool:
-        """Whether the student that is expected to be the fastest within all other bounds is within that on latency."""
-        expected = [totals.astype(np.float64) for totals in self.table.beside_narrowest(LATENCY)]
+    def _admits_fastest(self, budget: Budget, kind: str) -> bool:
+        """Whether the student that is expected to be the fastest (in a kind that is measured) within all other bounds
+        is within that one."""
+        expected = [totals.astype(np.float64) for totals in self.table.beside_narrowest(kind)]
         try:
-            fastest = solve(self.table, budget.without(LATENCY), expected)
+            fastest = solve(self.table, budget.without(kind), expected)
         except TimeoutError:
             return True
-        return fastest is not None and self._measure(fastest)[0] <= budget[LATENCY]
+        return fastest is not None and self._measure(kind, fastest)[0] <= budget[kind]
 
     def suggest_genotype(self, trial: AnyTrial) -> Genotype:
         """The genotype of a trial, all parameters suggested; nothing is checked or built."""
@@ -293,20 +263,20 @@ class Space(Generic[Network]):
         }
 
     def cost(self, genotype: Mapping[str, Choice]) -> Cost:
-        """The exact cost of a genotype, in closed form: equal to what the built student counts. Its latency, if any was
-        measured, is its own or, until that is measured, the table's."""
+        """The exact cost of a genotype, in closed form: equal to what the built student counts. Its latency and cycles,
+        if any were measured, are its own or, until those are measured, the table's."""
         self.analysis.check(genotype)
-        cost = self.table.cost(genotype)
-        known = self.latency.known(Genotype.of(dict(genotype))) if self.latency else None
-        return cost if known is None else dataclasses.replace(cost, latency=known)
+        return dataclasses.replace(self.table.cost(genotype), **self.known(genotype))
 
     def confirmed_cost(self, genotype: Genotype) -> Cost:
-        """The cost of a genotype, its latency measured on the whole student where the budget bounds it and nothing
-        else rules it out."""
+        """The cost of a genotype, its latency and cycles measured on the whole student where the budget bounds them
+        and nothing else rules it out."""
         cost = self.cost(genotype)
-        if self.budget is None or LATENCY not in self.budget or not self.budget.admits(cost):
-            return cost
-        return dataclasses.replace(cost, latency=self._measure(genotype)[0])
+        for kind in self._measured_in(self.budget):
+            if self.budget is None or not self.budget.admits(cost):
+                break
+            cost = dataclasses.replace(cost, **{kind: self._measure(kind, genotype)[0]})
+        return cost
 
     def student(self, source: Genotype | AnyTrial) -> Network:
         """The student of a genotype or of a trial, with weights inherited from the base, or from the library.
@@ -332,15 +302,20 @@ class Space(Generic[Network]):
     def starts(self, count: int = 8) -> list[Genotype]:
         """Up to `count` genotypes within the budget, from cheap to dear, to begin a search with."""
         damages = None if self.library is None else self.damages()
-        if self.budget is None or LATENCY not in self.budget:
+        measured = self._measured_in(self.budget)
+        if self.budget is None or not measured:
             return mixed_starts(self.table, self.budget, count, damages, self.levels)
+        asked = [kind for kind in measured if kind not in self.budget.fixed]
         found: dict[Genotype, None] = {}
         # each round's measurements correct the table for the next one; few come near a bound that is the base's own
-        for number in range(1 if LATENCY in self.budget.fixed else _ROUNDS):
-            tight = self.budget.with_bound(LATENCY, round(self.budget[LATENCY] * (1 - _TIGHTER * number)))
+        for number in range(_ROUNDS if asked else 1):
+            tight = self.budget
+            for kind in asked:
+                tight = tight.with_bound(kind, round(self.budget[kind] * (1 - _TIGHTER * number)))
             starts = mixed_starts(self.table, tight, count, damages, self.levels)
             expected = [self._level(self.table.cost(genotype), tight) for genotype in starts]
-            self._measure(*starts, layers=True)
+            for kind in measured:
+                self._measure(kind, *starts, layers=True)
             reached = [self._level(self.cost(genotype), self.budget) for genotype in starts]
             within = [genotype for genotype, level in zip(starts, reached, strict=True) if level < _OVER]
             found |= dict.fromkeys(within)

@@ -1,0 +1,58 @@
+"""What estimates cycles in a study, and where it keeps its estimates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+from torch import nn
+
+from nas_kd.arguments.study import Settings
+from nas_kd.budget import CYCLES, Budget
+from nas_kd.costs.cycle_table import STUDENTS, store_key
+from nas_kd.networks.micro import Estimator
+from nas_kd.networks.tflite_file import has_tools, need_tools
+from nas_kd.preparation.records import Records
+from nas_kd.progress import Stages
+from nas_kd.search.space import Space
+
+_NOTE = "nas_kd cycles"  # the study's user attribute
+
+
+def count_cycles(
+    space: Space[nn.Module], settings: Settings, stages: Stages | None, begun: Mapping[str, Any] | None
+) -> None:
+    """Estimates the cycles of some students of a space, which `stages` show, or takes over what the study with these
+    user attributes notes: where no compiler is installed that is all there is.
+
+    Raises NasKdError where it is not installed and nothing is noted, ModelError for a base that devices do not get.
+    """
+    told: Mapping[str, Any] | None = (begun or {}).get(_NOTE)
+    if told is not None and not has_tools():
+        space.tell_cycles(told, None)
+        return
+    need_tools()
+    estimator = Estimator(settings.accelerator)
+    folder = Path(settings.out or Path("results") / settings.name) / "cache"
+    folder.mkdir(parents=True, exist_ok=True)
+    store = Records(folder / f"cycles-{store_key(estimator, space.base, space.input_size)}.jsonl")
+    if told is not None:
+        space.tell_cycles(told, estimator, store)
+    elif stages is None:
+        space.estimate_cycles(estimator, store)
+    else:
+        with stages.stage("cycles", STUDENTS) as advance:
+            space.estimate_cycles(estimator, store, lambda name: advance(name))
+
+
+def cycle_facts(settings: Settings, budget: Budget) -> dict[str, Any]:
+    """What must stay the same for the cycles of a study to be comparable."""
+    return {CYCLES: settings.accelerator} if CYCLES in budget else {}
+
+
+def note_cycles(study: optuna.Study, space: Space[nn.Module]) -> None:
+    """Notes on a study that is bounded by cycles what is expected, for workers."""
+    if space.cycles is not None and _NOTE not in study.user_attrs:
+        study.set_user_attr(_NOTE, space.cycles.notes())
