@@ -10,6 +10,7 @@ from dataclasses import replace
 # The networks of the tests are too small for more threads: they would only wait for each other. What a test runs in a
 # process of its own inherits this, so that both round alike. Read by torch when it is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each of them would compile all of the package
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def short_timing() -> Iterator[None]:
     """Latencies are measured for real, but those of fewer students before a search, and not until they are stable,
     which takes seconds a model on a busy machine."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latency_table, "STUDENTS", 8)
+        patch.setattr(latency_table, "STUDENTS", 5)
         for name in ("ROUGH", "WHOLE"):
             patch.setattr(latency_table, name, replace(getattr(latency_table, name), limit_s=0.05))
         yield

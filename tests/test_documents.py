@@ -52,10 +52,11 @@ MAIN: dict[str, Callable[[Sequence[str]], int]] = {
     "quantize": quantize.main,
 }
 # what makes a command short, and changes nothing of what it is about
-_SEARCH = "--trials 1 --proxy-epochs 1 --front 1 --library-budget 0 --no-onnx"
+_SEARCH = "--trials 1 --proxy-epochs 1 --front 1 --library-budget 0 --no-onnx --no-baselines"
 _TRAIN = "--teacher-epochs 1 --views 1 --train-images 12 -q --device cpu"
 SHORT = {
-    "study": f"{_SEARCH} {_TRAIN} --refine-epochs 1",  # and nothing timed before it, but by the first command
+    # here alone (tests/test_workers.py has processes), and nothing timed before it, but by the first command
+    "study": f"{_SEARCH} {_TRAIN} --refine-epochs 1 --jobs 1",
     "space": "",
     "distill": "--epochs 1 --train-images 12 -q --device cpu",
     "structure": f"{_TRAIN} --learn-epochs 1 --refine-epochs 1 --no-onnx --no-baselines",

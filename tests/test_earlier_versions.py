@@ -13,7 +13,7 @@ from nas_kd.study import main
 STUDY = Path(__file__).parent / "golden" / "study.sql.gz"  # of 2 trials, by the version before 2026-11-26
 ARGUMENTS = (
     "--model test_resnet --in-chans 1 --img-size 32 --budget params=60% --train-images 100 --teacher-epochs 1 "
-    "--proxy-epochs 1 --refine-epochs 1 --front 1 --views 1 --library-budget 0 --no-onnx -q"
+    "--proxy-epochs 1 --refine-epochs 1 --front 1 --views 1 --library-budget 0 --no-onnx --no-baselines -q"
 ).split()
 
 

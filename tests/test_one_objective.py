@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 from nas_kd.study import main
 
 SMALL = "--model test_resnet --img-size 32 --teacher-epochs 1 --refine-epochs 1 --train-images 120 --library-budget 0"
-SMALL += " --no-base-bounds"
+SMALL += " --no-base-bounds --no-baselines"
 # neither worker goes on before the other has come, however long it takes to start
 MODULE = """
 import os

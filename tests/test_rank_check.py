@@ -216,7 +216,7 @@ def test_ctrl_c_says_that_nothing_is_lost(prepared: Path) -> None:
 def test_a_study_of_the_same_space_quotes_it(finished: tuple[Path, str, str], prepared: Path, asked: str) -> None:
     (prepared / FILE).write_bytes((finished[0] / FILE).read_bytes())
     few = "--batch-size 8 --trials 1 --front 1 --proxy-epochs 1 --refine-epochs 1 --no-onnx --no-base-bounds".split()
-    few += "--library-budget 0 -q".split()
+    few += "--library-budget 0 --no-baselines -q".split()
     assert study([*BASE, *asked.split(), *few, "--out", str(prepared)]) == 0
     report = (prepared / "report.html").read_text()
     assert "How far to trust the ranking" in report

@@ -190,7 +190,7 @@ class TestResume:
     def test_a_finished_study_goes_on_with_int8(
         self, finished: Finished, again: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert main(command(again, "--int8", "--front", "1", "-q")) == 0
+        assert main(command(again, "--int8", "--front", "1", "--no-baselines", "-q")) == 0
         assert "int8 %" in capsys.readouterr().out
         assert "ONNX int8" in (again / "report.html").read_text()
         known = {(row["role"], row["digest"]): row["test_accuracy"] for row in rows(finished.out)}
@@ -205,7 +205,7 @@ class TestResume:
 
     def test_more_trials_run_only_the_missing_ones(self, again: Path) -> None:
         before = [trial for trial in trials(again) if trial.state.is_finished()]
-        assert main([*command(again), "--trials", "5", "-q"]) == 0
+        assert main([*command(again), "--trials", "5", "--front", "1", "--no-baselines", "-q"]) == 0
         after = [trial for trial in trials(again) if trial.state.is_finished()]
         assert after[: len(before)] == before
         assert sum(trial.state == TrialState.COMPLETE for trial in after) == 5
@@ -227,16 +227,18 @@ class TestResume:
         assert main([*command(again, "-q"), *change]) == 2
         assert words in only_line(capsys.readouterr().err)
 
-    @pytest.mark.parametrize("how", [["dkd"], ["online", "--peers", "2"]])
+    @pytest.mark.parametrize("how", [["dkd"], ["online", "--peers", "2", "--no-baselines"]])
     def test_another_distillation_refines_anew_what_was_found(self, again: Path, how: list[str]) -> None:
         found = digests(again)
         arguments = command(again, "-q", "--front", "1", "--distill", *how)
         assert main(arguments) == 0
         assert digests(again) == found  # nothing is searched again
         facts = [json.loads((again / row["path"] / "config.json").read_text())["nas_kd"] for row in rows(again)]
+        baselines = {"no teacher": None, "uniform": how[0], "random": how[0]} if "--no-baselines" not in how else {}
         assert {fact["role"]: fact.get("distillation") for fact in facts} == {
-            **dict.fromkeys(("teacher", "no teacher")),
-            **dict.fromkeys(("front", "uniform", "random"), how[0]),
+            "teacher": None,
+            "front": how[0],
+            **baselines,
         }
         assert ("learnt online" in (again / "report.html").read_text()) is (how[0] == "online")
         before = {path.name for path in (again / "cache").glob("refined-*")}
@@ -249,7 +251,7 @@ class TestResume:
         found, cached = digests(again), {path.name for path in (again / "cache").iterdir()}
         name = optuna.get_all_study_names(f"sqlite:///{again / 'study.db'}")[0]
         smaller = ["--study-name", name, "--budget", "params=60K,macs=20%", "--levels", "0.7"]
-        assert main([*command(again, "-q"), *smaller, "--trials", "2", "--onnx"]) == 0
+        assert main([*command(again, "-q"), *smaller, "--trials", "2", "--onnx", "--no-baselines"]) == 0
         assert digests(again)[: len(found)] == found
         kept = [row for row in rows(again) if row["role"] == "front"]
         assert all(int(row["params"]) <= 60_000 for row in kept)
@@ -267,7 +269,7 @@ class TestResume:
     def test_a_kill_during_the_search_loses_nothing_but_the_running_trial(self, tmp_path: Path) -> None:
         out = tmp_path / "killed"
         whole = ["--space", "width,kernel,conv", "--library-budget", "0"]  # the space that a user has
-        arguments = command(out, *whole, "--views", "1", "--trials", "2")
+        arguments = command(out, *whole, "--views", "1", "--trials", "2", "--no-baselines")
         assert killed_at_the_second_trial(arguments) == -signal.SIGKILL
         left = trials(out)
         (finished_before,) = [trial for trial in left if trial.state.is_finished()]
@@ -293,7 +295,7 @@ def test_one_seed_decides_everything(finished: Finished, tmp_path: Path) -> None
 
 
 def test_another_seed_has_another_teacher(finished: Finished, tmp_path: Path) -> None:
-    out, more = tmp_path / "other", ["--trials", "1", "--front", "1", "--library-budget", "0"]
+    out, more = tmp_path / "other", ["--trials", "1", "--front", "1", "--library-budget", "0", "--no-baselines"]
     assert main(command(out, "-q", "--seed", "1", *more)) == 0
     mine, first = (load_file(next((folder / "cache").glob("teacher-*.safetensors"))) for folder in (out, finished.out))
     assert mine.keys() == first.keys()
@@ -305,7 +307,7 @@ def test_another_seed_has_another_teacher(finished: Finished, tmp_path: Path) ->
 def test_a_bound_on_latency(tmp_path: Path) -> None:
     """Measured for real; the bound is so wide that only the bookkeeping is tested."""
     arguments = [*command(tmp_path, "-q", "--library-budget", "0"), "--budget", "params=130K,latency=10s"]
-    arguments += ["--space", "width=0.5/1,conv=standard", "--trials", "2", "--latency-batch", "2"]
+    arguments += ["--space", "width=0.5/1,conv=standard", "--trials", "2", "--latency-batch", "2", "--no-baselines"]
     assert main(arguments) == 0
     done = [trial for trial in trials(tmp_path) if trial.state == TrialState.COMPLETE]
     assert len(done) == 2
@@ -468,7 +470,7 @@ def test_image_folders_of_other_sizes_and_channels_work(images: Path, tmp_path: 
     (images / "dog" / "3.png").unlink()
     Image.new("L", (50, 40), 7).save(images / "dog" / "3.png")
     arguments = ["--dataset", "folder", "--data-dir", str(images), "--train-images", "6", "-q", "--trials", "1"]
-    arguments += ["--library-budget", "0"]
+    arguments += ["--library-budget", "0", "--no-baselines"]
     assert main([*command(tmp_path / "out"), *arguments]) == 0
     config = json.loads((tmp_path / "out" / rows(tmp_path / "out")[0]["path"] / "config.json").read_text())
     assert (config["num_classes"], config["pretrained_cfg"]["input_size"]) == (2, [3, 32, 32])

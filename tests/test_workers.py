@@ -34,6 +34,7 @@ pytestmark = [
 ]
 SMALL = "--model test_resnet --img-size 32 --teacher-epochs 1 --refine-epochs 1 --train-images 120 --library-budget 0"
 SMALL += " --space width=0.25/0.5/1,kernel,conv=standard/depthwise --no-search-stages --no-base-bounds --no-onnx"
+SMALL += " --no-baselines"
 NAME = "s"
 EPOCHS = "6"  # of the trials of a finished study
 needs_postgres = pytest.mark.skipif(servers.postgres_folder() is None, reason="PostgreSQL is not installed")
@@ -140,7 +141,7 @@ def database(server: servers.Postgres) -> str:
     return server.url
 
 
-@pytest.fixture(params=["postgresql", "grpc"])
+@pytest.fixture
 def shared(request: pytest.FixtureRequest, database: str) -> Iterator[str]:
     """A storage that machines share: PostgreSQL, and Optuna's proxy in front of it."""
     if request.param == "postgresql":
@@ -201,6 +202,7 @@ def test_ctrl_c_stops_all_workers_and_the_same_command_goes_on(tmp_path: Path) -
 
 
 @needs_postgres
+@pytest.mark.parametrize("shared", [pytest.param("postgresql", marks=pytest.mark.slow), "grpc"], indirect=True)
 def test_a_worker_on_another_machine_gets_all_it_needs(shared: str, tmp_path: Path) -> None:
     """Another machine: the study's folder is gone, and a silent worker of a third one left a trial."""
     store = tmp_path / "store"
@@ -233,7 +235,7 @@ def test_a_worker_that_is_killed_is_restarted_by_ray(mistake: Path) -> None:
     study = optuna.load_study(study_name=NAME, storage=url)
     kit = study.user_attrs["nas_kd kit"]
     study.set_user_attr("nas_kd kit", {**kit, "settings": {**kit["settings"], "trials": 3}})
-    process = start("nas_kd.worker", [*joining(mistake), "--jobs", "2", "--ray", "local", "--grace-period", "600"])
+    process = start("nas_kd.worker", [*joining(mistake), "--jobs", "1", "--ray", "local", "--grace-period", "600"])
     os.kill(stop_a_worker(url, process), signal.SIGKILL)
     errors = process.communicate(timeout=1200)[1]
     assert process.returncode == 0, errors

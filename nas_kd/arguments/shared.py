@@ -205,6 +205,16 @@ def add_report(add: Callable[..., object]) -> None:
     add("--debug", action="store_true", help="tracebacks and debug messages")
 
 
+def add_baselines(add: Callable[..., object]) -> None:
+    """Whether anything is trained to compare with."""
+    add(
+        "--no-baselines",
+        dest="baselines",
+        action="store_false",
+        help="train no models to compare with: the same without a teacher, one width everywhere, a random one",
+    )
+
+
 def add_onnx(add: Callable[..., object]) -> None:
     """Whether models are written as ONNX too."""
     add(

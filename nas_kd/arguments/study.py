@@ -17,6 +17,7 @@ from nas_kd.arguments.shared import (
     STAGES,
     add_accelerator,
     add_base,
+    add_baselines,
     add_choices,
     add_data,
     add_library,
@@ -118,6 +119,7 @@ class Settings:
     base_bounds: bool = False
     channel_multiple: int = 8
     int8: bool = False
+    baselines: bool = True
     left_open: tuple[str, ...] = ()  # of `OPEN`: as the study began, or chosen in `preparation`
 
     @property
@@ -262,6 +264,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 def _add_output(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
     add_report(add)
+    add_baselines(add)
     add_onnx(add)
     add("--int8", action="store_true", help="write the front's models and the teacher as int8 too, and measure them")
     add("--new-study", action="store_true", help="begin anew under this name; the study that had it is kept")

@@ -10,7 +10,7 @@ from typing import Any
 
 from nas_kd.arguments.augment import add_augmentation
 from nas_kd.arguments.parsing import Parser, command_line, number
-from nas_kd.arguments.shared import add_base, add_data, add_onnx, add_recipe, add_report
+from nas_kd.arguments.shared import add_base, add_baselines, add_data, add_onnx, add_recipe, add_report
 from nas_kd.arguments.study import Settings, settings_from, study_parser
 from nas_kd.budget import KINDS, parse_budget
 from nas_kd.errors import BudgetError, GenotypeError, NasKdError
@@ -21,12 +21,10 @@ LOSSES = ("kd", "dkd")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StructureSettings:
     """The arguments of `python -m nas_kd.structure`: those of the `study` whose base, data, budget and space it uses,
-    and its own. `factors` are the user's λ_b in the order given: (pattern of block names, number). `baselines` says
-    whether what the narrow network must beat is trained as well."""
+    and its own. `factors` are the user's λ_b in the order given: (pattern of block names, number)."""
 
     study: Settings
     learn_epochs: int | None
-    baselines: bool
     factors: tuple[tuple[str, float], ...]
 
 
@@ -46,13 +44,8 @@ def structure_parser(prog: str = "python -m nas_kd.structure") -> argparse.Argum
     _add_widths(parser.add_argument_group("widths").add_argument)
     _add_training(parser)
     output = parser.add_argument_group("output").add_argument
-    output(
-        "--no-baselines",
-        dest="baselines",
-        action="store_false",
-        help="train the narrow network alone, not one width everywhere and the same without a teacher beside it",
-    )
     add_report(output)
+    add_baselines(output)
     add_onnx(output)
     return parser
 
@@ -101,7 +94,6 @@ def parse_structure(argv: Sequence[str]) -> StructureSettings:
     _check_widths_alone(arguments["space"], arguments["pin"])
     own: dict[str, Any] = {
         "learn_epochs": arguments.pop("learn_epochs"),
-        "baselines": arguments.pop("baselines"),
         "factors": tuple(map(_factor, arguments.pop("factors"))),
     }
     others_ = vars(

@@ -84,7 +84,7 @@ def learn_structure(settings: StructureSettings, stages: Stages) -> Structure:
     genotype = rounded(job, learnt, goal)
     start = Start(build=lambda: narrowed(job, learnt, genotype), digest=digest)
     wanted = Wanted(role="front", genotype=genotype, space=job.space, epochs=refining, start=start)
-    baselines = plain_baselines(job, genotype, learning + refining) if settings.baselines else []
+    baselines = plain_baselines(job, genotype, learning + refining) if settings.study.baselines else []
     models = tuple(make_models(job, [wanted, *baselines], materials, stages))
     blocks = tuple(_block_rows(analysis, goal, learnt, genotype))
     result = Structure(out=job.out, budget=job.budget, genotype=genotype, blocks=blocks, models=models)

@@ -58,7 +58,8 @@ def take_home(job: Job, study: optuna.Study, materials: Materials, stages: Stage
     epochs = refine_epochs(job, materials.splits.train)
     chosen = choose_front(study, job.settings.front, job.budget, job.space.levels)
     plan = [Wanted(role="front", genotype=genotype, space=job.space, epochs=epochs) for genotype in chosen]
-    plan = [_for_as_long(job, wanted) for wanted in (*plan, *baselines(job, chosen[0], epochs))]
+    plan += baselines(job, chosen[0], epochs) if job.settings.baselines else []
+    plan = [_for_as_long(job, wanted) for wanted in plan]
     return make_models(job, plan, materials, stages)
 
 

@@ -32,7 +32,7 @@ from nas_kd.arguments.study import STORAGE, restore_settings
 from nas_kd.genotype import Genotype
 from nas_kd.pipeline.baselines import Wanted, whole_space
 from nas_kd.pipeline.refining import is_refined, refine_one
-from nas_kd.preparation.estimate import BASELINES, predicted_seconds
+from nas_kd.preparation.estimate import predicted_seconds, refined_models
 from nas_kd.preparation.job import Job, prepare, storage_url
 from nas_kd.preparation.materials import Materials, collect
 from nas_kd.progress import Advance, Stages
@@ -65,7 +65,7 @@ def _processes(job: Job, pending: Sequence[Wanted]) -> int:
     if isinstance(job.storage, InMemoryStorage) or any(wanted.start is not None for wanted in pending):
         return 1
     epochs = max((wanted.epochs for wanted in pending), default=0)
-    seconds = predicted_seconds(job, 0, epochs)["refine"] * len(pending) / ((settings.front or 0) + BASELINES)
+    seconds = predicted_seconds(job, 0, epochs)["refine"] * len(pending) / refined_models(settings)
     if seconds < _WORTH:
         return 1
     if job.device.type == "cuda":

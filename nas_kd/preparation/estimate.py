@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from nas_kd.arguments.study import Settings
 from nas_kd.costs.forward_time import STEP, forward_seconds
 from nas_kd.library.effort import ENTRY, PASSES, UNBEATEN
 from nas_kd.library.frame_training import MOST_IMAGES
@@ -17,7 +18,7 @@ from nas_kd.preparation.effort import more_epochs, student_share
 from nas_kd.preparation.job import Job
 from nas_kd.training.evaluation import LOOK_CALIBRATION, memory_layout, suits_channels_last
 
-BASELINES = 3  # that are refined beside the front
+_BASELINES = 3  # that are refined beside the front
 PROBE = 0.4  # of an epoch does it take to anchor a network from elsewhere and to fit its head
 _LOOK_SECONDS = 0.5  # that one pass may take while the machine is timed
 _FIT, _DAMAGE = 0.04, 0.4  # that a pass through a frame, and one through the base, take for a library at most
@@ -60,6 +61,11 @@ def slowness(job: Job, clock: Callable[[], float] = time.perf_counter) -> float:
     return (forward + step) / (count * (1 + STEP) * each)
 
 
+def refined_models(settings: Settings) -> int:
+    """How many models are refined at most."""
+    return settings.front + (_BASELINES if settings.baselines else 0)
+
+
 def predicted_seconds(job: Job, teacher_epochs: int, refine_epochs: int) -> Mapping[str, float]:
     """Seconds by stage on one ordinary core, with nothing kept from before."""
     settings, images = job.settings, job.train_images
@@ -80,7 +86,7 @@ def predicted_seconds(job: Job, teacher_epochs: int, refine_epochs: int) -> Mapp
         "views": views * each,
         "library": library if settings.library_budget else 0.0,
         "search": settings.trials * trial,
-        "refine": (settings.front + BASELINES) * model,
+        "refine": refined_models(settings) * model,
     }
 
 
@@ -89,12 +95,13 @@ def plan_line(job: Job, teacher_epochs: int, refine_epochs: int) -> str:
     settings, factor = job.settings, slowness(job)
     seconds = {kind: factor * own for kind, own in predicted_seconds(job, teacher_epochs, refine_epochs).items()}
     proxy = min(settings.proxy_images, job.train_images)
+    beside = " and baselines" if settings.baselines else ""
     does = {
         "teacher": f"teacher {_count(teacher_epochs, 'epoch')}" if teacher_epochs else "teacher as it is",
         "views": "views",
         "library": "library",
         "search": f"{_count(settings.trials, 'trial')} of {_count(settings.proxy_epochs, 'epoch')} on {proxy} images",
-        "refine": f"{_count(settings.front, 'model')} and baselines {_count(refine_epochs, 'epoch')} each",
+        "refine": f"{_count(settings.front, 'model')}{beside} {_count(refine_epochs, 'epoch')} each",
     }
     parts = [f"{does[kind]} ({_duration(seconds[kind])})" for kind in _KINDS if seconds[kind]]
     size = "×".join(map(str, job.space.input_size[1:]))

@@ -13,7 +13,7 @@ from nas_kd.library.building import LibrarySpec, build_library, plan_library
 from nas_kd.library.library import Library
 from nas_kd.preparation.augmenting import augmentation_of, fresh_images
 from nas_kd.preparation.effort import student_share
-from nas_kd.preparation.estimate import BASELINES, PROBE, plan_line
+from nas_kd.preparation.estimate import PROBE, plan_line, refined_models
 from nas_kd.preparation.job import (
     TEACHER,
     TEACHER_LR,
@@ -125,7 +125,7 @@ def _library_images(job: Job, splits: Splits) -> float:
     settings = job.settings
     share = settings.library_budget / (1 - settings.library_budget)  # of everything else
     teacher = _teacher_epochs(job, len(splits.train))
-    refine = refine_epochs(job, splits.train) * (settings.front + BASELINES)
+    refine = refine_epochs(job, splits.train) * refined_models(settings)
     trials = settings.trials * settings.proxy_epochs * min(settings.proxy_images, len(splits.train))
     students = student_share(job.space) * (trials + refine * len(splits.train))
     return share * _STEP * (teacher * len(splits.train) + students)
