@@ -5,4 +5,4 @@
 #   ./own_photos.sh my_images            # more options of `nas-kd study` may follow
 set -euo pipefail
 
-nas-kd study --model mobilenetv2_100 --pretrained --img-size 160 --budget macs=50% --levels 0.5,1 --data-dir "$@"
+nas-kd study --model tf_efficientnet_lite0 --pretrained --img-size 160 --budget macs=50% --levels 0.5,1 --data-dir "$@"
