@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nas_kd.arguments.augment import AugmentOptions
+from nas_kd.arguments.images import ImageSettings
 from nas_kd.arguments.parsing import LOCAL, Parser, guarded, model_name, number, path
 from nas_kd.arguments.shared import add_accelerator, add_look
 from nas_kd.budget import short
@@ -20,31 +20,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class McuSettings:
+class McuSettings(ImageSettings):
     """What the command is asked for."""
 
-    model: str
-    dataset: str
-    data_dir: str | None
-    class_map: str | None
-    skip_unreadable: bool
-    crop_pct: float | None
-    interpolation: str | None
-    train_images: int | None
-    val_fraction: float
     images: int
     accelerator: str
-    workers: int
-    seed: int
     cache: str | None
-    quiet: bool
-    debug: bool
-
-    pretrained: bool = False
-    initial_checkpoint: str | None = None
-    img_size: int | None = None
-    num_classes: int | None = None
-    augment: AugmentOptions = field(default_factory=AugmentOptions)
 
     @property
     def folder(self) -> Path:

@@ -7,11 +7,12 @@ import ast
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from nas_kd.arguments.augment import AugmentOptions, add_augmentation, augment_options
+from nas_kd.arguments.augment import add_augmentation, augment_options
+from nas_kd.arguments.images import ImageSettings
 from nas_kd.arguments.parsing import LOCAL, Parser, command_line, model_name, number, path
 from nas_kd.arguments.shared import RATE, add_data, add_shape
 from nas_kd.errors import NasKdError
@@ -21,22 +22,17 @@ LOSSES = ("kd", "dkd")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DistillSettings:
+class DistillSettings(ImageSettings):
     """The arguments of `python -m nas_kd.distill`, checked as far as that is possible without torch.
 
     `mode` is `online`, `offline` (then `teacher` names one) or `plain`. `model_kwargs` go to `timm.create_model`.
     """
 
-    model: str
     model_kwargs: tuple[tuple[str, Any], ...]
     conv: str | None
-    pretrained: bool
-    initial_checkpoint: str | None
     from_scratch: bool
     reduction: int | None
-    img_size: int | None
     in_chans: int | None
-    num_classes: int | None
     mode: str
     peers: int
     teacher_gradient: bool
@@ -49,14 +45,6 @@ class DistillSettings:
     loss: str
     distill_weight: float
     temperature: float
-    dataset: str
-    data_dir: str | None
-    class_map: str | None
-    skip_unreadable: bool
-    crop_pct: float | None
-    interpolation: str | None
-    train_images: int | None
-    val_fraction: float
     epochs: int | None
     batch_size: int
     lr: float | None
@@ -65,14 +53,9 @@ class DistillSettings:
     weight_decay: float
     device: str | None
     amp: bool
-    workers: int
-    seed: int
     out: str | None
     cache: str | None
-    quiet: bool
-    debug: bool
     command: str = ""
-    augment: AugmentOptions = field(default_factory=AugmentOptions)
 
     @property
     def is_result(self) -> bool:

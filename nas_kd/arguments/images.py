@@ -1,36 +1,31 @@
-"""What every command is asked for about images."""
+"""What every command is asked for about its network and images."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass, field
 
 from nas_kd.arguments.augment import AugmentOptions
 
 
-class ImageSettings(Protocol):
-    """The settings of any command, as far as they say which images and in which form."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageSettings:
+    """The settings of any command, as far as they say which network, which images and in which form."""
 
-    @property
-    def dataset(self) -> str: ...
-    @property
-    def data_dir(self) -> str | None: ...
-    @property
-    def class_map(self) -> str | None: ...
-    @property
-    def skip_unreadable(self) -> bool: ...
-    @property
-    def crop_pct(self) -> float | None: ...
-    @property
-    def interpolation(self) -> str | None: ...
-    @property
-    def num_classes(self) -> int | None: ...
-    @property
-    def train_images(self) -> int | None: ...
-    @property
-    def val_fraction(self) -> float: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def workers(self) -> int: ...
-    @property
-    def augment(self) -> AugmentOptions: ...
+    model: str
+    pretrained: bool = False
+    initial_checkpoint: str | None = None
+    img_size: int | None = None
+    num_classes: int | None = None
+    dataset: str
+    data_dir: str | None
+    class_map: str | None = None
+    skip_unreadable: bool = False
+    crop_pct: float | None = None
+    interpolation: str | None = None
+    train_images: int | None
+    val_fraction: float
+    augment: AugmentOptions = field(default_factory=AugmentOptions)
+    workers: int
+    seed: int
+    quiet: bool
+    debug: bool

@@ -6,11 +6,12 @@ import argparse
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from nas_kd import __version__
 from nas_kd.arguments.augment import AugmentOptions, add_augmentation, augment_options
+from nas_kd.arguments.images import ImageSettings
 from nas_kd.arguments.parsing import Parser, command_line, number, path, storage
 from nas_kd.arguments.shared import (
     SPACE,
@@ -50,20 +51,11 @@ PRUNERS = {False: ("front", "none"), True: ("sha", "hyperband", "median", "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class Settings(ImageSettings):
     """The arguments of `python -m nas_kd.study`, checked as far as that is possible without torch."""
 
-    model: str
-    pretrained: bool
-    initial_checkpoint: str | None
     reduction: int | None
-    img_size: int | None
     in_chans: int | None
-    num_classes: int | None
-    dataset: str
-    data_dir: str | None
-    train_images: int | None
-    val_fraction: float
     budget: str
     levels: str
     latency_runtime: str | None
@@ -90,13 +82,9 @@ class Settings:
     views: int
     device: str | None
     amp: bool
-    workers: int
-    seed: int
     out: str | None
     study_name: str | None
     storage: str | None
-    quiet: bool
-    debug: bool
     onnx: bool | None = None
     jobs: int = 1
     artifacts: str | None = None
@@ -106,13 +94,8 @@ class Settings:
     command: str = ""
     maximize: str | None = None
     proxy_lr: float | None = None
-    class_map: str | None = None
-    skip_unreadable: bool = False
-    crop_pct: float | None = None
-    interpolation: str | None = None
     accelerator: str = ACCELERATOR
     pruner: str = "front"
-    augment: AugmentOptions = field(default_factory=AugmentOptions)
     teacher: str | None = None
     teacher_pretrained: bool = False
     teacher_checkpoint: str | None = None
