@@ -123,7 +123,8 @@ def test_a_result_from_its_folder_to_the_device(
     export(network, folder, Card(input_size=SIZE, mean=splits.mean, std=splits.std))
     assert quantize.main([str(folder), "-q"]) == 0
     capsys.readouterr()
-    assert mcu.main([str(folder), "--images", "40", "-q"]) == 0
+    assert mcu.main([str(folder), "--images", "40", "--c", str(tmp_path / "c"), "-q"]) == 0
+    assert (tmp_path / "c" / "Makefile").is_file()
     words, record = capsys.readouterr().out, json.loads((folder / RECORD).read_text())
     assert record["bytes"] == (folder / TFLITE).stat().st_size
     assert record["arena"]["total"] == MicroInterpreter(folder / TFLITE).arena().total
