@@ -25,6 +25,7 @@ class McuSettings(ImageSettings):
 
     images: int
     accelerator: str
+    c: str | None
     cache: str | None
 
     @property
@@ -49,6 +50,7 @@ def parse_mcu(argv: Sequence[str]) -> McuSettings:
     )
     add("--images", type=number(1), default=50, metavar="N", help="test images to run in the interpreter (50)")
     add_accelerator(add)
+    add("--c", type=path, metavar="DIR", help="also write a folder in C++ that runs it in TensorFlow Lite Micro")
     add(
         "--cache",
         type=path,
@@ -79,8 +81,10 @@ def run_mcu(settings: McuSettings) -> int:
     import numpy as np
     import torch
 
+    from nas_kd.networks.c_project import write_c
     from nas_kd.networks.tflite_file import need_tools
-    from nas_kd.pipeline.device import check_int8, put_on_device
+    from nas_kd.pipeline.device import TFLITE, check_int8, put_on_device
+    from nas_kd.pipeline.quantisation import inputs_of
     from nas_kd.quantize import prepare_network
     from nas_kd.training.data import load_splits
 
@@ -93,13 +97,15 @@ def run_mcu(settings: McuSettings) -> int:
     with stages.stage("device"):
         shown = np.linspace(0, len(splits.test) - 1, min(settings.images, len(splits.test))).round()  # of all classes
         result = put_on_device(settings.folder, splits.test[torch.from_numpy(shown).long()], settings.accelerator)
+        if settings.c:
+            write_c(settings.folder / TFLITE, inputs_of(splits.test[:1])[0].numpy(), Path(settings.c))
     out = console_for(sys.stdout)
-    for line in _lines(result, settings.folder):
+    for line in _lines(result, settings.folder, settings.c):
         out.print(line, highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
-def _lines(result: OnDevice, folder: Path) -> Iterator[str]:
+def _lines(result: OnDevice, folder: Path, c: str | None) -> Iterator[str]:
     """What a person should know."""
     arena, answers, compiled = result.arena, result.answers, result.compiled
     operators = ", ".join(f"{count} {kind}" for kind, count in result.operators.items())
@@ -116,7 +122,7 @@ def _lines(result: OnDevice, folder: Path) -> Iterator[str]:
     )
     if compiled.cpu_operators:
         yield f"{compiled.cpu_operators} operators run on the processor beside it: that costs time Vela does not count"
-    yield f"files: {folder}"
+    yield f"files: {folder}{f', in C++ {c}' if c else ''}"
 
 
 if __name__ == "__main__":

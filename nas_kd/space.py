@@ -73,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def show_space(settings: SpaceSettings) -> int:
     """Analyses the base and prints what was found. Raises a NasKdError when that cannot be done."""
+    import nas_kd.models  # noqa: F401  registers our networks with timm
     from nas_kd.analysis.stride_reduction import reduce_stride
     from nas_kd.networks.hub import create_base
     from nas_kd.networks.micro import Estimator

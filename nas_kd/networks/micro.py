@@ -88,16 +88,24 @@ class MicroInterpreter:
 
     def run(self, images: Array) -> Array:
         """The outputs (N×K, float32) for normalised images (N×C×H×W, float32)."""
+        steps = self.outputs(self.rounded(images)).astype(np.float32) - int(self._output.zero_point)
+        answers: Array = steps * np.float32(self.step)
+        return answers
+
+    def rounded(self, images: Array) -> Array:
+        """Normalised images as the file takes them: N×H×W×C int8."""
         form = self._input
         rounded = np.rint(images.transpose(0, 2, 3, 1) / form.scale) + form.zero_point
+        return np.clip(rounded, -128, 127).astype(np.int8)
+
+    def outputs(self, images: Array) -> Array:
+        """The outputs (N×K int8) for rounded images."""
         outputs = []
-        for image in np.clip(rounded, -128, 127).astype(np.int8):
+        for image in images:
             self._interpreter.set_input(image[None], 0)
             self._interpreter.invoke()
             outputs.append(self._interpreter.get_output(0).reshape(1, -1))
-        steps = np.concatenate(outputs).astype(np.float32) - int(self._output.zero_point)
-        answers: Array = steps * np.float32(self.step)
-        return answers
+        return np.concatenate(outputs)
 
     def arena(self) -> Arena:
         """What it has taken of its arena."""

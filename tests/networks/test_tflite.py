@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 import nas_kd.models  # noqa: F401  registers the CIFAR models
+from nas_kd.budget import ACCELERATOR
 from nas_kd.costs.device import device_cost
+from nas_kd.costs.draft import drafted
 from nas_kd.errors import ModelError
 from nas_kd.networks.convolutions import ConvSpec, build_conv
 from nas_kd.networks.int8 import quantise
-from nas_kd.networks.micro import MicroInterpreter, compile_file
+from nas_kd.networks.micro import Estimator, MicroInterpreter, compile_file
 from nas_kd.networks.onnx import run_onnx, write_model
 from nas_kd.networks.tflite import write_tflite
 from nas_kd.networks.tflite_file import operators_of
@@ -57,7 +59,11 @@ def images() -> Tensor:
 @pytest.fixture(scope="module", params=networks())
 def network(request: pytest.FixtureRequest) -> nn.Module:
     torch.manual_seed(0)
-    return networks()[request.param]().eval()
+    model = networks()[request.param]().eval()
+    for module in model.modules():  # what timm begins with at zero would be layers of nothing
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +98,14 @@ def test_nothing_is_left_to_the_processor_beside_an_accelerator(files: Files) ->
     assert compiled.cpu_operators == 0
     assert compiled.cycles > 0
     assert compiled.sram > 0
+
+
+def test_a_draft_has_the_operators_and_nearly_the_cycles_of_the_file(network: nn.Module, files: Files) -> None:
+    draft, estimator = drafted(network, SIZE), Estimator(ACCELERATOR)
+    real = estimator.cycles(files[1].read_bytes())
+    together = isinstance(network, Mixed)  # of parts that are put together one is not rounded anew
+    assert len(draft.modules) == sum(operators_of(files[1]).values()) + together
+    assert sum(estimator.cycles(draft.content)) == pytest.approx(sum(real), rel=0.2 if together else 0.1)
 
 
 def test_weights_are_within_the_flatbuffer_however_many(files: Files) -> None:

@@ -15,9 +15,9 @@ from torch import nn
 
 from nas_kd import mcu, quantize, study
 from nas_kd.arguments.study import parse_study
-from nas_kd.budget import Cost, parse_budget
+from nas_kd.budget import ACCELERATOR, ON_DEVICE, Cost, parse_budget
 from nas_kd.errors import ModelError
-from nas_kd.networks.micro import MicroInterpreter
+from nas_kd.networks.micro import MicroInterpreter, compile_file
 from nas_kd.pipeline.device import RECORD, TFLITE, compared, write_measured
 from nas_kd.pipeline.models import Model, on_device
 from nas_kd.pipeline.quantisation import INT8, Int8Spec, quantised_once
@@ -123,7 +123,8 @@ def test_a_result_from_its_folder_to_the_device(
     export(network, folder, Card(input_size=SIZE, mean=splits.mean, std=splits.std))
     assert quantize.main([str(folder), "-q"]) == 0
     capsys.readouterr()
-    assert mcu.main([str(folder), "--images", "40", "-q"]) == 0
+    assert mcu.main([str(folder), "--images", "40", "--c", str(tmp_path / "c"), "-q"]) == 0
+    assert (tmp_path / "c" / "Makefile").is_file()
     words, record = capsys.readouterr().out, json.loads((folder / RECORD).read_text())
     assert record["bytes"] == (folder / TFLITE).stat().st_size
     assert record["arena"]["total"] == MicroInterpreter(folder / TFLITE).arena().total
@@ -151,31 +152,35 @@ def test_what_is_over_as_measured_is_left_out(
     network: nn.Module, splits: Splits, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     int8 = quantised_once(network, splits, tmp_path, Int8Spec(recover=False), AugmentedImages(splits.train, PLAIN))
-    truth = write_measured(int8[1][1].parent)
+    truth = write_measured(int8[1][1].parent, ACCELERATOR)
     refined = Refined(network=network, val_accuracy=0.5, test_accuracy=0.5)
-    cost = Cost(params=1, macs=1, flash=1, ram=1)  # far too hopeful
+    cost = Cost(params=1, macs=1, flash=1, ram=1, cycles=1)  # far too hopeful
     models = [Model(role=role, genotype=None, cost=cost, refined=refined, int8=int8) for role in ("teacher", "front")]
-    kept = on_device(models, parse_budget(f"ram={truth.ram},flash={truth.flash},params=1"))
-    assert [(model.cost.flash, model.cost.ram) for model in kept] == [(truth.flash, truth.ram)] * 2
+    kept = on_device(models, parse_budget(f"ram={truth['ram']},flash={truth['flash']},params=1"))
+    assert [{kind: model.cost[kind] for kind in ON_DEVICE} for model in kept] == [truth] * 2
     assert kept[1].int8 is not None
     assert kept[1].int8[1][-1].name == TFLITE
-    kept = on_device(models, parse_budget(f"ram={truth.ram - 1}"))
-    assert [model.role for model in kept] == ["teacher"]
-    assert "left out, as measured it is over budget: ram" in caplog.text
+    for kind in ON_DEVICE:
+        kept = on_device(models, parse_budget(f"{kind}={truth[kind] - 1}"))
+        assert [model.role for model in kept] == ["teacher"]
+        assert f"left out, as measured it is over budget: {kind}" in caplog.text
 
 
 @pytest.mark.mcu
-def test_a_study_within_ram_and_flash(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_study_within_ram_flash_and_cycles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    budget = "ram=32KB,flash=64KiB"
+    budget = "ram=32KB,flash=64KiB,cycles=50%"
     assert (
         study.main([*SMALL.split(), "--budget", budget, "--trials", "2", "--front", "1", "--out", str(out), "-q"]) == 0
     )
-    assert "within 32K bytes of RAM and 65.54K bytes of flash" in capsys.readouterr().out
+    assert "within 32K bytes of RAM, 65.54K bytes of flash and 2" in capsys.readouterr().out
     with (out / "front.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["role"] == "front"]
+        every = list(csv.DictReader(file))
+    rows = [row for row in every if row["role"] == "front"]
+    (base,) = (row for row in every if row["role"] == "teacher")
     assert rows
     for row in rows:
         folder = out / row["path"]
         assert int(row["flash"]) == (folder / TFLITE).stat().st_size <= 65_536
+        assert int(row["cycles"]) == compile_file(folder / TFLITE, ACCELERATOR).cycles <= 0.5 * int(base["cycles"])
         assert int(row["ram"]) == MicroInterpreter(folder / TFLITE).arena().total <= 32_000
