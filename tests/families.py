@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
 import torch
 from hypothesis import settings
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import nas_kd.models  # noqa: F401  registers the CIFAR models
 from nas_kd.analysis.blocks import ASPECTS
@@ -100,13 +103,25 @@ class Base:
         return Genotype.of({b.name: next(c for c in b.choices if c.width == chosen[b.name]) for b in self.table.blocks})
 
 
+class Undrawn(TorchFunctionMode):
+    """Leaves out what draws the weights of a network while it is made: nobody looks at them, and on the meta device
+    each tensor takes milliseconds."""
+
+    _DRAWS = frozenset((torch.Tensor.normal_, torch.Tensor.uniform_))
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return args[0] if func in self._DRAWS else func(*args, **(kwargs or {}))
+
+
 shared: list[Path] = []  # the folder in which the processes of one run keep their analyses, where there is one
 
 
 @cache
 def base(name: str, side: int, classes: int = 10, opened: tuple[str, ...] = ASPECTS) -> Base:
     """A timm model on the meta device, analysed at side×side pixels; made once in all processes of a run."""
-    with torch.device("meta"):
+    with torch.device("meta"), Undrawn():
         network = timm.create_model(name, num_classes=classes).eval()
     files = [folder / "-".join([name, str(side), str(classes), *opened]) for folder in shared]
     if known := [file for file in files if file.exists()]:
@@ -127,8 +142,9 @@ def family(name: str) -> Base:
 
 def real(name: str, seed: int = 0) -> nn.Module:
     """A timm model with weights in which no channel is idle: none zero, batch norms that do something."""
+    with Undrawn():
+        network: nn.Module = timm.create_model(name, num_classes=10)
     torch.manual_seed(seed)
-    network: nn.Module = timm.create_model(name, num_classes=10)
     with torch.no_grad():
         for parameter in network.parameters():
             if parameter.ndim > 1:

@@ -79,7 +79,7 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 def test_a_study_exports_what_it_measured(photos: Path, tmp_path: Path) -> None:
     effort = "--trials 1 --proxy-epochs 1 --refine-epochs 1 --teacher-epochs 1 --front 1 --library-budget 0 --int8"
-    effort += " --no-base-bounds"
+    effort += " --no-base-bounds --no-search-stages --space width=0.5/1"
     arguments = f"--model test_resnet --budget macs=50% --img-size 64 {effort} {QUICK} {photos} --out {tmp_path}"
     assert study.main(arguments.split()) == 0
     rows = list(csv.DictReader((tmp_path / "front.csv").read_text().splitlines()))

@@ -26,7 +26,8 @@ from nas_kd.workers import crew
 
 SETTINGS = (
     "--model test_resnet --img-size 32 --budget params=100% --train-images 96 --teacher-epochs 1 --proxy-epochs 1 "
-    "--refine-epochs 2 --views 1 --no-base-bounds --library-budget 0 --jobs 2 -q"
+    "--refine-epochs 2 --views 1 --no-base-bounds --library-budget 0 --jobs 2 -q "
+    "--space width=0.5/1,conv=standard/depthwise --no-search-stages"
 )
 
 

@@ -289,15 +289,16 @@ def ctrl_c() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 def test_beside_a_worker_that_is_killed_after_any_write_another_goes_on(
-    kind: str, new_study: NewStudy, request: pytest.FixtureRequest
+    kind: str, every: int, new_study: NewStudy, request: pytest.FixtureRequest
 ) -> None:
     """Processes that write by turns, so that the other one sees every state that the first one leaves. Where there are
-    both databases each sees every second one."""
+    both databases each sees every second one, of which the short run takes every second."""
     opened: RDBStorage = request.getfixturevalue(kind)
     both = servers.postgres_folder() is not None
-    for at in itertools.count(1 + (kind == "postgresql"), 1 + both):
+    for at in itertools.count(1 + (kind == "postgresql"), every * (1 + both)):
         study = replace(new_study(get_storage(opened)), students=2, sampler=False)
         study.begin_with_retries()
         survived = two_workers(study, study.begin(), opened, at)

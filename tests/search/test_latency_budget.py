@@ -57,16 +57,15 @@ def objective_of(space: Space[nn.Module], built: list[float]) -> object:
     return objective
 
 
-@pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("budget", ["latency=60%", "latency=150ms,macs=50%"])
+@pytest.mark.parametrize(("budget", "seed"), [("latency=60%", 0), ("latency=150ms,macs=50%", 1)])
 def test_nothing_slower_than_the_budget_is_ever_built(budget: str, seed: int) -> None:
     space = make_space(budget)
     assert space.budget is not None
     study = optuna.create_study(direction="maximize", sampler=KnapsackSampler(space, seed=seed))
     built: list[float] = []
     space.enqueue(study)
-    study.optimize(objective_of(space, built), n_trials=25)  # type: ignore[arg-type]
-    assert len(built) >= 15  # proposals come to be within the budget
+    study.optimize(objective_of(space, built), n_trials=16)  # type: ignore[arg-type]
+    assert len(built) >= 8  # proposals come to be within the budget
     assert max(built) <= space.budget[LATENCY]
     for trial in study.get_trials(deepcopy=False):
         assert (trial.constraints[LATENCY] <= 0) == (trial.user_attrs[LATENCY] <= space.budget[LATENCY])
@@ -121,12 +120,12 @@ def test_a_resumed_study_has_the_table_of_an_uninterrupted_one() -> None:
     space = make_space("latency=60%", store)
     study = optuna.create_study(direction="maximize", sampler=KnapsackSampler(space, seed=1))
     space.enqueue(study)
-    study.optimize(objective_of(space, []), n_trials=12)  # type: ignore[arg-type]
+    study.optimize(objective_of(space, []), n_trials=10)  # type: ignore[arg-type]
     again = make_space("latency=60%", store)
     known = len(store)
     again.enqueue(study)
     assert len(store) == known  # nothing is measured twice
-    assert len(study.get_trials(deepcopy=False)) == 12  # the same starts, which are there
+    assert len(study.get_trials(deepcopy=False)) == 10  # the same starts, which are there
     space.recall_latencies(study)
     single = zip(space.table.single[LATENCY], again.table.single[LATENCY], strict=True)
     assert all(np.abs(one - other).max() <= 1 for one, other in single)

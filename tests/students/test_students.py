@@ -20,8 +20,8 @@ from nas_kd.students.inheritance import inherit_student, unit_importance
 MANY, FEW = 20, 1  # random students of a model
 DRAWS = 5  # of weights, in one of which a gradient must reach a parameter
 QUICK = (
-    "resnet18 mobilenetv2_100 resnext50_32x4d res2net50_26w_4s skresnet18 mobilenetv3_small_100 mixnet_s ghostnet_100 "
-    "repvgg_a0 regnety_004 cspresnet50 nfnet_l0 convnext_atto lcnet_050 starnet_s1 edgenext_xx_small"
+    "resnet18 res2net50_26w_4s skresnet18 mobilenetv3_small_100 mixnet_s ghostnet_100 repvgg_a0 cspresnet50 nfnet_l0 "
+    "edgenext_xx_small"
 ).split()
 
 
@@ -30,7 +30,7 @@ def test_a_few_students(name: str, tmp_path: Path) -> None:
     _check_students(name, range(FEW), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["resnet26d", "efficientnet_lite0"])
+@pytest.mark.parametrize("name", ["resnet10t", "mobilenetv2_035"])
 def test_students_of_a_dilated_base(name: str, tmp_path: Path) -> None:
     """Dilation in place of stride, as detectors use their bases: kinds, kernels and costs follow it."""
     torch.manual_seed(0)
