@@ -85,7 +85,7 @@ def run_mcu(settings: McuSettings) -> int:
     from nas_kd.networks.tflite_file import need_tools
     from nas_kd.pipeline.device import TFLITE, check_int8, put_on_device
     from nas_kd.pipeline.quantisation import inputs_of
-    from nas_kd.quantize import prepare_network
+    from nas_kd.preparation.given import prepare_network
     from nas_kd.training.data import load_splits
 
     check_int8(settings.folder)

@@ -12,16 +12,12 @@ from nas_kd.arguments.images import ImageSettings
 from nas_kd.arguments.parsing import LOCAL, Parser, guarded, model_name, number, path
 from nas_kd.arguments.shared import add_look
 from nas_kd.budget import short
-from nas_kd.errors import ModelError
 from nas_kd.training.dataset_names import choose_dataset
 
 if TYPE_CHECKING:
     from rich.table import Table
-    from torch import nn
 
-    from nas_kd.mcu import McuSettings
     from nas_kd.pipeline.quantisation import Quantised
-    from nas_kd.training.data import DataSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +88,7 @@ def run_quantize(settings: QuantizeSettings) -> int:
     from nas_kd.networks.onnx import need
     from nas_kd.pipeline.quantisation import Int8Spec, quantise_network
     from nas_kd.preparation.augmenting import fresh_images
+    from nas_kd.preparation.given import prepare_network
     from nas_kd.preparation.job import open_folder
     from nas_kd.training.data import load_splits
 
@@ -120,36 +117,6 @@ def run_quantize(settings: QuantizeSettings) -> int:
     for line in (*_lines(result), f"files: {folder}"):
         out.print(line, highlight=False, markup=False, soft_wrap=True)
     return 0
-
-
-def prepare_network(settings: QuantizeSettings | McuSettings) -> tuple[nn.Module, DataSpec]:
-    """The network, and the images in the form that it wants. Raises ModelError when it has not the data's classes."""
-    from nas_kd.networks.hub import create_base
-    from nas_kd.preparation.image_form import data_spec
-    from nas_kd.search.space import input_size_of
-    from nas_kd.training.checkpoint import load_checkpoint
-    from nas_kd.training.sources import open_source
-
-    has_weights = settings.pretrained or settings.initial_checkpoint or settings.model.startswith(LOCAL)
-    if not has_weights and "/" in settings.model:
-        raise ModelError(f"there is no exported model in {settings.model}: name a folder that a study wrote")
-    if not has_weights:
-        raise ModelError(
-            f"{settings.model} has no weights: name an exported folder, --pretrained or --initial-checkpoint"
-        )
-    source = open_source(settings.dataset, settings.data_dir, settings.class_map)
-    checkpoint = settings.initial_checkpoint
-    given = {} if checkpoint is None else {"num_classes": len(source.class_names)}
-    network = create_base(settings.model, pretrained=checkpoint is None, **given)
-    if checkpoint is not None:
-        load_checkpoint(network, Path(checkpoint))
-    classes = getattr(network, "num_classes", None)
-    if classes != len(source.class_names):
-        raise ModelError(
-            f"{settings.model} tells {classes} classes apart, there are {len(source.class_names)} in {source.name}: "
-            "quantise a network that was trained for these images"
-        )
-    return network, data_spec(settings, input_size_of(network, settings.img_size), source, network, weighted=True)
 
 
 def _table(result: Quantised) -> Table:
