@@ -42,7 +42,7 @@ def run_study(settings: Settings) -> int:
 
 def _conclude(summary: StudySummary, out: Path, settings: Settings, console: Console) -> None:
     """Prints the table of models and where everything is."""
-    from nas_kd.results.advice import advice
+    from nas_kd.results.advice import advice, overtaken
     from nas_kd.results.report import beside_uniform, headline
     from nas_kd.results.table import render_table
     from nas_kd.search.storage import sqlite_url
@@ -53,7 +53,7 @@ def _conclude(summary: StudySummary, out: Path, settings: Settings, console: Con
     shown = shlex.join(["optuna-dashboard", storage, *([] if "://" in artifacts else ["--artifact-dir", artifacts])])
     lines = (
         headline(summary),
-        *filter(None, [beside_uniform(summary.models), advice(summary)]),
+        *filter(None, [beside_uniform(summary.models), overtaken(summary), advice(summary)]),
         f"load one: import timm, nas_kd.models; timm.create_model({f'local-dir:{out}/MODEL'!r}, pretrained=True)",
         f"report: {out / 'report.html'}    table: {out / 'front.csv'}",
         f"look closer: {shown}",

@@ -196,7 +196,13 @@ class DeviceTable:
 
 
 def device_table(analysis: Analysis, counts: Counts) -> DeviceTable:
-    """Return the closed form of an analysed base, in the variables of `counts`."""
+    """Return the closed form of an analysed base, in the variables of `counts`. Raises ModelError for what no device
+    runs."""
+    if not analysis.trace.device.operations:  # convnext with torch 2.6
+        raise ModelError(
+            f"torch {torch.__version__} does not tell how the network gets from its images to its outputs: flash and "
+            "ram are not known; update torch, or bound size and peak_memory instead"
+        )
     return _Writer(analysis, counts).table()
 
 

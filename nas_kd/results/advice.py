@@ -2,36 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from nas_kd.results.rows import ModelRow, StudySummary, best_of
+from nas_kd.budget import kinds_of
+from nas_kd.results.rows import ModelRow, Role, StudySummary, best_of, better_in
 
 _LOSS = 0.01  # of the teacher's accuracy that a product may lose, unless its owner says otherwise
+_BESIDES: Mapping[Role, str] = {
+    "teacher": "the teacher itself",
+    "uniform": "one width everywhere",
+    "no teacher": "trained without a teacher",
+    "random": "a random choice within the budget",
+}
+
+
+def advised(summary: StudySummary) -> ModelRow | None:
+    """The model to take; None of an empty front.
+
+    It is the fastest that loses at most a point beside the teacher, by validation accuracy where there is one, so that
+    the test accuracy that is quoted stays an honest number; else the most accurate. A member of the front that another
+    row beats in everything is never taken: that row stands in for it, and for the teacher where it knows more.
+    """
+    candidates = _candidates(summary)
+    return min(_good(summary), key=_price, default=best_of(candidates))
 
 
 def advice(summary: StudySummary) -> str:
-    """Two sentences: the model to take and what is gained, and why that one; empty for an empty front.
-
-    It is the fastest of the front that loses at most a point beside the teacher, by validation accuracy where there is
-    one, so that the test accuracy that is quoted stays an honest number; else the most accurate.
-    """
-    front, teacher = [model for model in summary.models if model.role == "front"], summary.teacher
-    best = best_of(front)
-    if best is None:
+    """Two sentences: the model to take and what is gained, and why that one; empty for an empty front."""
+    chosen, teacher = advised(summary), summary.teacher
+    if chosen is None:
         return ""
-    by_val = all(model.val_accuracy is not None for model in front)
-    aim = _score(teacher, by_val) if teacher is not None else None
-    reference = "the teacher" if aim is not None else "the most accurate"
-    least = (_score(best, by_val) if aim is None else aim) - _LOSS
-    good = [model for model in front if _score(model, by_val) >= least]
-    chosen = min(good, key=_price, default=best)
-    images = "validation" if by_val else "test"
     gained = ", ".join(filter(None, (_gain(chosen, teacher), _accuracy(chosen, teacher))))
-    return f"Take {chosen.name}: {gained}. {_why(good, reference, images)}"
+    return f"Take {chosen.name}{_besides(chosen)}: {gained}. {_why(summary)}"
 
 
-def _score(model: ModelRow, by_val: bool) -> float:
-    accuracy = model.val_accuracy if by_val else model.accuracy
+def overtaken(summary: StudySummary) -> str:
+    """Which members of the front another row beats in everything, a sentence each; empty where none is."""
+    kinds = kinds_of(summary.budget)
+    sentences = [
+        f"{winner.name}{_besides(winner)} beats {member.name} of the front: worse in nothing, better in "
+        f"{_joined(better_in(winner, member, kinds))}."
+        for member, winner in summary.beaten
+    ]
+    if any(winner.role != "front" for _, winner in summary.beaten):
+        sentences.append("A longer training of the teacher, or more trials, may change that.")
+    return " ".join(sentences)
+
+
+def _besides(model: ModelRow) -> str:
+    return f" ({_BESIDES[model.role]})" if model.role in _BESIDES else ""
+
+
+def _candidates(summary: StudySummary) -> list[ModelRow]:
+    """The front without members that are beaten, and what beats those."""
+    beaten = [member for member, _ in summary.beaten]
+    kept = [model for model in summary.models if model.role == "front" and model not in beaten]
+    winners = [winner for _, winner in summary.beaten]
+    return kept + [model for model in summary.models if model in winners and model not in kept]
+
+
+def _reference(summary: StudySummary) -> ModelRow | None:
+    """What a model must come within a point of: the teacher, or what knows more than the teacher and beats the front;
+    where the teacher's accuracy is not known, the most accurate."""
+    teacher, candidates = summary.teacher, _candidates(summary)
+    if teacher is None or _score(teacher, candidates) < 0:
+        return best_of(candidates)
+    besides = [model for model in candidates if model.role != "front"]
+    return max([teacher, *besides], key=lambda model: _score(model, candidates))
+
+
+def _good(summary: StudySummary) -> list[ModelRow]:
+    """The candidates that are accurate enough."""
+    candidates, reference = _candidates(summary), _reference(summary)
+    if reference is None:
+        return []
+    least = _score(reference, candidates) - _LOSS
+    return [model for model in candidates if _score(model, candidates) >= least]
+
+
+def _by_val(candidates: Sequence[ModelRow]) -> bool:
+    return all(model.val_accuracy is not None for model in candidates)
+
+
+def _score(model: ModelRow, candidates: Sequence[ModelRow]) -> float:
+    accuracy = model.val_accuracy if _by_val(candidates) else model.accuracy
     return -1.0 if accuracy is None else accuracy
 
 
@@ -65,9 +119,12 @@ def _accuracy(model: ModelRow, teacher: ModelRow | None) -> str:
     return f"right on {model.accuracy:.1%} of the {images} images{beside}"
 
 
-def _why(good: Sequence[ModelRow], reference: str, images: str) -> str:
+def _why(summary: StudySummary) -> str:
+    good, reference = _good(summary), _reference(summary)
+    images = "validation" if _by_val(_candidates(summary)) else "test"
+    aim = "the teacher" if reference is not None and reference is summary.teacher else "the most accurate"
     if not good:
-        return f"No model is within one point of {reference} on {images} images; this one is the most accurate."
+        return f"No model is within one point of {aim} on {images} images; this one is the most accurate."
     best = "fastest" if all(model.latency_ms for model in good) else "cheapest"
     among = "It is the only one" if len(good) == 1 else f"It is the {best} of {len(good)}"
-    return f"{among} within one point of {reference} on {images} images."
+    return f"{among} within one point of {aim} on {images} images."

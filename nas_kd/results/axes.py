@@ -87,7 +87,7 @@ def cost_axis(costs: Sequence[float]) -> dict[str, object]:
         return {"exponentformat": "SI", "rangemode": "tozero"}
     low, high = math.log10(min(positive)), math.log10(max(positive))
     pad = 0.06 * (high - low)
-    steps = (1, 2, 5) if high - low < 1.2 else (1, 3) if high - low < 3 else (1,)  # labels that fit on a phone
+    steps = (1, 2, 5) if high - low < 1.2 else (1, 3) if high - low < 2 else (1,)  # labels that fit on a phone
     ticks = [step * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for step in steps]
     inside = [tick for tick in ticks if low - pad <= math.log10(tick) <= high + pad]
     return {

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from nas_kd.budget import Budget, amount, short
-from nas_kd.results.advice import advice
+from nas_kd.results.advice import advice, advised, overtaken
+from nas_kd.results.compare import comparison
 from nas_kd.results.figures import COST_NAMES, Panel, milliseconds
 from nas_kd.results.front import write_atomically
 from nas_kd.results.front_figure import front_panel
 from nas_kd.results.model_figures import blocks_panel, latency_panel
 from nas_kd.results.page import render
-from nas_kd.results.rows import Int8Row, ModelRow, StudySummary, best_of, sort_models
+from nas_kd.results.rows import Int8Row, ModelRow, Role, StudySummary, best_of, sort_models
 from nas_kd.results.table import bytes_shown
 from nas_kd.results.trial_figures import history_panel, importances_panel, stages_panel
 
@@ -33,28 +35,25 @@ def render_report(summary: StudySummary) -> str:
     """The HTML of the report. Every text of the summary is escaped."""
     columns = _columns(summary)
     models = sort_models(summary.models)
-    groups = [
-        (
-            name,
-            [
-                (model, [cell(model, summary.teacher) for _, cell in columns])
-                for model in models
-                if _group(model) == name
-            ],
-        )
-        for name in ("teacher", "front", "baselines")
+    lines = [
+        (model, _role(model, summary), [show(model, summary.teacher) for _, show, _ in columns]) for model in models
     ]
+    groups = [(name, [line for line in lines if _group(line[0]) == name]) for name in ("teacher", "front", "baselines")]
+    totals = [(column.title, tuple(cells[place] for *_, cells in lines)) for place, column in enumerate(columns)]
     return render(
         "report.html",
         f"{summary.study_name} · nas_kd",
         panels(summary),
         summary=summary,
         advice=advice(summary),
+        overtaken=overtaken(summary),
         headline=headline(summary),
         beside=beside_uniform(summary.models),
         facts=_facts(summary),
-        titles=[title for title, _ in columns],
+        titles=[column.title for column in columns],
+        key=_key(columns, models),
         groups=groups,
+        comparison=comparison(summary, models, totals),
         gaps=_gaps(models),
         loading=_loading(summary),
         environment=(("seed", str(summary.seed)), *summary.environment),
@@ -143,31 +142,49 @@ def _facts(summary: StudySummary) -> list[str]:
     return [
         summary.base,
         summary.dataset,
-        f"budget {summary.budget}",
+        f"budget {summary.budget}".replace(",", ", "),
         f"seed {summary.seed}",
         f"{states.count('trained') + states.count('stopped')} trials trained",
         *([f"{refused} refused over budget"] if refused else []),
     ]
 
 
-_Cell = tuple[str, Callable[[ModelRow, ModelRow | None], str]]
-_COLUMNS: tuple[_Cell, ...] = (
-    ("validation", lambda model, _: _percent(model.val_accuracy)),
-    ("test", lambda model, _: _percent(model.test_accuracy)),
-    ("params", lambda model, _: short(model.cost.params)),
-    ("× smaller", lambda model, teacher: _ratio(model, teacher, "params")),
-    ("MACs", lambda model, _: short(model.cost.macs)),
-    ("× fewer", lambda model, teacher: _ratio(model, teacher, "macs")),
-    ("latency", lambda model, _: milliseconds(model.latency_ms) or _MISSING),
-    ("× faster", lambda model, teacher: _faster(model, teacher)),
+class _Column(NamedTuple):
+    """A column of the table of models: its title, what a cell shows, and what that means to somebody new."""
+
+    title: str
+    show: Callable[[ModelRow, ModelRow | None], str]
+    meaning: str = ""
+
+
+_BYTES = {
+    "size": "size is bytes of the weights",
+    "peak_memory": "peak memory is bytes of activations alive at once, in float32",
+    "flash": "flash and ram are bytes of the int8 form on a microcontroller",
+}
+_COLUMNS = (
+    _Column(
+        "validation", lambda model, _: _percent(model.val_accuracy), "validation images chose, test images did not"
+    ),
+    _Column("test", lambda model, _: _percent(model.test_accuracy)),
+    _Column("params", lambda model, _: short(model.cost.params), "params are numbers that were learnt"),
+    _Column("× smaller", lambda model, teacher: _ratio(model, teacher, "params")),
+    _Column("MACs", lambda model, _: short(model.cost.macs), "MACs are multiplications for one image"),
+    _Column("× fewer", lambda model, teacher: _ratio(model, teacher, "macs")),
+    _Column(
+        "latency", lambda model, _: milliseconds(model.latency_ms) or _MISSING, "latency is of one image at a time"
+    ),
+    _Column("× faster", lambda model, teacher: _faster(model, teacher), "× is beside the teacher"),
 )
 
 
-def _columns(summary: StudySummary) -> tuple[_Cell, ...]:
-    """The columns between role and path; bytes only where the budget bounds them, levels where there are several."""
-    others = bytes_shown(summary.budget, summary.models)
-    bytes_each = ((kind.replace("_", " "), partial(_bytes, kind)) for kind in others)
-    levels: tuple[_Cell, ...] = (("best within", _levels),) if len(summary.levels) > 1 else ()
+def _columns(summary: StudySummary) -> tuple[_Column, ...]:
+    """The columns between role and path; activations beside the latency, other bytes where the budget bounds them or a
+    device needs them, levels where there are several."""
+    kinds = dict.fromkeys(("peak_memory", *bytes_shown(summary.budget, summary.models)))
+    known = (kind for kind in kinds if any(model.cost[kind] for model in summary.models))
+    bytes_each = (_Column(kind.replace("_", " "), partial(_bytes, kind), _BYTES.get(kind, "")) for kind in known)
+    levels = (_Column("best within", _levels, "best within: of the budget"),) if len(summary.levels) > 1 else ()
     int8 = _INT8_COLUMNS if any(model.int8 is not None for model in summary.models) else ()
     return (*_COLUMNS, *bytes_each, *int8, *levels)
 
@@ -176,13 +193,33 @@ def _of_int8(show: Callable[[Int8Row], str]) -> Callable[[ModelRow, ModelRow | N
     return lambda model, _: _MISSING if model.int8 is None else show(model.int8)
 
 
-_INT8_COLUMNS: tuple[_Cell, ...] = (
-    ("int8 test", _of_int8(lambda int8: _percent(int8.test_accuracy))),
-    ("int8 bytes", _of_int8(lambda int8: short(int8.bytes))),
-    ("ONNX float", _of_int8(lambda int8: f"{int8.float_latency_ms:.3g} ms")),
-    ("ONNX int8", _of_int8(lambda int8: f"{int8.latency_ms:.3g} ms")),
-    ("deploy", _of_int8(lambda int8: int8.deploy)),
+_INT8_COLUMNS = (
+    _Column("int8 test", _of_int8(lambda int8: _percent(int8.test_accuracy))),
+    _Column("int8 bytes", _of_int8(lambda int8: short(int8.bytes))),
+    _Column("ONNX float", _of_int8(lambda int8: f"{int8.float_latency_ms:.3g} ms"), "ONNX: in ONNX Runtime"),
+    _Column("ONNX int8", _of_int8(lambda int8: f"{int8.latency_ms:.3g} ms")),
+    _Column("deploy", _of_int8(lambda int8: int8.deploy), "deploy names the file to ship"),
 )
+_MEANINGS: Mapping[Role, str] = {
+    "teacher": "teacher, the base as it was trained on these images",
+    "front": "front, what the search found",
+    "uniform": "uniform, one width everywhere",
+    "no teacher": "no teacher, blocks of the front trained without one",
+    "random": "random, blocks drawn within the budget",
+}
+
+
+def _key(columns: Sequence[_Column], models: Sequence[ModelRow]) -> str:
+    """What columns and roles of the table mean."""
+    roles = "; ".join(text for role, text in _MEANINGS.items() if any(model.role == role for model in models))
+    meanings = "; ".join(column.meaning for column in columns if column.meaning)
+    return f"Rows: {roles}. Columns: {meanings}. What was exported is in the folder of its name."
+
+
+def _role(model: ModelRow, summary: StudySummary) -> str:
+    """A model's role, and which row beats it, if any."""
+    winner = next((winner for member, winner in summary.beaten if member is model), None)
+    return model.role if winner is None else f"{model.role}, beaten by {winner.name}"
 
 
 def _levels(model: ModelRow, _: ModelRow | None) -> str:
@@ -210,11 +247,11 @@ def _gaps(models: Sequence[ModelRow]) -> list[str]:
 
 
 def _loading(summary: StudySummary) -> str:
-    """The code that loads the best model; empty where it was not exported."""
-    best = summary.best
-    if best is None or best.path is None:
+    """The code that loads the model to take; empty where it was not exported."""
+    model = advised(summary)
+    if model is None or model.path is None:
         return ""
-    return f"import timm, nas_kd.models\nmodel = timm.create_model({'local-dir:' + best.path!r}, pretrained=True)"
+    return f"import timm, nas_kd.models\nmodel = timm.create_model({'local-dir:' + model.path!r}, pretrained=True)"
 
 
 def _ratio(model: ModelRow, teacher: ModelRow | None, kind: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Literal, get_args
 
-from nas_kd.budget import Budget, Cost
+from nas_kd.budget import KINDS, LATENCY, Budget, Cost, kinds_of
 from nas_kd.genotype import Genotype
 
 Role = Literal["teacher", "front", "uniform", "no teacher", "random"]
@@ -137,6 +137,17 @@ class StudySummary:
         return best_of([model for model in self.models if model.role == "front"])
 
     @property
+    def beaten(self) -> tuple[tuple[ModelRow, ModelRow], ...]:
+        """Members of the front that another row beats in everything, each with the most accurate row that does."""
+        kinds = kinds_of(self.budget)
+        pairs = (
+            (member, best_of([other for other in self.models if better_in(other, member, kinds)]))
+            for member in self.models
+            if member.role == "front"
+        )
+        return tuple((member, winner) for member, winner in pairs if winner is not None)
+
+    @property
     def levels(self) -> tuple[float, ...]:
         """The levels for which some model is the best, from the smallest."""
         return tuple(sorted({level for model in self.models for level in model.best_at}))
@@ -151,6 +162,34 @@ def best_of(models: Sequence[ModelRow]) -> ModelRow | None:
         return -1.0 if accuracy is None else accuracy, -model.cost.macs, -model.cost.params
 
     return max(models, key=rank, default=None)
+
+
+def better_in(one: ModelRow, other: ModelRow, kinds: Sequence[str] = KINDS) -> tuple[str, ...]:
+    """In what `one` is better where it is worse in nothing that both have: accuracies, latency, and costs of `kinds`.
+
+    Empty where it is worse in anything, equal in all, or no accuracy is known of both.
+    """
+    pairs = [
+        (name, mine, theirs)
+        for (name, mine), (_, theirs) in zip(_losses(one, kinds), _losses(other, kinds), strict=True)
+        if mine and theirs
+    ]
+    known = any(name.endswith("accuracy") for name, _, _ in pairs)
+    worse = any(mine > theirs for _, mine, theirs in pairs)
+    return tuple(name for name, mine, theirs in pairs if mine < theirs) if known and not worse else ()
+
+
+def _losses(model: ModelRow, kinds: Sequence[str]) -> list[tuple[str, float | None]]:
+    """What is better the smaller it is, with its name; None or 0 where it is not known."""
+    accuracies = (("validation accuracy", model.val_accuracy), ("test accuracy", model.test_accuracy))
+    costs = [
+        ("MACs" if kind == "macs" else kind.replace("_", " "), model.cost[kind]) for kind in kinds if kind != LATENCY
+    ]
+    return [
+        *((name, None if known is None else 2 - known) for name, known in accuracies),
+        *costs,
+        (LATENCY, model.latency_ms),
+    ]
 
 
 def mark_levels(models: Sequence[ModelRow], budget: Budget, levels: Sequence[float]) -> list[ModelRow]:

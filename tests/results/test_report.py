@@ -23,6 +23,7 @@ SECTIONS = (
     "The front",
     "Latency beside MACs",
     "What each block became",
+    "Compare two models",
     "Optimisation history",
     "Parameter importances",
     "Time per stage",
@@ -147,11 +148,12 @@ def test_a_model_over_the_budget_is_never_called_within(summary: StudySummary) -
 
 
 def test_bytes_are_shown_where_the_budget_bounds_them(summary: StudySummary) -> None:
-    assert "peak memory</th>" not in render_report(summary)
-    budget = parse_budget("params=1M,peak_memory=100K", summary.models[0].cost)
+    assert ">size</th>" not in render_report(summary)
+    budget = parse_budget("params=1M,size=4M,peak_memory=100K", summary.models[0].cost)
     text = render_report(replace(summary, budget=budget))
-    assert '<th scope="col">peak memory</th>' in text
-    assert "<td>163.8K</td>" in text
+    for title, cell in (("size", "44.74M"), ("peak memory", "163.8K")):
+        assert text.count(f'<th scope="col">{title}</th>') == 1
+        assert f"<td>{cell}</td>" in text
     assert "Accuracy over bytes of activations at once" in text
 
 
@@ -191,11 +193,11 @@ def test_every_text_is_escaped(summary: StudySummary) -> None:
     evil = replace(
         summary,
         study_name=EVIL, command=EVIL, base=EVIL, dataset=EVIL, trials=(trial,), notes=(EVIL,),
-        models=(replace(summary.models[0], name=EVIL), replace(model, genotype=choices)),
+        models=(replace(summary.models[0], name=EVIL, genotype=choices), replace(model, genotype=choices)),
         importances=((EVIL, 0.5),), stages=((EVIL, 1.0),), environment=((EVIL, EVIL),),
     )  # fmt: skip
     page = Page(render_report(evil))
-    assert page.scripts == 2  # plotly and ours
+    assert page.scripts == 3  # plotly and two of ours
     assert not [tag for tag, attributes in page.tags if tag == "img" or "onerror" in attributes]
     assert "alert('x')" in page.text
     for plot in page.plots:
