@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("short_timing", "restore_logging")
 
 
 COMMAND = "--model test_resnet --img-size 32 --teacher-epochs 1 --proxy-epochs 1 --refine-epochs 1 --train-images 60"
-COMMAND += " --library-budget 0 --no-base-bounds"
+COMMAND += " --library-budget 0 --no-base-bounds --no-search-stages --space width=0.5/1"
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 from nas_kd.study import main
 
 SMALL = "--model test_resnet --img-size 32 --teacher-epochs 1 --refine-epochs 1 --train-images 120 --library-budget 0"
-SMALL += " --no-base-bounds --no-baselines"
+SMALL += " --no-base-bounds --no-baselines --no-search-stages --space width=0.25/0.5/1,conv=standard/depthwise"
 # neither worker goes on before the other has come, however long it takes to start
 MODULE = """
 import os

@@ -20,16 +20,17 @@ from nas_kd.training.evaluation import recalibrate
 from nas_kd.training.images import Images
 
 QUICK = ("mobilenetv3_small_100", "starnet_s1", "regnety_004")
-NAMES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in COVERED if name not in QUICK)]
+NAMES = [*((name, 4) for name in QUICK), *(pytest.param(name, 8, marks=pytest.mark.slow) for name in COVERED)]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_covered_model_has_a_library(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "count"), NAMES)
+def test_every_covered_model_has_a_library(name: str, count: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     size = SIDES[name]
     network = timm.create_model(name, num_classes=5).eval()
     space = Space(network, img_size=size, options=parse_options("width=1/0.5,conv"), name=name)
-    analysis = replace(space.analysis, blocks=tuple(map(_few_choices, space.blocks[:: max(1, len(space.blocks) // 8)])))
+    some = space.blocks[:: max(1, len(space.blocks) // count)]
+    analysis = replace(space.analysis, blocks=tuple(map(_few_choices, some)))
     pixels = torch.randint(0, 255, (24, 3, size, size)).byte()
     images = Images(pixels, torch.arange(24) % 5, (0.5,) * 3, (0.25,) * 3)
     spec = LibrarySpec(images=16, holdout=8, rounds=(2,), batch_size=8)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from nas_kd.students.building import build_student
 SIZE = (3, 32, 32)
 
 
+@cache
 def mixed_student() -> nn.Module:
     """Every kind of convolution, one block after the other."""
     torch.manual_seed(0)

@@ -10,6 +10,7 @@ from torch import nn
 
 from nas_kd.errors import BudgetError
 from nas_kd.genotype import Genotype
+from nas_kd.rank_check import band
 from nas_kd.rank_check.band import draw_in_band, near_optimum, share_used
 from nas_kd.search.solver import solve
 from nas_kd.search.space import Space
@@ -21,6 +22,12 @@ Within = Callable[[Space[nn.Module], str], Space[nn.Module]]
 def shares(space: Space[nn.Module], genotypes: list[Genotype]) -> list[float]:
     assert space.budget is not None
     return [tightness(space.cost(genotype), space.budget, space.table.base()) for genotype in genotypes]
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives up after 16,384 draws."""
+    monkeypatch.setattr(band, "_CHUNKS", 4)
 
 
 @pytest.mark.parametrize("budget", ["macs=50%", "params=35%", "params=50%,macs=40%", "size=40%"])
@@ -54,6 +61,7 @@ def test_the_band_is_filled_by_different_mixtures(resnet: Space[nn.Module], with
     assert np.std(widths) > 0.1  # even draws over all choices: 0.07, and not one in 300 in the band
 
 
+@pytest.mark.usefixtures("soon")
 def test_an_empty_band_names_the_way_out(resnet: Space[nn.Module], within: Within) -> None:
     limited = within(resnet, "macs=1000%")
     assert limited.budget is not None
@@ -74,6 +82,7 @@ def test_neighbours_of_the_optimum_differ_in_few_blocks(resnet: Space[nn.Module]
     assert near_optimum(limited.table, limited.budget, damages, band=0.15, count=12, seed=0) == near
 
 
+@pytest.mark.usefixtures("soon")
 def test_too_few_neighbours_are_refused(resnet: Space[nn.Module], within: Within) -> None:
     limited = within(resnet, "params=1M")
     assert limited.budget is not None

@@ -156,6 +156,7 @@ class TestBudget:
         with pytest.raises(BudgetError):
             within(resnet, Budget((("params", params - 1),))).student(genotype)
 
+    @pytest.mark.parametrize("space", WITHOUT_VGG, indirect=True)
     def test_an_over_budget_trial_is_pruned_with_its_constraints_and_a_reason(
         self, space: Space[nn.Module], within: Within
     ) -> None:

@@ -263,8 +263,8 @@ def test_what_cannot_learn_together_is_refused(
 @pytest.mark.parametrize(
     ("name", "given"),
     [
-        ("cifar_resnet56_cheap", {"conv": "shift"}),
-        ("cifar_resnet56_cheap", {"conv": "group4"}),
+        ("cifar_resnet20_cheap", {"conv": "shift"}),
+        ("cifar_resnet20_cheap", {"conv": "group4"}),
         ("cifar_vgg16_bn", {}),
         ("mobilenetv2_050", {}),
         ("mobilenetv3_small_050", {}),  # a convolution after the pooling

@@ -255,8 +255,8 @@ def test_a_study_of_weights_for_other_classes_beside_another_teacher(make_networ
     torch.save(other.state_dict(), tmp_path / "teacher.pth")
     how = (
         "--model test_resnet --img-size 32 --train-images 60 --teacher-epochs 1 --library-budget 0 --trials 1 "
-        "--proxy-epochs 1 --refine-epochs 1 --front 1 --no-onnx --no-base-bounds --no-baselines -q --budget params=60% "
-        f"--out {tmp_path}/out "
+        f"--proxy-epochs 1 --refine-epochs 1 --front 1 --no-onnx --no-base-bounds --no-baselines -q "
+        f"--budget params=60% --space width=0.5/1 --no-search-stages --out {tmp_path}/out "
         f"--initial-checkpoint {tmp_path}/base.pth --teacher test_efficientnet "
         f"--teacher-checkpoint {tmp_path}/teacher.pth"
     )
