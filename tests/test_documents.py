@@ -219,10 +219,26 @@ def test_there_are_commands_of_all_kinds() -> None:
     assert {name for _, name, _ in commands()} >= {"study", "distill", "rank_check"}
 
 
-@pytest.mark.parametrize("document", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
-def test_what_is_linked_is_there(document: str) -> None:
-    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / document).read_text(encoding="utf-8"))
-    assert [link for link in links if not ((ROOT / document).parent / link).exists()] == []
+LINKING = ("*.md", "docs/*.md", "docs/results/*.md", "examples/*.md")
+
+
+@pytest.mark.parametrize(
+    "document",
+    sorted(path for pattern in LINKING for path in ROOT.glob(pattern)),
+    ids=lambda path: path.relative_to(ROOT).as_posix(),
+)
+def test_what_is_linked_is_there(document: Path) -> None:
+    """Files, and the headings in them."""
+    for link, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", document.read_text(encoding="utf-8")):
+        linked = document.parent / link if link else document
+        assert linked.exists(), link
+        assert not anchor or anchor in anchors(linked), f"{link}#{anchor}"
+
+
+def anchors(document: Path) -> set[str]:
+    """The headings of a page, as GitHub links them."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_the_map_names_every_file_once() -> None:
