@@ -16,14 +16,13 @@ from nas_kd.progress import Stages
 from nas_kd.search.budgets import note_budget
 from nas_kd.search.rungs import make_pruner
 from nas_kd.search.sampler import make_sampler
+from nas_kd.search.space import STARTS
 from nas_kd.search.storage import open_study, storage_errors
 from nas_kd.search.trials import Objective, Proxy, count_trained, objectives
 from nas_kd.search.work import Limits, settle, work
 from nas_kd.search.workers import retry_dead_trials, retry_lost_trials
 from nas_kd.workers.crew import advance_by, crew_of, run_crew
 from nas_kd.workers.kit import checkpoints, publish
-
-_STARTS = 8  # genotypes at most that a search begins with
 
 
 def search(job: Job, materials: Materials, stages: Stages) -> optuna.Study:
@@ -39,7 +38,7 @@ def search(job: Job, materials: Materials, stages: Stages) -> optuna.Study:
         announce(job, study)
         retry_dead_trials(study)
         retry_lost_trials(study)
-        job.space.enqueue(study, min(_STARTS, settings.trials), dearest_first=True)
+        job.space.enqueue(study, min(STARTS, settings.trials), dearest_first=True)
         with stages.board("search", max(1, settings.trials - count_trained(study))) as board:
             if settings.jobs > 1:
                 run_crew(crew_of(settings, job.out, kit), study, board)

@@ -41,6 +41,7 @@ AnyTrial = optuna.trial.BaseTrial | optuna.trial.FrozenTrial
 _MEASURED = "measured"  # the user attribute of a trial whose latency is that of its whole student
 _REARRANGED = 16  # channels: a first convolution that reads as many does not read an image as it is
 _DROPPED = 4.0  # docs/decisions.md
+STARTS = 8  # genotypes at most that a search begins with
 _ROUNDS = 4  # in which starts are measured and chosen anew
 _TIGHTER = 0.01  # of a bound on what is measured: what each round of them leaves free, for what the table does not know
 _OVER = 2.0  # the level of what is over the budget
@@ -299,7 +300,7 @@ class Space(MeasuredCosts, Generic[Network]):
         weights = (np.array([1.0 if c.keep else _DROPPED for c in block.choices]) for block in self.blocks)
         return [own * weight for own, weight in zip(self.library.damages(), weights, strict=True)]
 
-    def starts(self, count: int = 8) -> list[Genotype]:
+    def starts(self, count: int = STARTS) -> list[Genotype]:
         """Up to `count` genotypes within the budget, from cheap to dear, to begin a search with."""
         damages = None if self.library is None else self.damages()
         measured = self._measured_in(self.budget)
@@ -327,7 +328,7 @@ class Space(MeasuredCosts, Generic[Network]):
         """The smallest of the levels at which a cost is within a budget; more than any where it is not at all."""
         return min((level for level in self.levels if budget.scaled(level).admits(cost)), default=_OVER)
 
-    def enqueue(self, study: optuna.Study, count: int = 8, *, dearest_first: bool = False) -> int:
+    def enqueue(self, study: optuna.Study, count: int = STARTS, *, dearest_first: bool = False) -> int:
         """Queues `starts` in a study and returns how many; those that it has already are skipped. With `dearest_first`
         the one that uses the budget the most goes before the others: a study of few trials has it, too."""
         given = [g for g in self.given if self.budget is None or self.budget.admits(self.confirmed_cost(g))]
