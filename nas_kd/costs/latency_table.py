@@ -64,7 +64,7 @@ class Meter:
         keys: list[str] = []
         waiting: dict[str, Subject] = {}
         for subject in subjects:
-            keys.append(key := _key(subject, timing))
+            keys.append(key := self._kept_as(subject, timing))
             if key not in self.store:
                 waiting[key] = subject
             if len(waiting) == _TOGETHER:
@@ -73,6 +73,14 @@ class Meter:
                 keys, waiting = [], {}
         self._all(reference, waiting, timing)
         yield from map(self._known, keys)
+
+    def _kept_as(self, subject: Subject, timing: Timing) -> str:
+        """The key of a subject; that of its layers where it was measured with them and is asked for as a whole."""
+        key = _key(subject, timing)
+        if subject.layers or key in self.store:
+            return key
+        layered = _key(subject, timing, layers=True)
+        return layered if layered in self.store else key
 
     def alone(self, reference: Subject) -> float:
         """The milliseconds of a reference, by itself."""
@@ -254,9 +262,9 @@ def _drawn(block: Block, level: float, generator: np.random.Generator) -> Choice
     return fitting[generator.choice(len(fitting), p=odds / odds.sum())]
 
 
-def _key(subject: Subject, timing: Timing) -> str:
+def _key(subject: Subject, timing: Timing, *, layers: bool = False) -> str:
     kind = "whole" if timing == WHOLE else "rough"
-    return f"{kind}{' layers' if subject.layers else ''} {structure_of(subject)}"
+    return f"{kind}{' layers' if subject.layers or layers else ''} {structure_of(subject)}"
 
 
 def structure_of(subject: Subject) -> str:

@@ -108,6 +108,15 @@ def test_each_structure_is_measured_once(base: torch.nn.Module, analysis: Analys
     assert second.measured == 0
 
 
+def test_who_was_timed_with_its_layers_is_not_timed_again(base: torch.nn.Module, analysis: Analysis) -> None:
+    meter = Meter(LatencySpec(), measure=Counted())
+    table = LatencyTable(base, analysis, SIZE, meter)
+    whole = table.wholes([drawn(analysis, 1)], layers=True)
+    measured = meter.measured
+    assert [table.other(build_student(base, analysis, drawn(analysis, 1)))] == whole
+    assert meter.measured == measured
+
+
 def test_a_slower_hour_changes_nothing(base: torch.nn.Module, analysis: Analysis, costs: CostTable) -> None:
     machine = Counted()
     table = LatencyTable(base, analysis, SIZE, Meter(LatencySpec(), measure=machine))
