@@ -39,12 +39,12 @@ class Tab:
         result: dict[str, Any] = message["result"]
         return result
 
-    def open(self, page: Path, *, width: int, height: int = 900, scripts: bool = True) -> None:
-        """Opens a file at a window's size in pixels and waits until it has loaded."""
+    def open(self, page: Path | str, *, width: int, height: int = 900, scripts: bool = True) -> None:
+        """Opens a file, or an address, at a window's size in pixels and waits until it has loaded."""
         self.resize(width=width, height=height)
         self.call("Emulation.setScriptExecutionDisabled", value=not scripts)
         self._seen.clear()
-        self.call("Page.navigate", url=page.resolve().as_uri())
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.resolve().as_uri())
         while "Page.loadEventFired" not in self._seen:
             self._seen.add(self._message().get("method", ""))
 

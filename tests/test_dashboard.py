@@ -19,6 +19,7 @@ from xml.etree import ElementTree
 
 import optuna
 import pytest
+from browser import CHROMIUM, browse
 
 from nas_kd.search.artifacts import open_store
 from nas_kd.search.dashboard import attach, show_note, show_plot
@@ -103,6 +104,7 @@ def test_it_serves_the_study_and_its_trials(detail: dict[str, Any]) -> None:
 
 
 _TEST = 359  # test images of the digits
+_PATIENCE = 300  # seconds: against hangs
 
 
 def test_the_note_has_the_command_and_every_model(out: Path, detail: dict[str, Any]) -> None:
@@ -113,6 +115,22 @@ def test_the_note_has_the_command_and_every_model(out: Path, detail: dict[str, A
         shown = f"{100 * right / _TEST:.1f}"
         assert re.search(rf"^\| {re.escape(row['model'])} \| {row['role']} \| .*\| {shown} \|", note, re.MULTILINE)
     assert note.startswith("**test_resnet")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: .ci/run installs it")
+def test_a_browser_shows_the_note_and_the_front(
+    out: Path, address: str, detail: dict[str, Any], tmp_path: Path
+) -> None:
+    best = next(row["model"] for row in models(out) if row["role"] == "front")
+    pages = {
+        "note": f"document.body.innerText.includes({best!r})",
+        "": "document.querySelectorAll('.js-plotly-plot')[0]",
+    }
+    with browse(tmp_path) as tab:
+        for page, is_there in pages.items():
+            tab.open(f"{address}/dashboard/studies/{detail['study_id']}/{page}", width=1280)
+            tab.until(f"{is_there} || performance.now() > {1000 * _PATIENCE}")
+            assert tab.see(f"Boolean({is_there})"), tab.see("document.body.innerText")
 
 
 def test_the_front_is_among_the_plots(out: Path, detail: dict[str, Any]) -> None:
