@@ -256,7 +256,7 @@ def page(rows: list[Scores]) -> str:
 _HEAD = [
     "# From ImageNet weights to a teacher on photos",
     "",
-    *(__doc__ or "").split("\n\n", 1)[1].strip().splitlines(),
+    *(__doc__ or "").split("\n\n", 1)[1].strip("\n").splitlines(),
     "",
 ]
 
