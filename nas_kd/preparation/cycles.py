@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -14,6 +13,7 @@ from nas_kd.budget import CYCLES, Budget
 from nas_kd.costs.cycle_table import STUDENTS, store_key
 from nas_kd.networks.micro import Estimator
 from nas_kd.networks.tflite_file import has_tools, need_tools
+from nas_kd.preparation.latency import cache_folder
 from nas_kd.preparation.records import Records
 from nas_kd.progress import Stages
 from nas_kd.search.space import Space
@@ -35,9 +35,8 @@ def count_cycles(
         return
     need_tools()
     estimator = Estimator(settings.accelerator)
-    folder = Path(settings.out or Path("results") / settings.name) / "cache"
-    folder.mkdir(parents=True, exist_ok=True)
-    store = Records(folder / f"cycles-{store_key(estimator, space.base, space.input_size)}.jsonl")
+    key = store_key(estimator, space.base, space.input_size)
+    store = Records(cache_folder(settings) / f"cycles-{key}.jsonl")
     if told is not None:
         space.tell_cycles(told, estimator, store)
     elif stages is None:

@@ -48,12 +48,17 @@ def make_meter(settings: Settings) -> Meter:
     """A meter that keeps what it measures in the study's cache, in a file of this specification and machine."""
     spec = latency_spec(settings)
     tell_runtime(settings)
+    return Meter(spec, store=Records(cache_folder(settings) / f"latency-{store_key(spec)}.jsonl"))
+
+
+def cache_folder(settings: Settings) -> Path:
+    """Where a study keeps what it measured, made where it is not there. Raises OutputError when it cannot be."""
     folder = Path(settings.out or Path("results") / settings.name) / "cache"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot write {folder}: {error.strerror or error}; choose another --out") from error
-    return Meter(spec, store=Records(folder / f"latency-{store_key(spec)}.jsonl"))
+    return folder
 
 
 def measure_latency(space: Space[nn.Module], meter: Meter, stages: Stages | None) -> None:
