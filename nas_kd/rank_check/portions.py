@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -60,6 +61,10 @@ class Portions:
         positions = epoch * self.count + indices.cpu()
         passes = positions // len(self.views)
         return _join([self._of_pass(number, positions[passes == number]) for number in sorted(set(passes.tolist()))])
+
+    def batches(self, epoch: int, order: Sequence[Tensor]) -> Iterator[Batch]:
+        """The `batch` of each of these indices."""
+        return (self.batch(epoch, indices) for indices in order)
 
     def sample(self, count: int) -> Images:
         """The first `count` images of the first pass, e.g. to recalibrate batch norms; where images are mixed, those of

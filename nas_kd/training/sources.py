@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -31,7 +32,7 @@ _LOOKS = 15  # images whose size is looked at
 @dataclass(frozen=True, slots=True)
 class Part:
     """One split that is not decoded yet: its labels (int64), what opens one image (of mode L or RGB), and what an image
-    is called. `open_image` raises DataError, naming the file, when it cannot be read."""
+    is called. `open_image` raises DataError, naming the file, when it cannot be read. Processes can be given it."""
 
     labels: Array
     open_image: Callable[[int], Image.Image]
@@ -40,11 +41,34 @@ class Part:
     def without(self, images: Collection[int]) -> Part:
         """The same but for some images."""
         kept = np.setdiff1d(np.arange(len(self.labels)), list(images))
-        return Part(
-            self.labels[kept],
-            lambda index: self.open_image(int(kept[index])),
-            lambda index: self.called(int(kept[index])),
-        )
+        return Part(self.labels[kept], partial(_nth, self.open_image, kept), partial(_nth, self.called, kept))
+
+
+def _nth(of: Callable[[int], Any], kept: Array, index: int) -> Any:
+    return of(int(kept[index]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Paths:
+    """Many paths in one row of bytes: as objects they would take more memory than the images that are looked at, and
+    processes that share them would copy them one by one."""
+
+    row: Array
+    ends: Array
+
+    @classmethod
+    def of(cls, paths: Sequence[Path]) -> _Paths:
+        names = [os.fsencode(path) for path in paths]
+        return cls(np.frombuffer(b"".join(names), np.uint8), np.cumsum([0, *map(len, names)]))
+
+    def __getitem__(self, index: int) -> Path:
+        return Path(os.fsdecode(self.row[self.ends[index] : self.ends[index + 1]].tobytes()))
+
+    def open(self, index: int) -> Image.Image:
+        return _open_file(self[index])
+
+    def name(self, index: int) -> str:
+        return str(self[index])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,10 +138,14 @@ def _digits() -> Source:
     return Source(
         name="the handwritten digits",
         class_names=tuple("0123456789"),
-        train=Part(labels, lambda index: Image.fromarray(pixels[index]), lambda index: f"digit {index}"),
+        train=Part(labels, partial(_digit, pixels), "digit {}".format),
         fingerprint=_hash_of(pixels.tobytes(), labels.tobytes()),
         side=pixels.shape[1],
     )
+
+
+def _digit(pixels: Array, index: int) -> Image.Image:
+    return Image.fromarray(pixels[index])
 
 
 def _folders(root: Path, class_map: str | None) -> Source:
@@ -148,11 +176,8 @@ def _tell(line: str) -> None:
 
 
 def _file_part(samples: Sequence[tuple[Path, int]]) -> Part:
-    return Part(
-        _labels([label for _, label in samples]),
-        lambda index: _open_file(samples[index][0]),
-        lambda index: str(samples[index][0]),
-    )
+    paths = _Paths.of([path for path, _ in samples])
+    return Part(_labels([label for _, label in samples]), paths.open, paths.name)
 
 
 def _usual_side(paths: Sequence[Path]) -> int:
