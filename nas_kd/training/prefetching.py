@@ -10,6 +10,7 @@ import multiprocessing
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -17,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from nas_kd.errors import DataError, NasKdError
+from nas_kd.training.step_memory import give_back
 
 _AHEAD = 2  # items that each process has ready
 _LOOK = 5  # seconds without an item, after which it is seen whether the processes live
@@ -52,8 +54,9 @@ def work_ahead(
     for _ in items:
         asked = clock()
         result = running.next()
-        waited += clock() - asked
-        _say_slow(source, waited, clock() - begun, processes)
+        came = clock()
+        waited += came - asked
+        _say_slow(source, waited, came - begun, processes)
         if isinstance(result, NasKdError):
             raise result
         yield result
@@ -75,22 +78,28 @@ class _Items(Dataset[Any], Generic[In, Out]):
             return error
 
 
+def _loader(items: Dataset[Any], count: int) -> DataLoader[Any]:
+    return DataLoader(
+        items,
+        batch_size=None,
+        num_workers=count,
+        prefetch_factor=_AHEAD,
+        collate_fn=_as_it_is,
+        timeout=_LOOK,
+        generator=torch.Generator(),  # else starting it would draw from the global one
+    )
+
+
 class _Running:
     """Processes at work on items."""
 
     def __init__(self, items: Dataset[Any], count: int, source: str) -> None:
         self.source = source
-        loader: DataLoader[Any] = DataLoader(
-            items,
-            batch_size=None,
-            num_workers=count,
-            prefetch_factor=_AHEAD,
-            collate_fn=_as_it_is,
-            timeout=_LOOK,
-            generator=torch.Generator(),  # else starting it would draw from the global one
-        )
+        give_back()  # else each process has what was freed here
         before, handler = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
-        self.loaded = iter(loader)
+        with warnings.catch_warnings():  # of more processes than cores, which wait for a disk; of threads beside a fork
+            warnings.simplefilter("ignore")
+            self.loaded = iter(_loader(items, count))
         self.processes = [child for child in multiprocessing.active_children() if child not in before]
         if handler is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, handler)  # torch's raises wherever the main thread is, in a trial's notes too
@@ -104,9 +113,10 @@ class _Running:
                 return next(self.loaded)
             except RuntimeError:
                 self._check()
-                waited += time.monotonic() - started
-                if waited < _LOOK / 2:  # something else than time is up
+                elapsed = time.monotonic() - started
+                if elapsed < _LOOK / 2:  # something else than time is up
                     raise
+                waited += elapsed
             if waited >= patience:
                 patience *= 2
                 _logger.warning(
