@@ -2,9 +2,9 @@
 
     python studies/streaming.py --images 100000 --seconds 60 > docs/results/streaming.md
 
-Without --data-dir so many JPEGs of random colours are written into a temporary folder first. Each part runs for some
-seconds, from its first batch on; CPU time counts its processes too. What was measured is kept in --rows, and the same
-command again does what is missing there. The last part is one epoch over all images, with the memory (PSS: shared pages
+Without --data-dir so many JPEGs of random colours are written into --folder first. Each part runs for some
+seconds, from its first batch on; CPU time counts its processes too. What was measured is kept there, and the same
+command again does what is missing. The last part is one epoch over all images, with the memory (PSS: shared pages
 divided) of all its processes at each tenth of it.
 """
 
@@ -25,7 +25,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,9 @@ Done = Callable[[int], None]  # is told how many images are
 
 
 def write_images(folder: Path, count: int, side: int) -> None:
-    """So many JPEGs of 4:3, blurred random colours, in folders of 100 classes."""
+    """So many JPEGs of 4:3, blurred random colours, in folders of 100 classes, unless they are there."""
+    if (last := folder / "train" / f"c{(count - 1) % CLASSES:02}" / f"{count - 1}.jpg").exists():
+        return
 
     def write(number: int) -> None:
         generator = np.random.default_rng(number)
@@ -59,10 +60,10 @@ def write_images(folder: Path, count: int, side: int) -> None:
         picture.save(folder / "train" / f"c{number % CLASSES:02}" / f"{number}.jpg", quality=85)
 
     for name in range(CLASSES):
-        (folder / "train" / f"c{name:02}").mkdir(parents=True)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(write, range(count)):
-            pass
+        (folder / "train" / f"c{name:02}").mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        write(number)
+    assert last.exists()
 
 
 def open_images(arguments: argparse.Namespace, data_dir: Path, cache: Path) -> Splits:
@@ -250,21 +251,22 @@ def page(rows: Mapping[str, Row], about: Row) -> Iterator[str]:
         yield f"| the processes that decode | {' | '.join(map(str, others))} |"
 
 
-def measure(arguments: argparse.Namespace, data_dir: Path, cache: Path) -> tuple[dict[str, Row], Row]:
+def measure(arguments: argparse.Namespace, data_dir: Path, folder: Path) -> tuple[dict[str, Row], Row]:
     """The rows, those that are kept and those that are missing, and about what they are."""
     form = ("images", "side", "img_size", "batch_size", "workers", "model", "seed", "seconds")
     about = {name: getattr(arguments, name) for name in form} | {"cores": os.cpu_count(), "data": arguments.data_dir}
-    kept = arguments.rows.read_text().splitlines() if arguments.rows.exists() else []
+    file = folder / "streaming.jsonl"
+    kept = file.read_text().splitlines() if file.exists() else []
     known = [json.loads(line) for line in kept]
     rows = {row["part"]: row for row in known if row["about"] == about}
-    splits = open_images(arguments, data_dir, cache)
+    splits = open_images(arguments, data_dir, folder / "cache")
     data = AugmentedImages(splits.train, AUGMENTATION, arguments.seed)
     for name, run in parts_of(data, data_dir, arguments).items():
         if name not in rows:
             print(name, file=sys.stderr, flush=True)
             rows[name] = {"part": name, **run(), "about": about}
-            with arguments.rows.open("a") as file:
-                file.write(json.dumps(rows[name]) + "\n")
+            with file.open("a") as lines:
+                lines.write(json.dumps(rows[name]) + "\n")
     return rows, about
 
 
@@ -280,13 +282,14 @@ def main() -> None:
     add("--model", default="mobilenetv2_050")
     add("--seconds", type=float, default=5.0)
     add("--seed", type=int, default=0)
-    add("--rows", type=Path, default=Path("streaming.jsonl"))
+    add("--folder", type=Path, help="where images, cache and rows are kept (a temporary one)")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
         data_dir = Path(arguments.data_dir or folder)
         if not arguments.data_dir:
             write_images(data_dir, arguments.images, arguments.side)
-        rows, about = measure(arguments, data_dir, Path(folder) / "cache")
+        rows, about = measure(arguments, data_dir, folder)
     what = "the images of a folder" if arguments.data_dir else f"{arguments.images:,} JPEGs of {arguments.side} pixels"
     print("# Images that stream\n")
     print(

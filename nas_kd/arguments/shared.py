@@ -75,8 +75,8 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     add(
         "--dataset",
         metavar="NAME",
-        help="digits (ships with scikit-learn), folder, or a name of timm's dataset factory (torch/cifar10,"
-        " torch/fashion_mnist, …); folder with --data-dir, else digits",
+        help="digits (ships with scikit-learn), folder, wds (WebDataset shards), or a name of timm's dataset factory"
+        " (torch/cifar10, torch/fashion_mnist, …); folder with --data-dir, else digits",
     )
     add(
         "--data-dir",

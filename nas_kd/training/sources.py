@@ -21,9 +21,10 @@ from PIL import Image
 from nas_kd.errors import DataError
 from nas_kd.training.arrays import Array
 from nas_kd.training.class_maps import check_covers, read_class_map
-from nas_kd.training.dataset_names import DIGITS, FOLDER, check_name, choose_dataset
+from nas_kd.training.dataset_names import DIGITS, FOLDER, WDS, check_name, choose_dataset
 from nas_kd.training.folders import read_tree
 from nas_kd.training.pictures import as_seen, open_picture
+from nas_kd.training.shards import read_shards
 
 _logger = logging.getLogger(__name__)
 _LOOKS = 15  # images whose size is looked at
@@ -126,6 +127,8 @@ def open_source(dataset: str | None, data_dir: str | None, class_map: str | None
         raise DataError(f"{root} is an archive: unpack it and give the folder")
     if not root.is_dir():
         raise DataError(f"there is no data folder {root}: give one that exists with --data-dir")
+    if name == WDS:
+        return _shards(root)
     return _folders(root, class_map) if name == FOLDER else _torchvision(name, root)
 
 
@@ -167,6 +170,23 @@ def _folders(root: Path, class_map: str | None) -> Source:
         **{part: _file_part(found) for part, found in samples.items()},
         fingerprint=_hash_of(b"as seen", *(part.encode() + _listing(found, root) for part, found in samples.items())),
         side=_usual_side([path for path, _ in samples["train"]]),
+    )
+
+
+def _shards(root: Path) -> Source:
+    """WebDataset shards: classes have numbers and no names."""
+    splits = read_shards(root)
+    parts = {name: Part(shards.labels, shards.open, shards.name) for name, shards in splits.items()}
+    if "test" not in parts and "val" in parts:  # one split beside the training images is the test
+        parts["test"] = parts.pop("val")
+    train, files = splits["train"], [(path, name) for name, shards in splits.items() for path in shards.paths]
+    looks = range(0, len(train.labels), max(1, len(train.labels) // _LOOKS))
+    return Source(
+        name=str(root),
+        class_names=tuple(map(str, range(int(train.labels.max(initial=-1)) + 1))),
+        **parts,
+        fingerprint=_hash_of(json.dumps([[name, Path(path).name, *_stamp(path)] for path, name in files]).encode()),
+        side=int(np.median([min(train.open(index).size) for index in looks])) if len(train.labels) else 0,
     )
 
 
@@ -245,9 +265,13 @@ def _content(dataset: Any, root: Path) -> bytes:
 def _listing(samples: Sequence[tuple[str | Path, int]], root: Path) -> bytes:
     lines = []
     for file, label in samples:
-        about = Path(file).stat()
-        lines.append([str(Path(file).relative_to(root)), label, about.st_size, about.st_mtime_ns])
+        lines.append([str(Path(file).relative_to(root)), label, *_stamp(file)])
     return json.dumps(lines).encode()
+
+
+def _stamp(file: str | Path) -> tuple[int, int]:
+    about = Path(file).stat()
+    return about.st_size, about.st_mtime_ns
 
 
 def _open_file(path: Path) -> Image.Image:
