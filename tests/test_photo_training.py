@@ -87,14 +87,11 @@ def test_images_that_stream_give_the_same_model_also_after_an_interruption(
     assert [path.name[:7] for path in (tmp_path / "streamed/cache").glob("*/")] == ["stream-"]
 
 
-def test_a_study_streams_what_its_trials_do_not_look_at(
-    photos: Path, tmp_path: Path, short_timing: None, caplog: pytest.LogCaptureFixture
-) -> None:
-    small = (
-        "--model test_resnet --img-size 64 --budget params=60% --trials 1 --proxy-epochs 1 --refine-epochs 1 --front 1"
-    )
-    less = "--no-base-bounds --teacher-epochs 1 --library-budget 0 --no-baselines --no-onnx --batch-size 8 --proxy-images 6 --jobs 1 -q"
-    arguments = [*small.split(), *less.split(), "--data-dir", str(photos), "--out", str(tmp_path)]
+def test_a_study_streams_what_its_trials_do_not_look_at(photos: Path, tmp_path: Path, short_timing: None) -> None:
+    small = "--model test_resnet --img-size 64 --budget params=60% --no-base-bounds --proxy-images 6 --batch-size 8 -q"
+    less = "--trials 1 --proxy-epochs 1 --refine-epochs 1 --front 1 --teacher-epochs 1 --library-budget 0 --jobs 1"
+    none = "--no-baselines --no-onnx"
+    arguments = [*f"{small} {less} {none}".split(), "--data-dir", str(photos), "--out", str(tmp_path)]
     assert study_main([*arguments, "--data-memory", "0"]) == 0
     (pixels,) = tmp_path.glob("cache/images-*/train_pixels.npy")
     assert np.load(pixels, mmap_mode="r").shape == (6, 3, 64, 64)

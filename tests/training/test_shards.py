@@ -63,9 +63,8 @@ def test_shards_hold_the_images_of_a_folder(shards: Path, tmp_path: Path) -> Non
     assert (len(splits.train), len(splits.val), len(splits.test)) == (18, 6, 8)
     assert splits.class_names == ("0", "1")
     assert splits.test.labels.tolist() == [0, 1] * 4
-    for one, other in ((splits, folder_splits), (folder_splits, splits)):
-        pixels = {image.numpy().tobytes() for image in one.test.decoded().pixels}
-        assert pixels == {image.numpy().tobytes() for image in other.test.decoded().pixels}
+    seen = [{image.numpy().tobytes() for image in part.test.decoded().pixels} for part in (splits, folder_splits)]
+    assert seen[0] == seen[1]
 
 
 def test_they_stream_as_they_are_in_memory(shards: Path, tmp_path: Path) -> None:
