@@ -18,10 +18,12 @@ from PIL import Image
 from nas_kd.errors import DataError
 from nas_kd.training.arrays import Array, ArrayFile, finish, writing
 from nas_kd.training.originals import OriginalsWriter, originals_bytes, shrunk
+from nas_kd.training.prefetching import wait_for
 from nas_kd.training.preprocessing import Preprocessing
 from nas_kd.training.sources import Part
 
 _CHUNK = 256  # images decoded at once by the workers
+_SAID = 400  # chunks, after each of which it is said how far it is
 _NAMED = 10  # unreadable images that are named in a line
 _logger = logging.getLogger(__name__)
 
@@ -128,8 +130,10 @@ def look_through(
     _logger.info("looking through %d images, which stay where they are", sum(map(len, chosen.values())))
     watch = _Watch(form.channels)
     for name, split in chosen.items():
-        for chunk in _decoded(split, form, watch, keep=False):
+        for number, chunk in enumerate(_decoded(split, form, watch, keep=False), 1):
             watch.see(name, split, np.stack([pixels for pixels, _ in chunk]))
+            if number % _SAID == 0:
+                _logger.info("%d of %d images of %s", number * _CHUNK, len(split), name)
     if watch.failures:
         raise UnreadableError(watch.failures)
     notes = [*extra.get("notes", ()), *watch.remarks(class_names)]
@@ -184,7 +188,8 @@ def _decoded(split: Chosen, form: Form, watch: _Watch, *, keep: bool) -> Iterato
     rest = iter(split.indices.tolist())
     with ThreadPoolExecutor(form.workers) as pool:
         while chunk := list(islice(rest, _CHUNK)):
-            yield list(pool.map(decode_one, chunk))
+            begun = [(pool.submit(decode_one, index), split.part.called(index)) for index in chunk]
+            yield [wait_for(image, name) for image, name in begun]
 
 
 @dataclass(slots=True)

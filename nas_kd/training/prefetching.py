@@ -12,6 +12,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -60,6 +61,23 @@ def work_ahead(
         if isinstance(result, NasKdError):
             raise result
         yield result
+
+
+def wait_for(future: Future[Out], what: str) -> Out:
+    """The result of a thread; says so when it lets one wait for half a minute, and at each doubling of that."""
+    waited = PATIENCE
+    while True:
+        try:
+            return future.result(waited)
+        except TimeoutError:
+            if future.done():  # it is the thread's own
+                raise
+            _say_nothing_came(what, waited)
+            waited *= 2
+
+
+def _say_nothing_came(what: str, seconds: float) -> None:
+    _logger.warning("nothing came from %s for %.0f seconds: its disk is slow or gone; still waiting", what, seconds)
 
 
 class _Items(Dataset[Any], Generic[In, Out]):
@@ -119,11 +137,7 @@ class _Running:
                 waited += elapsed
             if waited >= patience:
                 patience *= 2
-                _logger.warning(
-                    "nothing came from %s for %.0f seconds: its disk is slow or gone; still waiting",
-                    self.source,
-                    waited,
-                )
+                _say_nothing_came(self.source, waited)
 
     def _check(self) -> None:
         dead = [process for process in self.processes if not process.is_alive()]

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 
 from nas_kd.errors import DataError
 from nas_kd.training import prefetching
-from nas_kd.training.prefetching import work_ahead
+from nas_kd.training.prefetching import wait_for, work_ahead
 
 
 def numbers(item: int) -> tuple[int, torch.Tensor, int]:
@@ -94,6 +95,16 @@ def test_a_disk_that_does_not_answer_is_told_and_waited_for(tmp_path: Path, monk
     logging.getLogger("nas_kd").addHandler(answer)
     assert [*work_ahead(Path.read_bytes, files, processes=2, source="the attic")] == [b"first", b"at last", b"last"]
     assert answer.said.startswith("nothing came from the attic for")
+
+
+def test_threads_are_waited_for_in_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetching, "PATIENCE", 0.2)
+    os.mkfifo(tmp_path / "slow")
+    answer = Answer(tmp_path / "slow")
+    logging.getLogger("nas_kd").addHandler(answer)
+    with ThreadPoolExecutor(1) as pool:
+        assert wait_for(pool.submit((tmp_path / "slow").read_bytes), "slow.png") == b"at last"
+    assert answer.said.startswith("nothing came from slow.png for")
 
 
 def ticking(step: float) -> Callable[[], float]:
