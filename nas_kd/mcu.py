@@ -95,9 +95,11 @@ def run_mcu(settings: McuSettings) -> int:
         splits = load_splits(spec, Path(settings.cache) if settings.cache else settings.folder / "cache")
     with stages.stage("device"):
         shown = np.linspace(0, len(splits.test) - 1, min(settings.images, len(splits.test))).round()  # of all classes
-        result = put_on_device(settings.folder, splits.test[torch.from_numpy(shown).long()], settings.accelerator)
+        result = put_on_device(
+            settings.folder, splits.test[torch.from_numpy(shown).long()].decoded(), settings.accelerator
+        )
         if settings.c:
-            write_c(settings.folder / TFLITE, inputs_of(splits.test[:1])[0].numpy(), Path(settings.c))
+            write_c(settings.folder / TFLITE, inputs_of(splits.test[:1].decoded())[0].numpy(), Path(settings.c))
     out = console_for(sys.stdout)
     for line in _lines(result, settings.folder, settings.c):
         out.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from injection import Count, watched_files
 from PIL import Image, ImageFilter
 from safetensors.torch import load_file
 
@@ -65,6 +67,38 @@ def test_without_a_cache_the_same_model_comes_out(run: Callable[..., Path], tmp_
         weights.append(load_file(out / path / "model.safetensors"))
     for name, tensor in weights[0].items():  # logits are cached in 16 bits
         torch.testing.assert_close(tensor, weights[1][name], rtol=1e-2, atol=1e-3)
+
+
+def test_images_that_stream_give_the_same_model_also_after_an_interruption(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = "test_resnet --no-teacher --img-size 64 --epochs 2 --batch-size 8 -q --cutmix 1"
+    files = []
+    for name, options in (("kept", []), ("streamed", ["--data-memory", "0"])):
+        arguments = [*small.split(), "--data-dir", str(photos), "--out", str(tmp_path / name), *options]
+        if options:  # after what was looked through and the state of the first epoch, before that of the second
+            stop = Count((3,), lambda: signal.raise_signal(signal.SIGINT))
+            with watched_files(stop, monkeypatch):
+                assert main(arguments) == 130
+        assert main(arguments) == 0
+        path = json.loads((tmp_path / name / "distill.json").read_text())["path"]
+        files.append((tmp_path / name / path / "model.safetensors").read_bytes())
+    assert files[0] == files[1]
+    assert [path.name[:7] for path in (tmp_path / "streamed/cache").glob("*/")] == ["stream-"]
+
+
+def test_a_study_streams_what_its_trials_do_not_look_at(photos: Path, tmp_path: Path, short_timing: None) -> None:
+    small = "--model test_resnet --img-size 64 --budget params=60% --no-base-bounds --proxy-images 6 --batch-size 8 -q"
+    less = "--trials 1 --proxy-epochs 1 --refine-epochs 1 --front 1 --teacher-epochs 1 --library-budget 0 --jobs 1"
+    none = "--no-baselines --no-onnx"
+    arguments = [*f"{small} {less} {none}".split(), "--data-dir", str(photos), "--out", str(tmp_path)]
+    assert study_main([*arguments, "--data-memory", "0"]) == 0
+    (pixels,) = tmp_path.glob("cache/images-*/train_pixels.npy")
+    assert np.load(pixels, mmap_mode="r").shape == (6, 3, 64, 64)
+    assert len(list(tmp_path.glob("cache/views-*"))) == 1  # those of trials
+    front = (tmp_path / "front.csv").read_text()
+    assert study_main(arguments) == 0  # with memory enough the same study goes on
+    assert (tmp_path / "front.csv").read_text() == front
 
 
 def spec(photos: Path, **form: float) -> DataSpec:

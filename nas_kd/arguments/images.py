@@ -20,6 +20,7 @@ class ImageSettings:
     data_dir: str | None
     class_map: str | None = None
     skip_unreadable: bool = False
+    data_memory: int | None = None
     crop_pct: float | None = None
     interpolation: str | None = None
     train_images: int | None

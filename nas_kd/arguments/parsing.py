@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import sys
 import traceback
@@ -60,6 +61,23 @@ def _is_float(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def size(text: str) -> int:
+    """The type of an amount of memory: bytes, or with K, M, G or T 1,024 times as much for each step.
+
+    >>> size("4G"), size("1.5m"), size("512")
+    (4294967296, 1572864, 512)
+    """
+    plain = text.strip().upper().removesuffix("B").removesuffix("I")
+    power = "KMGT".find(plain[-1:]) + 1 if plain else 0
+    try:
+        amount = float(plain[:-1] if power else plain)
+    except ValueError:
+        amount = -1.0
+    if not 0 <= amount < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no amount of memory: write it like 4G or 500M")
+    return int(amount * 1024.0**power)
 
 
 def path(text: str) -> str:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nas_kd.arguments.parsing import model_name, number, path
+from nas_kd.arguments.parsing import model_name, number, path, size
 from nas_kd.budget import ACCELERATOR, ACCELERATORS
 from nas_kd.errors import NasKdError
 from nas_kd.training.preprocessing import INTERPOLATIONS
@@ -75,8 +75,8 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     add(
         "--dataset",
         metavar="NAME",
-        help="digits (ships with scikit-learn), folder, or a name of timm's dataset factory (torch/cifar10,"
-        " torch/fashion_mnist, …); folder with --data-dir, else digits",
+        help="digits (ships with scikit-learn), folder, wds (WebDataset shards), or a name of timm's dataset factory"
+        " (torch/cifar10, torch/fashion_mnist, …); folder with --data-dir, else digits",
     )
     add(
         "--data-dir",
@@ -91,6 +91,13 @@ def add_data(parser: argparse.ArgumentParser) -> None:
         help="the number of each class: a text file with one class per line, or JSON (timm's order of the folders)",
     )
     add("--skip-unreadable", action="store_true", help="go on without images that cannot be read")
+    add(
+        "--data-memory",
+        type=size,
+        metavar="SIZE",
+        help="images that take more when they are decoded, like 4G, are not kept but decoded in every epoch, by as many"
+        " processes as --workers says; 0: always (half of the machine's memory)",
+    )
     add(
         "--crop-pct",
         type=number(0.01, float, 1 + 1e-9),
@@ -115,7 +122,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 def add_look(parser: argparse.ArgumentParser) -> None:
     """The arguments of a command that looks at a finished model on its data."""
     add = parser.add_argument
-    add("--workers", type=number(1), default=2, metavar="N", help="threads that decode images (2)")
+    add("--workers", type=number(1), default=2, metavar="N", help="threads or processes that decode images (2)")
     add(
         "--seed",
         type=number(0, int, 2**32),
@@ -188,7 +195,7 @@ def add_recipe(add: Callable[..., object]) -> None:
     add("--views", type=number(1), default=8, metavar="N", help="augmented views with cached teacher logits (8)")
     add("--device", metavar="D", help="cpu, cuda, cuda:1, … (cuda where there is one)")
     add("--amp", action="store_true", help="mixed precision")
-    add("--workers", type=number(1), default=2, metavar="N", help="threads that decode images (2)")
+    add("--workers", type=number(1), default=2, metavar="N", help="threads or processes that decode images (2)")
     add("--seed", type=number(0, int, 2**32), default=0, metavar="N", help="decides everything that is random (0)")
 
 

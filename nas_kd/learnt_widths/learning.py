@@ -30,7 +30,7 @@ from nas_kd.errors import BudgetError, GenotypeError
 from nas_kd.learnt_widths.channel_cost import channel_cost, segments_of
 from nas_kd.learnt_widths.scale_factors import ScaleFactors
 from nas_kd.training.evaluation import evaluate
-from nas_kd.training.images import Images, TrainingData
+from nas_kd.training.images import ImageSet, TrainingData
 from nas_kd.training.loop import Run, Task, fit, ignore
 from nas_kd.training.losses import SoftLoss, student_loss
 from nas_kd.training.recipe import Recipe
@@ -116,7 +116,7 @@ def learn_widths(
     data: TrainingData,
     recipe: Recipe,
     *,
-    val: Images | None = None,
+    val: ImageSet | None = None,
     report: Callable[[int, float], None] = ignore,
     run: Run | None = None,
 ) -> LearntWidths:

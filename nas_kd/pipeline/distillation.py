@@ -46,7 +46,7 @@ from nas_kd.training.augment import derive_seed
 from nas_kd.training.checkpoint import load_checkpoint
 from nas_kd.training.data import DIGITS, DataSpec, Splits, load_splits
 from nas_kd.training.evaluation import CALIBRATION, recalibrate
-from nas_kd.training.images import AugmentedImages
+from nas_kd.training.images import AugmentedImages, Images
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.resume import replace_file
 from nas_kd.training.sources import open_source
@@ -251,7 +251,7 @@ _Data = AugmentedImages | Views | OnlineViews
 
 def _training_data(job: DistillJob, splits: Splits, teacher: TeacherResult | None, epochs: int) -> _Data:
     """Fresh views of the training images in every epoch; beside a teacher cached ones with its logits, or its logits in
-    every step where there is to be no cache or it would be too large."""
+    every step where there is to be no cache, it would be too large or the images stream."""
     settings = job.settings
     fresh = fresh_images(settings, splits.train, splits.num_classes)
     if teacher is None:
@@ -263,9 +263,14 @@ def _training_data(job: DistillJob, splits: Splits, teacher: TeacherResult | Non
         key=splits.digest,
         mixing=fresh.mixing,
     )
-    if settings.views == 0 or views_bytes(splits.train, spec, splits.num_classes) > spec.max_bytes:
+    images = splits.train
+    if (
+        settings.views == 0
+        or not isinstance(images, Images)
+        or views_bytes(images, spec, splits.num_classes) > spec.max_bytes
+    ):
         return OnlineViews(fresh, Teacher(teacher.network))
-    return build_views(splits.train, teacher.network, spec, job.cache)
+    return build_views(images, teacher.network, spec, job.cache)
 
 
 def _train(job: DistillJob, splits: Splits, teacher: TeacherResult | None, stages: Stages) -> Refined:

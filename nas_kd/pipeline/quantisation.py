@@ -24,7 +24,7 @@ from nas_kd.networks.onnx import need, open_session, write_model
 from nas_kd.results.rows import Int8Row
 from nas_kd.training.data import Splits
 from nas_kd.training.fake_quantisation import fake_quantised
-from nas_kd.training.images import AugmentedImages, Images, normalise
+from nas_kd.training.images import AugmentedImages, Images, ImageSet, normalise
 from nas_kd.training.loop import train
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.resume import replace_file
@@ -164,8 +164,8 @@ def quantise_network(
     ModelError when a file cannot be written.
     """
     network = copy.deepcopy(network).cpu().eval()
-    size = tuple(splits.train.pixels.shape[1:])
-    images = inputs_of(splits.train[: spec.calibration_images])
+    size = splits.train.shape
+    images = inputs_of(splits.train[: spec.calibration_images].decoded())
     write_model(network, size, folder / FLOAT)
     layers = quantise(folder / FLOAT, images, folder / INT8, keep_float=spec.keep_float)
     exact, rounded = (accuracy_of(folder / name, splits.val) for name in (FLOAT, INT8))
@@ -209,8 +209,8 @@ def _recover(network: nn.Module, splits: Splits, folder: Path, spec: Int8Spec, t
         train(rounded, views, recipe)
     drafts = folder / f".{FLOAT}.recovered", folder / f".{INT8}.recovered"
     try:
-        write_model(student, tuple(splits.train.pixels.shape[1:]), drafts[0])
-        images = inputs_of(splits.train[: spec.calibration_images])
+        write_model(student, splits.train.shape, drafts[0])
+        images = inputs_of(splits.train[: spec.calibration_images].decoded())
         quantise(drafts[0], images, drafts[1], keep_float=spec.keep_float)
         accuracy = accuracy_of(drafts[1], splits.val)
         if accuracy <= accuracy_of(folder / INT8, splits.val):
@@ -229,13 +229,12 @@ def inputs_of(images: Images) -> Tensor:
     return normalise(images.pixels, images.mean, images.std, torch.device("cpu"))
 
 
-def accuracy_of(path: Path, images: Images, batch: int = 50) -> float:
+def accuracy_of(path: Path, images: ImageSet, batch: int = 50) -> float:
     """The share of images that an ONNX file classifies rightly in ONNX Runtime."""
     session, right = open_session(path, threads=0), 0
-    for indices in torch.split(torch.arange(len(images)), batch):
-        part = images[indices]
-        logits = session.run(None, {"input": inputs_of(part).numpy()})[0]
-        right += int((torch.from_numpy(logits).argmax(1) == part.labels).sum())
+    for pixels, labels in zip(images.chunks(batch), torch.split(images.labels, batch), strict=True):
+        logits = session.run(None, {"input": inputs_of(Images(pixels, labels, images.mean, images.std)).numpy()})[0]
+        right += int((torch.from_numpy(logits).argmax(1) == labels).sum())
     return right / len(images)
 
 

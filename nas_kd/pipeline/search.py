@@ -45,7 +45,7 @@ def search(job: Job, materials: Materials, stages: Stages) -> optuna.Study:
             else:
                 proxy = Proxy(
                     views=materials.proxy_views,
-                    val=materials.splits.val,
+                    val=materials.sample.val,
                     recipe=proxy_recipe_of(settings),
                     device=str(job.device),
                     checkpoints=checkpoints(kit, job.cache),
@@ -74,10 +74,12 @@ def _open(job: Job, materials: Materials) -> optuna.Study:
 
 def _config(job: Job, materials: Materials) -> dict[str, Any]:
     """What must stay the same for the trials of a study to be comparable."""
+    val = materials.sample.val
     return {
         **choices_made(job.settings, job.budget),
         "teacher": materials.digest,
         "data": materials.splits.digest,
         "proxy images": len(materials.proxy_views),
+        **({"validation images": len(val)} if len(val) < len(materials.splits.val) else {}),
         "library": None if job.space.library is None else job.space.library.folder.name,
     }

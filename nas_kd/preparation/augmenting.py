@@ -16,7 +16,7 @@ from nas_kd.training.augment import (
     may_be_mirrored,
 )
 from nas_kd.training.data import Splits
-from nas_kd.training.images import AugmentedImages, Images
+from nas_kd.training.images import AugmentedImages, ImageSet
 from nas_kd.training.mixing import Mixing
 
 _NAMES = {"aa": "auto_augment", "train_interpolation": "interpolation", "reprob": "re_prob", "remode": "re_mode"}
@@ -65,7 +65,7 @@ def images_key(settings: ImageSettings, splits: Splits) -> str:
     return " ".join(filter(None, (splits.digest, settings.augment.text)))
 
 
-def fresh_images(settings: ImageSettings, images: Images, num_classes: int) -> AugmentedImages:
+def fresh_images(settings: ImageSettings, images: ImageSet, num_classes: int) -> AugmentedImages:
     """Training images of a student, augmented and mixed anew in every epoch."""
-    augmentation = augmentation_of(settings, images.pixels.shape[-1])
+    augmentation = augmentation_of(settings, images.shape[-1])
     return AugmentedImages(images, augmentation, settings.seed, mixing_of(settings, num_classes))

@@ -45,7 +45,7 @@ from nas_kd.training.augment import derive_seed
 from nas_kd.training.checkpoint import load_checkpoint
 from nas_kd.training.data import DIGITS, DataSpec
 from nas_kd.training.evaluation import LOOK_CALIBRATION
-from nas_kd.training.images import Images
+from nas_kd.training.images import ImageSet
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.sources import Source, open_source
 from nas_kd.training.transfer import HeadOrigin
@@ -332,7 +332,7 @@ def epochs_of(given: int | None, default: tuple[int, int], images: int, device: 
     return given or max(1, min(most, round(seen / images)))
 
 
-def refine_epochs(job: Job, images: Images | int) -> int:
+def refine_epochs(job: Job, images: ImageSet | int) -> int:
     """The epochs that a model of the results is trained for on these images, or on so many."""
     count = images if isinstance(images, int) else len(images)
     return epochs_of(job.settings.refine_epochs, (job.effort.refine_images, REFINE[1]), count, job.device)

@@ -26,8 +26,8 @@ from nas_kd.preparation.job import (
 )
 from nas_kd.progress import Advance, Stages
 from nas_kd.search.storage import check_study
-from nas_kd.training.data import Splits, load_splits
-from nas_kd.training.images import AugmentedImages, Images
+from nas_kd.training.data import Splits, load_splits, with_sample
+from nas_kd.training.images import AugmentedImages, Images, ImageSet
 from nas_kd.training.teacher import (
     Renormalised,
     Teacher,
@@ -46,10 +46,11 @@ _STEP = 3  # a training step costs about three forward passes
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Materials:
-    """What trials and refinement train on: the splits, the trained base, the teacher, which is the base unless another
-    one was named, and views with its logits."""
+    """What trials and refinement train on: the splits, `sample`, which is as much of them as trials look at, in memory,
+    the trained base, the teacher, which is the base unless another one was named, and views with its logits."""
 
     splits: Splits
+    sample: Splits
     base: TeacherResult
     teacher: TeacherResult
     proxy_views: Views | OnlineViews
@@ -81,14 +82,17 @@ def collect(job: Job, stages: Stages) -> Materials:
     base = _base(job, splits, stages)
     teacher = base if job.other_teacher is None else _other_teacher(job, splits, stages)
     check_study(job.storage, settings.name, {"teacher": _digest_of(base, teacher)})
-    subset = splits.train[: settings.proxy_images]
+    sample = with_sample(splits, job.data, settings.proxy_images, job.cache)
+    subset = sample.train[: settings.proxy_images]
     short, long = (min(settings.views, epochs) for epochs in (settings.proxy_epochs, refine_epochs(job, splits.train)))
     with stages.stage("views", short + long) as advance:
         proxy_views = _views(job, splits, teacher, short, subset, advance)
         whole = _views(job, splits, teacher, long, splits.train, advance)
     if settings.library_budget:
         job.space.library = _library(job, splits, base, stages)
-    return Materials(splits=splits, base=base, teacher=teacher, proxy_views=proxy_views, refine_views=whole)
+    return Materials(
+        splits=splits, sample=sample, base=base, teacher=teacher, proxy_views=proxy_views, refine_views=whole
+    )
 
 
 def gather_whole(job: Job, epochs: Callable[[Splits], int], stages: Stages) -> Materials:
@@ -101,7 +105,7 @@ def gather_whole(job: Job, epochs: Callable[[Splits], int], stages: Stages) -> M
     count = min(settings.views, epochs(splits))
     with stages.stage("views", count) as advance:
         views = _views(job, splits, teacher, count, splits.train, advance)
-    return Materials(splits=splits, base=base, teacher=teacher, proxy_views=views, refine_views=views)
+    return Materials(splits=splits, sample=splits, base=base, teacher=teacher, proxy_views=views, refine_views=views)
 
 
 def _library(job: Job, splits: Splits, base: TeacherResult, stages: Stages) -> Library:
@@ -209,9 +213,10 @@ def _taught(job: Job, splits: Splits, pupil: _Pupil, stages: Stages, stage: str)
 
 
 def _views(
-    job: Job, splits: Splits, teacher: TeacherResult, count: int, images: Images, advance: Advance
+    job: Job, splits: Splits, teacher: TeacherResult, count: int, images: ImageSet, advance: Advance
 ) -> Views | OnlineViews:
-    """Cached views, or the teacher beside the student in every step where they would be too large to keep."""
+    """Cached views, or the teacher beside the student in every step where they would be too large to keep or the images
+    stream."""
     fresh = fresh_images(job.settings, images, splits.num_classes)
     spec = ViewSpec(
         count=count,
@@ -220,6 +225,6 @@ def _views(
         key=splits.digest,
         mixing=fresh.mixing,
     )
-    if views_bytes(images, spec, splits.num_classes) > spec.max_bytes:
+    if not isinstance(images, Images) or views_bytes(images, spec, splits.num_classes) > spec.max_bytes:
         return OnlineViews(fresh, Teacher(teacher.network))
     return build_views(images, teacher.network, spec, job.cache, advance)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -61,6 +62,14 @@ class Portions:
         passes = positions // len(self.views)
         return _join([self._of_pass(number, positions[passes == number]) for number in sorted(set(passes.tolist()))])
 
+    def batches(self, epoch: int, order: Sequence[Tensor]) -> Iterator[Batch]:
+        """The `batch` of each of these indices; of images that stream ahead of time, within a pass."""
+        first = epoch * self.count
+        number = first // len(self.views)
+        if (first + self.count - 1) // len(self.views) != number:
+            return (self.batch(epoch, indices) for indices in order)
+        return self.views.batches(number, [self._places(number, first + indices.cpu()) for indices in order])
+
     def sample(self, count: int) -> Images:
         """The first `count` images of the first pass, e.g. to recalibrate batch norms; where images are mixed, those of
         the views, unmixed."""
@@ -70,11 +79,15 @@ class Portions:
         return Images(batch.pixels, batch.labels, self.mean, self.std)
 
     def _of_pass(self, number: int, positions: Tensor) -> Batch:
+        return self.views.batch(number, self._places(number, positions))
+
+    def _places(self, number: int, positions: Tensor) -> Tensor:
+        """Which images stand at these positions of a pass."""
         if number not in self._orders:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "portions", number))
             self._orders.clear()
             self._orders[number] = torch.randperm(len(self.views), generator=generator)
-        return self.views.batch(number, self._orders[number][positions % len(self.views)])
+        return self._orders[number][positions % len(self.views)]
 
 
 def _join(batches: list[Batch]) -> Batch:

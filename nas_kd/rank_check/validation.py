@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nas_kd.training.augment import derive_seed
 from nas_kd.training.evaluation import predict_logits
-from nas_kd.training.images import Images
+from nas_kd.training.images import Images, ImageSet
 from nas_kd.training.losses import distillation_loss
 
 
@@ -41,8 +41,8 @@ class Validation:
         )
 
 
-def validation_of(images: Images, teacher: nn.Module, *, count: int, temperature: float, seed: int) -> Validation:
+def validation_of(images: ImageSet, teacher: nn.Module, *, count: int, temperature: float, seed: int) -> Validation:
     """At most `count` of the images, drawn by `seed` (a data set may be stored class by class)."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "validation"))
-    chosen = images[torch.randperm(len(images), generator=generator)[:count].sort().values]
+    chosen = images[torch.randperm(len(images), generator=generator)[:count].sort().values].decoded()
     return Validation(images=chosen, teacher_logits=predict_logits(teacher, chosen), temperature=temperature)

@@ -31,7 +31,7 @@ from nas_kd.search.space import Space
 from nas_kd.search.storage import Direction
 from nas_kd.search.workers import WORKER, worker_name
 from nas_kd.training.evaluation import CALIBRATION, LOOK_CALIBRATION, evaluate, recalibrate
-from nas_kd.training.images import Images
+from nas_kd.training.images import ImageSet
 from nas_kd.training.loop import Run, fit, student_task
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.views import OnlineViews, Views
@@ -66,7 +66,7 @@ class Proxy:
     Where there are `checkpoints`, a folder, a trial that was killed goes on from its last rung."""
 
     views: Views | OnlineViews
-    val: Images
+    val: ImageSet
     recipe: Recipe
     device: str = "cpu"
     checkpoints: Path | None = None

@@ -23,7 +23,7 @@ PADDINGS = ("zero", "reflect")
 _NO_FLIP = frozenset({"digits", "torch/mnist", "torch/kmnist", "torch/qmnist", "torch/svhn"})
 SCALE = (0.7, 1.0)  # not timm's (0.08, 1): after three epochs of distillation 61 % instead of 49 at (0.35, 1)
 PHOTO_SIZE = 64  # pixels from which on an image is taken for a photo: below, a crop leaves too little
-_PHOTOS = frozenset({"", "folder", "imagefolder", "image_folder", "torch/folder", "torch/image_folder",
+_PHOTOS = frozenset({"", "folder", "wds", "imagefolder", "image_folder", "torch/folder", "torch/image_folder",
                      "torch/imagenet", "torch/places365"})  # fmt: skip
 
 

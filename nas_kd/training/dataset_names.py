@@ -6,11 +6,12 @@ from nas_kd.errors import DataError, nearest
 
 DIGITS = "digits"
 FOLDER = "folder"
+WDS = "wds"
 FOLDERS = ("", FOLDER, "imagefolder", "image_folder", "torch/folder", "torch/image_folder")
 # timm.data.create_dataset's torchvision names
 TORCH = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist", "places365", "imagenet", "folder",
          "image_folder")  # fmt: skip
-_STREAMS = ("hfds", "hfids", "tfds", "wds")
+_STREAMS = ("hfds", "hfids", "tfds")
 
 
 def choose_dataset(dataset: str | None, data_dir: str | None) -> str:
@@ -26,6 +27,8 @@ def choose_dataset(dataset: str | None, data_dir: str | None) -> str:
         raise DataError("--data-dir is empty: give the folder with the images, or leave it out")
     if dataset is None:
         return DIGITS if data_dir is None else FOLDER
+    if dataset.lower().partition("/")[0] == WDS:  # timm's wds/NAME: the folder says all
+        return WDS
     if dataset.lower() != DIGITS:
         return FOLDER if dataset.lower() in FOLDERS else dataset
     if data_dir is not None:
@@ -40,8 +43,8 @@ def check_name(dataset: str) -> None:
         raise DataError(f"{dataset!r} is a stream: save its images as folders, one per class, and give --data-dir")
     if slash and prefix == "torch" and rest in TORCH:
         return
-    if not slash and prefix in (DIGITS, *FOLDERS):
+    if not slash and prefix in (DIGITS, WDS, *FOLDERS):
         return
-    known = (DIGITS, *FOLDERS[1:4], *(f"torch/{name}" for name in TORCH))
+    known = (DIGITS, WDS, *FOLDERS[1:4], *(f"torch/{name}" for name in TORCH))
     hint = nearest(dataset, known) or nearest(f"torch/{dataset}", known)
-    raise DataError(f"unknown dataset {dataset!r}: use {DIGITS}, folder, or one of timm's torch/ names{hint}")
+    raise DataError(f"unknown dataset {dataset!r}: use {DIGITS}, folder, {WDS}, or one of timm's torch/ names{hint}")

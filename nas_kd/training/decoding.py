@@ -18,10 +18,12 @@ from PIL import Image
 from nas_kd.errors import DataError
 from nas_kd.training.arrays import Array, ArrayFile, finish, writing
 from nas_kd.training.originals import OriginalsWriter, originals_bytes, shrunk
+from nas_kd.training.prefetching import wait_for
 from nas_kd.training.preprocessing import Preprocessing
 from nas_kd.training.sources import Part
 
 _CHUNK = 256  # images decoded at once by the workers
+_SAID = 400  # chunks, after each of which it is said how far it is
 _NAMED = 10  # unreadable images that are named in a line
 _logger = logging.getLogger(__name__)
 
@@ -39,7 +41,17 @@ class Form:
 
     @property
     def row(self) -> tuple[int, int, int]:
+        """C, H, W of an image."""
         return self.channels, self.size, self.size
+
+    @property
+    def bytes(self) -> int:
+        """What the pixels of an image take."""
+        return self.channels * self.size**2
+
+    def open(self, part: Part, index: int) -> Image.Image:
+        """An image of a part of the source as it is, in as many colours. Raises DataError when it cannot be read."""
+        return part.open_image(index).convert("L" if self.channels == 1 else "RGB")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +61,9 @@ class Chosen:
     part: Part
     origin: str
     indices: Array
+
+    def __len__(self) -> int:
+        return len(self.indices)
 
     @property
     def labels(self) -> Array:
@@ -85,11 +100,8 @@ def decode(
     Raises UnreadableError, after all were tried, when some cannot be read: then nothing is written.
     """
     count = sum(len(split.indices) for split in chosen.values())
-    needed = count * (int(np.prod(form.row)) + 8)
-    if form.original_side is not None:
-        needed += originals_bytes(len(chosen["train"].indices), form.channels, form.original_side)
     _logger.info("decoding %d images to %d×%d×%d", count, *form.row)
-    with writing(folder, needed) as draft:
+    with writing(folder, decoded_bytes(chosen, form)) as draft:
         watch = _Watch(form.channels)
         files: dict[str, ArrayFile] = {}
         for name, split in chosen.items():
@@ -98,6 +110,35 @@ def decode(
             raise UnreadableError(watch.failures)
         notes = [*notes, *watch.remarks(class_names)]
         finish(draft, files, {**watch.moments(), "notes": notes})
+
+
+def decoded_bytes(chosen: Mapping[str, Chosen], form: Form) -> int:
+    """What the images of every split take when they are decoded, with the originals of those to train on."""
+    pixels = sum(len(split.indices) for split in chosen.values()) * (form.bytes + 8)
+    if form.original_side is None:
+        return pixels
+    return pixels + originals_bytes(len(chosen["train"].indices), form.channels, form.original_side)
+
+
+def look_through(
+    chosen: Mapping[str, Chosen], form: Form, class_names: Sequence[str], folder: Path, extra: Mapping[str, Any]
+) -> None:
+    """Decodes the images of every split as `decode` does and keeps nothing but what it says of them, and `extra`.
+
+    Raises UnreadableError, after all were tried, when some cannot be read.
+    """
+    _logger.info("looking through %d images, which stay where they are", sum(map(len, chosen.values())))
+    watch = _Watch(form.channels)
+    for name, split in chosen.items():
+        for number, chunk in enumerate(_decoded(split, form, watch, keep=False), 1):
+            watch.see(name, split, np.stack([pixels for pixels, _ in chunk]))
+            if number % _SAID == 0:
+                _logger.info("%d of %d images of %s", number * _CHUNK, len(split), name)
+    if watch.failures:
+        raise UnreadableError(watch.failures)
+    notes = [*extra.get("notes", ()), *watch.remarks(class_names)]
+    with writing(folder, 0) as draft:
+        finish(draft, {}, {**extra, **watch.moments(), "notes": notes})
 
 
 def _decode_split(name: str, split: Chosen, form: Form, draft: Path, watch: _Watch) -> dict[str, ArrayFile]:
@@ -137,7 +178,7 @@ def _decoded(split: Chosen, form: Form, watch: _Watch, *, keep: bool) -> Iterato
 
     def decode_one(index: int) -> tuple[Array, Array]:
         try:
-            image = split.part.open_image(index).convert("L" if form.channels == 1 else "RGB")
+            image = form.open(split.part, index)
         except DataError as error:
             watch.failures.setdefault(split.origin, {})[index] = str(error)
             return np.zeros(form.row, dtype=np.uint8), nothing
@@ -147,7 +188,8 @@ def _decoded(split: Chosen, form: Form, watch: _Watch, *, keep: bool) -> Iterato
     rest = iter(split.indices.tolist())
     with ThreadPoolExecutor(form.workers) as pool:
         while chunk := list(islice(rest, _CHUNK)):
-            yield list(pool.map(decode_one, chunk))
+            begun = [(pool.submit(decode_one, index), split.part.called(index)) for index in chunk]
+            yield [wait_for(image, name) for image, name in begun]
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nas_kd.errors import DataError
-from nas_kd.training.images import Images, normalise
+from nas_kd.training.images import Images, ImageSet, normalise
 
 CALIBRATION = 512  # images are enough to recalibrate batch norms on
 LOOK_CALIBRATION = 256  # these before a look at a student whose training has not ended
@@ -20,7 +20,7 @@ _GPU_LOOK = 512  # images that a GPU looks at at once: smaller batches wait for 
 _ERRORS = 2  # standard errors of an accuracy that are no accident
 
 
-def evaluate(model: nn.Module, images: Images, *, batch_size: int = 64) -> float:
+def evaluate(model: nn.Module, images: ImageSet, *, batch_size: int = 64) -> float:
     """The accuracy (fraction 0–1) of `model` on `images`, on the model's device, in eval mode; the mode is restored."""
     logits = predict_logits(model, images, batch_size=batch_size)
     return (logits.argmax(1) == images.labels.cpu()).double().mean().item()
@@ -32,7 +32,7 @@ def is_below(accuracy: float, other: float, images: int) -> bool:
     return other - accuracy > _ERRORS * math.sqrt(max(variance / images, 1e-4))
 
 
-def predict_logits(model: nn.Module, images: Images, *, batch_size: int = 64) -> Tensor:
+def predict_logits(model: nn.Module, images: ImageSet, *, batch_size: int = 64) -> Tensor:
     """The logits N×K (float32, CPU) of `model`, in inference and eval mode; the model's mode is restored."""
     device, last = device_of(model), suits_channels_last(model)
     if device.type == "cuda":
@@ -40,7 +40,7 @@ def predict_logits(model: nn.Module, images: Images, *, batch_size: int = 64) ->
     with eval_mode(model), torch.inference_mode():
         pieces = [
             model(memory_layout(normalise(pixels, images.mean, images.std, device), last)).float().cpu()
-            for pixels in torch.split(images.pixels, batch_size)
+            for pixels in images.chunks(batch_size)
         ]
     return torch.cat(pieces).clone()
 

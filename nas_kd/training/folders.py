@@ -167,6 +167,8 @@ def _flat_tree(root: Path, kinds: Mapping[Path, str]) -> Tree:
             if whole.size
             else (f"no images (.jpg, .png, whatever Pillow reads) in {root}")
         )
+        if any(root.glob("*.tar")):
+            raise DataError(f"{where}, but archives: --dataset wds reads WebDataset shards, others are to be unpacked")
         raise DataError(f"{where}: put them into one folder per class")
     notes.skipped["images outside of class folders"] += len(whole.loose)
     notes.lines.extend(
@@ -203,6 +205,11 @@ def _read_name(name: str) -> tuple[str, tuple[str, ...]]:
     if not any(word.isalpha() for word in rest):
         rest = rest if any(len(word) > 1 for word in rest) else ()  # test1; but train_2017 is one of a pair
     return (found[0] if len(found) == 1 else ""), rest
+
+
+def split_of(name: str) -> str:
+    """The split that a name speaks of, `train`, `val` or `test`; empty where it is none or not one alone."""
+    return _read_name(name)[0]
 
 
 def _words(name: str) -> list[str]:

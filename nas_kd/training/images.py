@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, Self, TypeVar
 
 import torch
 from PIL import Image
@@ -16,6 +17,57 @@ from nas_kd.training.augment import AnyAugmentation, Augmentation, Draw, apply, 
 from nas_kd.training.mixing import Mixing, mix_each, smoothed
 from nas_kd.training.originals import Originals
 from nas_kd.training.photos import PhotoTransform, transform_each
+
+_SAMPLED = 64  # images of a sample that are made at once
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+
+class ImageSet(Protocol):
+    """N labelled images of one form and how a network wants them normalised, in memory (`Images`) or on disk
+    (`streaming.StreamedImages`)."""
+
+    @property
+    def labels(self) -> Tensor:
+        """N int64."""
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """One value per channel, scale 0–1."""
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """One value per channel, scale 0–1."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """C, H, W of an image."""
+
+    @property
+    def bytes(self) -> int:
+        """The size of the pixels."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, indices: Tensor | slice) -> Self: ...
+
+    def to(self, device: torch.device) -> Self:
+        """The same images, on `device` if they are in memory."""
+
+    def picture(self, index: int) -> Image.Image:
+        """One image as a picture of mode L or RGB: the original where there is one."""
+
+    def take(self, indices: Tensor) -> Tensor:
+        """The pixels of the images `indices` (B int64), B×C×H×W uint8."""
+
+    def ahead(self, work: Callable[[In], Out], items: Sequence[In]) -> Iterator[Out]:
+        """What `work`, which looks at images, makes of each item; ahead of time where images take time."""
+
+    def chunks(self, size: int) -> Iterator[Tensor]:
+        """The pixels of all images in order, so many at a time."""
+
+    def decoded(self) -> Images:
+        """The same images in memory."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,9 +107,31 @@ class Images:
         return replace(self, pixels=self.pixels[indices], labels=self.labels[indices], originals=originals)
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """C, H, W of an image."""
+        channels, height, width = self.pixels.shape[1:]
+        return channels, height, width
+
+    @property
     def bytes(self) -> int:
         """The size of the pixels."""
         return self.pixels.numel()
+
+    def take(self, indices: Tensor) -> Tensor:
+        """The pixels of the images `indices` (B int64), B×C×H×W uint8, on the images' device."""
+        return self.pixels[indices.to(self.pixels.device, non_blocking=True)]
+
+    def ahead(self, work: Callable[[In], Out], items: Sequence[In]) -> Iterator[Out]:
+        """What `work`, which looks at images, makes of each item, when it is asked for: nothing takes time here."""
+        return map(work, items)
+
+    def chunks(self, size: int) -> Iterator[Tensor]:
+        """The pixels of all images in order, so many at a time."""
+        return iter(torch.split(self.pixels, size))
+
+    def decoded(self) -> Images:
+        """These."""
+        return self
 
     def to(self, device: torch.device) -> Images:
         """The same images on `device`; originals stay where they are."""
@@ -111,6 +185,9 @@ class TrainingData(Protocol):
     def batch(self, epoch: int, indices: Tensor) -> Batch:
         """The images `indices` (B int64) as epoch `epoch` (from 0) sees them; does not depend on the other images."""
 
+    def batches(self, epoch: int, order: Sequence[Tensor]) -> Iterator[Batch]:
+        """The `batch` of each of these indices; images that are not in memory are decoded ahead of time."""
+
 
 def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
     """(pixels / 255 − mean) / std as float32 on `device`; pixels N×C×H×W uint8, one mean and std per channel."""
@@ -132,7 +209,7 @@ class AugmentedImages:
     With `mixing` each is mixed with another one, which is drawn for it anew in every epoch.
     """
 
-    images: Images
+    images: ImageSet
     augmentation: AnyAugmentation
     seed: int = 0
     mixing: Mixing | None = None
@@ -172,21 +249,26 @@ class AugmentedImages:
         partners = self._seen(epoch, others), self._labels(others)
         return Batch(*mix_each(self.mixing, (pixels, labels), partners, seeds), None)
 
+    def batches(self, epoch: int, order: Sequence[Tensor]) -> Iterator[Batch]:
+        """The `batch` of each of these indices; images that stream are decoded and augmented by worker processes."""
+        return self.images.ahead(functools.partial(self.batch, epoch), order)
+
     def sample(self, count: int) -> Images:
         """The first `count` images as epoch 0 sees them, unmixed, e.g. to recalibrate batch norms."""
         indices = torch.arange(min(count, len(self)))
-        return replace(self.images[indices], pixels=self._seen(0, indices), originals=None)
+        pieces = self.images.ahead(functools.partial(self._seen, 0), torch.split(indices, _SAMPLED))
+        return Images(torch.cat(list(pieces)), self._labels(indices), self.mean, self.std)
 
     def _labels(self, indices: Tensor) -> Tensor:
         return self.images.labels[indices.to(self.images.labels.device, non_blocking=True)]
 
     def _seen(self, epoch: int, indices: Tensor) -> Tensor:
         """The images `indices` as `epoch` sees them, before any are mixed."""
-        augmentation, pixels = self.augmentation, self.images.pixels
+        augmentation = self.augmentation
         if isinstance(augmentation, Augmentation):
-            indices = indices.to(pixels.device, non_blocking=True)
-            return apply(pixels[indices], self._draw(epoch)[indices], augmentation.padding)
-        transform = PhotoTransform(augmentation, pixels.shape[-1], self.mean, self.std)
+            pixels = self.images.take(indices)
+            return apply(pixels, self._draw(epoch, pixels.device)[indices.to(pixels.device)], augmentation.padding)
+        transform = PhotoTransform(augmentation, self.images.shape[-1], self.mean, self.std)
         photos = map(self.images.picture, indices.tolist())
         return transform_each(transform, photos, self._seeds("photo", epoch, indices))
 
@@ -201,11 +283,10 @@ class AugmentedImages:
             self._partners[epoch] = torch.randperm(len(self), generator=generator)
         return self._partners[epoch]
 
-    def _draw(self, epoch: int) -> Draw:
+    def _draw(self, epoch: int, device: torch.device) -> Draw:
         if epoch not in self._drawn:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "augment", epoch))
-            pixels = self.images.pixels
             self._drawn.clear()
             assert isinstance(self.augmentation, Augmentation)
-            self._drawn[epoch] = draw(len(self), pixels.shape[-1], self.augmentation, generator).to(pixels.device)
+            self._drawn[epoch] = draw(len(self), self.images.shape[-1], self.augmentation, generator).to(device)
         return self._drawn[epoch]

@@ -25,7 +25,7 @@ from nas_kd.training.evaluation import (
     memory_layout,
     suits_channels_last,
 )
-from nas_kd.training.images import Batch, Images, TrainingData, normalise
+from nas_kd.training.images import Batch, ImageSet, TrainingData, normalise
 from nas_kd.training.losses import student_loss
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.resume import Stateful, restore, store
@@ -88,7 +88,7 @@ def train(
     data: TrainingData,
     recipe: Recipe,
     *,
-    val: Images | None = None,
+    val: ImageSet | None = None,
     report: Callable[[int, float], None] = ignore,
     run: Run = Run(),
 ) -> TrainResult:
@@ -140,9 +140,8 @@ def fit(
             torch.manual_seed(derive_seed(recipe.seed, "dropout", epoch))
             network.train()
             total = torch.zeros((), device=device)
-            for step, indices in enumerate(_batches(data, recipe, epoch)):
-                batch = data.batch(epoch, indices)
-                total += stepper.step(batch, epoch * steps_per_epoch + step) * len(indices)
+            for step, batch in enumerate(data.batches(epoch, _batches(data, recipe, epoch))):
+                total += stepper.step(batch, epoch * steps_per_epoch + step) * len(batch.labels)
                 if step % _CHECK_STEPS == 0:
                     _check_loss(total, epoch, recipe)
             progress = progress.after_epoch(_check_loss(total, epoch, recipe) / len(data))

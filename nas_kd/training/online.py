@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nas_kd.errors import ModelError, TrainingError
 from nas_kd.training.augment import derive_seed
 from nas_kd.training.evaluation import device_of, eval_mode, predict_logits
-from nas_kd.training.images import Images, TrainingData, normalise
+from nas_kd.training.images import ImageSet, TrainingData, normalise
 from nas_kd.training.loop import Run, Task, TrainResult, fit, ignore
 from nas_kd.training.losses import ensemble_loss
 from nas_kd.training.recipe import Recipe
@@ -86,7 +86,7 @@ def train_online(
     data: TrainingData,
     recipe: Recipe,
     *,
-    val: Images,
+    val: ImageSet,
     report: Callable[[int, float], None] = ignore,
     run: Run | None = None,
 ) -> OnlineResult:
@@ -143,7 +143,7 @@ def features_and_logits(student: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     return student.forward_head(features, pre_logits=True).flatten(1)[:, :, None, None], logits
 
 
-def accuracies(ensemble: nn.Module, images: Images) -> tuple[float, ...]:
+def accuracies(ensemble: nn.Module, images: ImageSet) -> tuple[float, ...]:
     """The accuracies (fractions) of the students of an ensemble, and last of its teacher."""
     right = predict_logits(ensemble, images).argmax(dim=2) == images.labels.cpu()[:, None]
     return tuple(right.double().mean(dim=0).tolist())

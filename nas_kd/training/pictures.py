@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from io import BytesIO
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,8 +24,8 @@ def readable_suffixes() -> frozenset[str]:
     return frozenset(suffix.lower() for suffix, kind in known if kind in Image.OPEN and kind not in _STUBS)
 
 
-def open_picture(path: str | PathLike[str]) -> Image.Image:
-    """The first picture of a file, of mode L or RGB, as an image viewer shows it.
+def open_picture(path: str | PathLike[str] | BytesIO) -> Image.Image:
+    """The first picture of a file, or of its bytes, of mode L or RGB, as an image viewer shows it.
 
     It is turned as its EXIF orientation says, what is transparent is white, and more than eight bits are scaled by
     the depth that is in it: 12-bit values in a 16-bit file become white at 4095. Raises whatever Pillow raises for a
@@ -35,7 +35,7 @@ def open_picture(path: str | PathLike[str]) -> Image.Image:
         swapped = [_SWAPPED.get(_raw_mode(tile), "") for tile in getattr(image, "tile", ())]
         image.load()
         if image.mode in ("RGB", "RGBA") and swapped and all(swapped):
-            return as_seen(_upright(_deep_colours(Path(path), image), image))
+            return as_seen(_upright(_deep_colours(path, image), image))
         return as_seen(image)
 
 
@@ -114,7 +114,7 @@ def _with_raw_mode(tile: Any) -> Any:
     return tile._replace(args=given) if hasattr(tile, "_replace") else (*tile[:3], given)
 
 
-def _deep_colours(path: Path, high: Image.Image) -> Image.Image:
+def _deep_colours(path: str | PathLike[str] | BytesIO, high: Image.Image) -> Image.Image:
     """A picture with 16 bits in each colour, of which Pillow reads the upper eight: here the lower ones are read too,
     by the opposite byte order."""
     with Image.open(path) as image:

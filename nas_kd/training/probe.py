@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nas_kd.training.evaluation import predict_logits
-from nas_kd.training.images import Images
+from nas_kd.training.images import ImageSet
 
 _PENALTIES = (0.1, 0.01, 0.001)  # of squared weights, the strongest first: each begins where the one before ended
 _WORK = 2e9  # multiplications of one pass over the features: more images are left out
@@ -37,7 +37,7 @@ class Probe:
     accuracy: float
 
 
-def find_head(network: nn.Module, images: Images) -> Head | None:
+def find_head(network: nn.Module, images: ImageSet) -> Head | None:
     """The layer that makes the logits of features, linear or a 1×1 convolution of pooled ones; None without such."""
     outputs: dict[Head, Tensor] = {}
 
@@ -60,7 +60,7 @@ def _may_be_head(module: nn.Module) -> bool:
     return is_pointwise or isinstance(module, nn.Linear)
 
 
-def features_of(network: nn.Module, head: Head, images: Images) -> Features:
+def features_of(network: nn.Module, head: Head, images: ImageSet) -> Features:
     """What `head` reads of each image, in eval mode; float32 on the CPU."""
     pieces: list[Tensor] = []
 
@@ -75,7 +75,7 @@ def features_of(network: nn.Module, head: Head, images: Images) -> Features:
     return Features(torch.cat(pieces).clone(), images.labels.cpu())  # no tensor of inference mode: a fit differentiates
 
 
-def worthwhile(images: Images, head: Head) -> Images:
+def worthwhile(images: ImageSet, head: Head) -> ImageSet:
     """As many of the images as a probe of this head can be fitted to within a minute or two."""
     outputs, inputs = head.weight.shape[:2]
     return images[: max(min(int(_WORK / (outputs * inputs)), _MOST), _LEAST * outputs)]

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -20,9 +21,10 @@ from PIL import Image
 from nas_kd.errors import DataError
 from nas_kd.training.arrays import Array
 from nas_kd.training.class_maps import check_covers, read_class_map
-from nas_kd.training.dataset_names import DIGITS, FOLDER, check_name, choose_dataset
+from nas_kd.training.dataset_names import DIGITS, FOLDER, WDS, check_name, choose_dataset
 from nas_kd.training.folders import read_tree
 from nas_kd.training.pictures import as_seen, open_picture
+from nas_kd.training.shards import read_shards
 
 _logger = logging.getLogger(__name__)
 _LOOKS = 15  # images whose size is looked at
@@ -31,7 +33,7 @@ _LOOKS = 15  # images whose size is looked at
 @dataclass(frozen=True, slots=True)
 class Part:
     """One split that is not decoded yet: its labels (int64), what opens one image (of mode L or RGB), and what an image
-    is called. `open_image` raises DataError, naming the file, when it cannot be read."""
+    is called. `open_image` raises DataError, naming the file, when it cannot be read. Processes can be given it."""
 
     labels: Array
     open_image: Callable[[int], Image.Image]
@@ -40,11 +42,34 @@ class Part:
     def without(self, images: Collection[int]) -> Part:
         """The same but for some images."""
         kept = np.setdiff1d(np.arange(len(self.labels)), list(images))
-        return Part(
-            self.labels[kept],
-            lambda index: self.open_image(int(kept[index])),
-            lambda index: self.called(int(kept[index])),
-        )
+        return Part(self.labels[kept], partial(_nth, self.open_image, kept), partial(_nth, self.called, kept))
+
+
+def _nth(of: Callable[[int], Any], kept: Array, index: int) -> Any:
+    return of(int(kept[index]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Paths:
+    """Many paths in one row of bytes: as objects they would take more memory than the images that are looked at, and
+    processes that share them would copy them one by one."""
+
+    row: Array
+    ends: Array
+
+    @classmethod
+    def of(cls, paths: Sequence[Path]) -> _Paths:
+        names = [os.fsencode(path) for path in paths]
+        return cls(np.frombuffer(b"".join(names), np.uint8), np.cumsum([0, *map(len, names)]))
+
+    def __getitem__(self, index: int) -> Path:
+        return Path(os.fsdecode(self.row[self.ends[index] : self.ends[index + 1]].tobytes()))
+
+    def open(self, index: int) -> Image.Image:
+        return _open_file(self[index])
+
+    def name(self, index: int) -> str:
+        return str(self[index])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +127,8 @@ def open_source(dataset: str | None, data_dir: str | None, class_map: str | None
         raise DataError(f"{root} is an archive: unpack it and give the folder")
     if not root.is_dir():
         raise DataError(f"there is no data folder {root}: give one that exists with --data-dir")
+    if name == WDS:
+        return _shards(root)
     return _folders(root, class_map) if name == FOLDER else _torchvision(name, root)
 
 
@@ -114,10 +141,14 @@ def _digits() -> Source:
     return Source(
         name="the handwritten digits",
         class_names=tuple("0123456789"),
-        train=Part(labels, lambda index: Image.fromarray(pixels[index]), lambda index: f"digit {index}"),
+        train=Part(labels, partial(_digit, pixels), "digit {}".format),
         fingerprint=_hash_of(pixels.tobytes(), labels.tobytes()),
         side=pixels.shape[1],
     )
+
+
+def _digit(pixels: Array, index: int) -> Image.Image:
+    return Image.fromarray(pixels[index])
 
 
 def _folders(root: Path, class_map: str | None) -> Source:
@@ -142,17 +173,31 @@ def _folders(root: Path, class_map: str | None) -> Source:
     )
 
 
+def _shards(root: Path) -> Source:
+    """WebDataset shards: classes have numbers and no names."""
+    splits = read_shards(root)
+    parts = {name: Part(shards.labels, shards.open, shards.name) for name, shards in splits.items()}
+    if "test" not in parts and "val" in parts:  # one split beside the training images is the test
+        parts["test"] = parts.pop("val")
+    train, files = splits["train"], [(path, name) for name, shards in splits.items() for path in shards.paths]
+    looks = range(0, len(train.labels), max(1, len(train.labels) // _LOOKS))
+    return Source(
+        name=str(root),
+        class_names=tuple(map(str, range(int(train.labels.max(initial=-1)) + 1))),
+        **parts,
+        fingerprint=_hash_of(json.dumps([[name, Path(path).name, *_stamp(path)] for path, name in files]).encode()),
+        side=int(np.median([min(train.open(index).size) for index in looks])) if len(train.labels) else 0,
+    )
+
+
 @functools.cache  # once, however often the folder is read
 def _tell(line: str) -> None:
     _logger.warning("%s", line)
 
 
 def _file_part(samples: Sequence[tuple[Path, int]]) -> Part:
-    return Part(
-        _labels([label for _, label in samples]),
-        lambda index: _open_file(samples[index][0]),
-        lambda index: str(samples[index][0]),
-    )
+    paths = _Paths.of([path for path, _ in samples])
+    return Part(_labels([label for _, label in samples]), paths.open, paths.name)
 
 
 def _usual_side(paths: Sequence[Path]) -> int:
@@ -220,9 +265,13 @@ def _content(dataset: Any, root: Path) -> bytes:
 def _listing(samples: Sequence[tuple[str | Path, int]], root: Path) -> bytes:
     lines = []
     for file, label in samples:
-        about = Path(file).stat()
-        lines.append([str(Path(file).relative_to(root)), label, about.st_size, about.st_mtime_ns])
+        lines.append([str(Path(file).relative_to(root)), label, *_stamp(file)])
     return json.dumps(lines).encode()
+
+
+def _stamp(file: str | Path) -> tuple[int, int]:
+    about = Path(file).stat()
+    return about.st_size, about.st_mtime_ns
 
 
 def _open_file(path: Path) -> Image.Image:

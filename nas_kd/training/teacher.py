@@ -19,7 +19,7 @@ from nas_kd.training.augment import AnyAugmentation
 from nas_kd.training.checkpoint import load_checkpoint, load_exactly
 from nas_kd.training.data import Splits
 from nas_kd.training.evaluation import CALIBRATION, evaluate, is_below, predict_logits
-from nas_kd.training.images import AugmentedImages, Images
+from nas_kd.training.images import AugmentedImages, ImageSet
 from nas_kd.training.loop import Run, ignore, train
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.tensor_files import read_tensors, write_tensors
@@ -240,7 +240,7 @@ def _result(network: nn.Module, splits: Splits, *, trained_here: bool, seconds: 
     )
 
 
-def _chance(images: Images) -> float:
+def _chance(images: ImageSet) -> float:
     """The accuracy of always guessing the most frequent class."""
     return int(images.labels.bincount().max()) / len(images)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -86,6 +86,10 @@ class Views:
         indices = indices.to(labels.device, non_blocking=True)
         return Batch(pixels[indices], labels[indices], None if logits is None else logits[indices].float())
 
+    def batches(self, epoch: int, order: Sequence[Tensor]) -> Iterator[Batch]:
+        """The `batch` of each of these indices."""
+        return (self.batch(epoch, indices) for indices in order)
+
     def sample(self, count: int) -> Images:
         """The first `count` images of the first view, unmixed, e.g. to recalibrate batch norms; at most 512 of images
         that are mixed."""
@@ -127,9 +131,15 @@ class OnlineViews:
 
     def batch(self, epoch: int, indices: Tensor) -> Batch:
         """The augmented images `indices` (B int64) of an epoch and the teacher's logits on exactly these."""
-        batch = self.data.batch(epoch, indices)
+        return self._taught(self.data.batch(epoch, indices))
+
+    def batches(self, epoch: int, order: Sequence[Tensor]) -> Iterator[Batch]:
+        """The `batch` of each of these indices; what streams is decoded ahead of time, the teacher is asked here."""
+        return map(self._taught, self.data.batches(epoch, order))
+
+    def _taught(self, batch: Batch) -> Batch:
         images = Images(batch.pixels, batch.classes, self.mean, self.std)
-        return replace(batch, logits=predict_logits(self.teacher, images, batch_size=len(indices)))
+        return replace(batch, logits=predict_logits(self.teacher, images, batch_size=len(batch.labels)))
 
     def sample(self, count: int) -> Images:
         """The first `count` images as epoch 0 sees them."""

@@ -99,7 +99,7 @@ def publish(job: Job, materials: Materials, study: optuna.Study) -> Kit:
 
 
 def _describe(job: Job, materials: Materials) -> Kit:
-    splits, views, library = materials.splits, materials.proxy_views, job.space.library
+    splits, views, library = materials.sample, materials.proxy_views, job.space.library
     assert splits.folder is not None
     weights = f"weights-{materials.base.digest}.safetensors"
     if not (job.cache / weights).exists():
@@ -117,7 +117,7 @@ def _describe(job: Job, materials: Materials) -> Kit:
         views=views.folder.name if isinstance(views, Views) and views.folder else None,
         library=None if library is None else library.folder.name,
         folder=str(job.cache.resolve()),
-        originals=splits.train.originals is not None,
+        originals=splits.originals is not None,
     )
 
 

@@ -6,7 +6,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -199,6 +199,9 @@ def test_distillation_needs_the_logits(make_network: MakeNetwork, data: Augmente
 
         def batch(self, epoch: int, indices: Tensor) -> Batch:
             return replace(data.batch(epoch, indices), logits=torch.eye(10)[3].repeat(len(indices), 1) * 20)
+
+        def batches(self, epoch: int, order: Sequence[Tensor]) -> Iterator[Batch]:
+            return (self.batch(epoch, indices) for indices in order)
 
     recipe = Recipe(epochs=3, batch_size=16, lr=0.05, distill_weight=1, temperature=1)
     losses = set()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -191,6 +191,9 @@ def test_logits_of_a_finished_teacher_are_not_used(
 
         def batch(self, epoch: int, indices: Tensor) -> Batch:
             return replace(data.batch(epoch, indices), logits=torch.eye(10)[3].repeat(len(indices), 1) * 20)
+
+        def batches(self, epoch: int, order: Sequence[Tensor]) -> Iterator[Batch]:
+            return (self.batch(epoch, indices) for indices in order)
 
     recipe = replace(RECIPE, epochs=1)
     taught = train_online([make_network(1), make_network(2)], Taught(), recipe, val=digits.val)
