@@ -39,6 +39,7 @@ from nas_kd.progress import Advance, Stages
 from nas_kd.results.refine import Refined
 from nas_kd.search.signals import follow_parent
 from nas_kd.search.storage import close_storage
+from nas_kd.training.ranks import current
 from nas_kd.workers.crew import LocalWorker, devices_for, environment, stop_all
 
 _WORTH = 30.0  # seconds of training must be left for another process, which takes ten to begin
@@ -63,6 +64,8 @@ def _processes(job: Job, pending: Sequence[Wanted]) -> int:
     """How many processes train what is left: one where that is soon done, or where it cannot be shared."""
     settings = job.settings
     if isinstance(job.storage, InMemoryStorage) or any(wanted.start is not None for wanted in pending):
+        return 1
+    if current().size > 1:  # torchrun's processes share each of them
         return 1
     epochs = max((wanted.epochs for wanted in pending), default=0)
     seconds = predicted_seconds(job, 0, epochs)["refine"] * len(pending) / refined_models(settings)

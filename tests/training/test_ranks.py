@@ -1,0 +1,81 @@
+"""Trainings that two processes share, beside the same ones in this process."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import shared_trainings
+import torch
+from safetensors.torch import load_file
+from shared_trainings import RECIPE, SPEC, in_pieces, network, online, tensors, trained
+from torch import Tensor, nn
+
+from nas_kd.training.data import load_splits
+
+Weights = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    load_splits(SPEC, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shared(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Weights]:
+    """What two processes made, in one run."""
+    drafts = tmp_path_factory.mktemp("shared")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, str(shared_trainings.__file__), str(data), str(drafts)]
+    address = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen(
+            command, env={**os.environ, **address, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE
+        )
+        for rank in "01"
+    ]
+    ends = [(process.communicate()[1].decode(), process.returncode) for process in ranks]
+    assert ends == [("", 0), ("", 0)]
+    return {file.stem: load_file(file) for file in drafts.glob("*.safetensors")}
+
+
+def far(one: nn.Module, two: Weights, start: nn.Module) -> float:
+    """How far two networks are from each other, as a share of the way that they have come from the start."""
+    names = sorted(name for name, tensor in one.state_dict().items() if tensor.is_floating_point())
+    here, there, before = (
+        torch.cat([weights[name].double().flatten() for name in names])
+        for weights in (tensors(one), two, tensors(start))
+    )
+    return float((here - there).norm() / (here - before).norm())
+
+
+def test_two_processes_train_what_one_does(shared: dict[str, Weights], data: Path) -> None:
+    assert 0 < far(trained(data), shared["whole"], network()) < 2e-3
+
+
+def test_peers_that_learn_together_too(shared: dict[str, Weights], data: Path) -> None:
+    learnt, before = (
+        nn.ModuleDict({"students": peers}) for peers in (online(data).students, nn.ModuleList(map(network, range(2))))
+    )
+    assert 0 < far(learnt, shared["online"], before) < 1e-4
+
+
+def test_pieces_of_a_batch_have_its_gradients(shared: dict[str, Weights], data: Path) -> None:
+    assert 0 < far(in_pieces(data), shared["pieces"], network(norm="groupnorm1")) < 1e-4
+
+
+def test_the_same_seed_gives_the_same_bits(shared: dict[str, Weights]) -> None:
+    assert all(torch.equal(shared["again"][name], tensor) for name, tensor in shared["whole"].items())
+
+
+def test_what_was_killed_goes_on_as_if_it_had_not_been(shared: dict[str, Weights]) -> None:
+    assert RECIPE.epochs == 2
+    assert all(torch.equal(shared["resumed"][name], tensor) for name, tensor in shared["whole"].items())
