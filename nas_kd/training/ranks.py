@@ -169,6 +169,7 @@ def together() -> Iterator[Ranks]:
     try:
         yield ranks
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # this process ends anyway, and has one line to say
         _Process.ranks = Ranks()
         ranks.leave()
 

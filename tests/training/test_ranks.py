@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 import shared_trainings
 import torch
+from processes import end_of, start_ranks
 from safetensors.torch import load_file
 from shared_trainings import RECIPE, SPEC, in_pieces, network, online, tensors, trained
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from nas_kd.training.data import load_splits
 
 Weights = dict[str, Tensor]
+ENDED = "another process of this training has ended: what is finished is kept, the same command goes on from there"
 
 
 @pytest.fixture(scope="module")
@@ -31,19 +31,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shared(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Weights]:
     """What two processes made, in one run."""
     drafts = tmp_path_factory.mktemp("shared")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, str(shared_trainings.__file__), str(data), str(drafts)]
-    address = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [
-        subprocess.Popen(
-            command, env={**os.environ, **address, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE
-        )
-        for rank in "01"
-    ]
-    ends = [(process.communicate()[1].decode(), process.returncode) for process in ranks]
-    assert ends == [("", 0), ("", 0)]
+    command = [sys.executable, shared_trainings.__file__, str(data), str(drafts)]
+    (first, code), second = map(end_of, start_ranks(command))
+    assert (first, code) == ("", -signal.SIGKILL)
+    assert second == (f"nas_kd: {ENDED}\n", 2)
     return {file.stem: load_file(file) for file in drafts.glob("*.safetensors")}
 
 
