@@ -31,6 +31,7 @@ from nas_kd.arguments.parsing import guarded
 from nas_kd.arguments.study import STORAGE, restore_settings
 from nas_kd.genotype import Genotype
 from nas_kd.pipeline.baselines import Wanted, whole_space
+from nas_kd.pipeline.elsewhere import are_shared, forget_models, train_with_workers
 from nas_kd.pipeline.refining import is_refined, refine_one
 from nas_kd.preparation.estimate import predicted_seconds, refined_models
 from nas_kd.preparation.job import Job, prepare, storage_url
@@ -53,10 +54,13 @@ def refine_all(job: Job, plan: Sequence[Wanted], materials: Materials, advance: 
     """Trains each model of a plan, or fetches what was trained before, in as many processes as pay."""
     pending = [wanted for wanted in plan if not is_refined(job, wanted, materials)]
     count = _processes(job, pending)
-    if count > 1:
+    if are_shared(job, pending, materials):
+        train_with_workers(job, pending, materials, count, advance)
+    elif count > 1:
         with _others(job, pending, count) as claims:
             claims.work(lambda wanted, tell: refine_one(job, wanted, materials, tell), advance)
             claims.wait(advance)
+    forget_models(job)
     return [refine_one(job, wanted, materials, advance) for wanted in plan]
 
 

@@ -103,6 +103,8 @@ def do_jobs(
                 else:
                     return done
         except BaseException as error:
+            if isinstance(error, KeyError) and jobs.study_name not in optuna.get_all_study_names(jobs._storage):
+                return done  # the study's command has what it wants, and has put the jobs away
             if is_from_outside(error):
                 release_own_trials(jobs)
             raise

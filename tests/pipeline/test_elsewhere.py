@@ -1,0 +1,154 @@
+"""Models of the results that a worker on another machine trains: its folder is another one, and files are fetched."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+from rich.console import Console
+from torch import Tensor
+
+from nas_kd.arguments.study import parse_study
+from nas_kd.genotype import Genotype
+from nas_kd.pipeline import elsewhere, search
+from nas_kd.pipeline.baselines import Wanted, whole_space
+from nas_kd.pipeline.elsewhere import COMING, DONE, MODELS, expect_models
+from nas_kd.pipeline.refining import is_refined
+from nas_kd.pipeline.sharing import refine_all
+from nas_kd.preparation.job import Job, prepare
+from nas_kd.preparation.materials import Materials, gather
+from nas_kd.progress import Stages
+from nas_kd.results.refine import Refined
+from nas_kd.search.jobs import open_jobs
+from nas_kd.search.storage import close_storage
+from nas_kd.search.workers import WORKER, worker_name
+from nas_kd.workers.kit import KIT
+
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+SETTINGS = (
+    "--model test_resnet --img-size 32 --budget params=100% --train-images 96 --teacher-epochs 1 --proxy-epochs 1 "
+    "--refine-epochs 2 --views 1 --no-base-bounds --library-budget 0 --trials 1 --study-name s -q "
+    "--space width=0.5/1,conv=standard/depthwise --no-search-stages"
+)
+Study = tuple[Job, Materials, optuna.Study]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Study]:
+    """A study whose search is done, in a storage and an artifact store that another machine reaches, but no folder."""
+    folder = tmp_path_factory.mktemp("study")
+    shared = ["--storage", f"sqlite:///{folder / 'study.db'}", "--artifacts", str(folder / "store")]
+    job = prepare(parse_study([*SETTINGS.split(), *shared, "--out", str(folder / "out")]))
+    stages = Stages(Console(stderr=True), quiet=True)
+    materials = gather(job, stages)
+    done = search(job, materials, stages)
+    done.set_user_attr(KIT, {**done.user_attrs[KIT], "folder": str(folder / "of another machine")})
+    yield job, materials, done
+    close_storage(job.storage)
+
+
+def plan_of(job: Job, epochs: int) -> list[Wanted]:
+    """Four models, of two spaces and with and without a teacher."""
+    whole = whole_space(job)
+    assert whole is not None
+    narrow = Genotype.from_json(whole.table.genotype([0] * len(whole.table.blocks)).to_json())
+    best = job.space.analysis.identity
+    return [
+        Wanted(role="front", genotype=best, space=job.space, epochs=3 * epochs),
+        Wanted(role="no teacher", genotype=best, space=job.space, epochs=epochs),
+        Wanted(role="uniform", genotype=narrow, space=whole, epochs=epochs),
+        Wanted(role="random", genotype=best, space=job.space, epochs=epochs),
+    ]
+
+
+def start_worker(job: Job, out: Path) -> subprocess.Popen[str]:
+    assert job.settings.storage is not None
+    arguments = ["--storage", job.settings.storage, "--study-name", "s", "--out", str(out), "--grace-period", "600"]
+    command = [sys.executable, "-m", "nas_kd.worker", *arguments]
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def others_at_work(job: Job) -> bool:
+    """Whether another process is at a model."""
+    jobs = open_jobs(job.storage, "s")
+    found = jobs.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if jobs is not None else []
+    return any(trial.user_attrs.get(WORKER) != worker_name() for trial in found)
+
+
+def after(event: Callable[[], bool], worker: subprocess.Popen[str]) -> Callable[..., Refined]:
+    """Training a model here, after something has happened to a worker, which has the others until then."""
+    own = elsewhere.refine_in
+
+    def train(*arguments: Any) -> Refined:
+        while not event():
+            assert worker.poll() in (None, -signal.SIGKILL), worker.communicate()[1]
+            time.sleep(0.05)
+        return own(*arguments)
+
+    return train
+
+
+def state(refined: Refined) -> dict[str, Tensor]:
+    return refined.network.state_dict()
+
+
+def ignore(words: str, steps: float = 1, /) -> None:
+    """Tells nobody."""
+
+
+def test_a_worker_trains_models_that_are_the_same_here(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, materials, done = study
+    plan = plan_of(job, 2)
+    worker = start_worker(job, tmp_path)
+    assert done.user_attrs[MODELS] == COMING
+    with monkeypatch.context() as here:
+        here.setattr(elsewhere, "refine_in", after(lambda: others_at_work(job), worker))
+        shared = refine_all(job, plan, materials, ignore)
+    said, errors = worker.communicate()
+    assert (worker.returncode, done.user_attrs[MODELS]) == (0, DONE), errors
+    assert "of its models" in said
+    assert optuna.get_all_study_names(job.storage) == ["s"]
+    fetched = {path.name for path in (tmp_path / "cache").glob("refined-*.safetensors")}
+    kept = {path.name for path in job.cache.glob("refined-*.safetensors")}
+    assert fetched < kept
+    assert len(kept) == 4
+    for name in fetched:
+        (job.cache / name).unlink()
+    alone = refine_all(job, plan, materials, ignore)
+    for one, other in zip(shared, alone, strict=True):
+        assert one.test_accuracy == other.test_accuracy
+        assert all((state(one)[name] == tensor).all() for name, tensor in state(other).items())
+
+
+def test_what_a_killed_worker_was_at_is_trained_by_another(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, materials, done = study
+    expect_models(job, done)
+    plan = plan_of(job, 3)
+    worker = start_worker(job, tmp_path)
+
+    def killed() -> bool:
+        if others_at_work(job):
+            worker.kill()
+        return worker.poll() == -signal.SIGKILL
+
+    with monkeypatch.context() as here:
+        here.setattr(elsewhere, "refine_in", after(killed, worker))
+        trained = refine_all(job, plan, materials, ignore)
+    assert worker.returncode == -signal.SIGKILL
+    assert "Traceback" not in worker.communicate()[1]
+    assert len(trained) == 4
+    assert all(is_refined(job, wanted, materials) for wanted in plan)
+    assert not list((tmp_path / "cache").glob("refined-*.safetensors"))
+    assert optuna.get_all_study_names(job.storage) == ["s"]
