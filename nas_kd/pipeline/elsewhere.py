@@ -98,8 +98,14 @@ def train_with_workers(job: Job, plan: Sequence[Wanted], materials: Materials, c
     with storage_errors("share out models"):
         jobs = post_jobs(job.storage, job.settings.name, list(models))
         study.set_user_attr(MODELS, dataclasses.asdict(_plan(job, kit, workshop, models)))
-        with _more_processes(job, count):
-            do_jobs(jobs, run, grace=job.settings.grace_period)
+        with _more_processes(job, count) as others:
+
+            def sleep(seconds: float) -> None:
+                time.sleep(seconds)
+                for other in others:
+                    other.code()  # a process that is asked for no code is there even when it is dead
+
+            do_jobs(jobs, run, grace=job.settings.grace_period, sleep=sleep)
         for name, notes in done_jobs(jobs).items():
             _bring(kit, job.cache / name, notes)
 
@@ -141,7 +147,7 @@ def _plan(job: Job, kit: Kit, workshop: Workshop, models: Mapping[str, Wanted]) 
 
 
 @contextmanager
-def _more_processes(job: Job, count: int) -> Iterator[None]:
+def _more_processes(job: Job, count: int) -> Iterator[Sequence[LocalWorker]]:
     """Other processes of this machine, while the block runs; each, this one too, has its share of the threads."""
     threads = torch.get_num_threads()
     command = [*worker_arguments(job.settings.name, job.settings.grace_period), "--models", "--out", str(job.out)]
@@ -152,7 +158,10 @@ def _more_processes(job: Job, count: int) -> Iterator[None]:
         for other in others:
             other.start()
         torch.set_num_threads(max(1, threads // count))
-        yield
+        yield others
+        for other in others:
+            if other.code():
+                _logger.warning("a process beside this one ended (%s): others have trained its model", other.words())
     finally:
         stop_all(others)
         torch.set_num_threads(threads)
@@ -263,7 +272,8 @@ def _splits(kit: Kit, plan: Plan, cache: Path) -> Splits:
         raise damaged(cache / kit.images, "it is not there, or does not match its checksums")
     arrays = {name: torch.from_numpy(array) for name, array in loaded[0].items()}
     labels = arrays["train_labels"]
-    pixels = arrays.get("train_pixels", torch.zeros(len(labels), len(kit.mean), 1, 1, dtype=torch.uint8))
+    form = len(labels), *arrays["val_pixels"].shape[1:]
+    pixels = arrays.get("train_pixels", torch.zeros(1, dtype=torch.uint8).expand(form))  # of no size
     return Splits(
         train=Images(pixels, labels, kit.mean, kit.std, open_originals(loaded[0], len(kit.mean))),
         val=Images(arrays["val_pixels"], arrays["val_labels"], kit.mean, kit.std),
