@@ -68,7 +68,7 @@ class Ranks:
         sent."""
         if self.size == 1:
             return value
-        sent = [_packed(value) if self.rank == 0 else None]
+        sent = [packed(value) if self.rank == 0 else None]
         with reaching():
             dist.broadcast_object_list(sent, src=0, group=self.group, device=torch.device("cpu"))
         if self.rank == 0:
@@ -180,7 +180,7 @@ def trainings(ranks: Ranks) -> Iterator[tuple[Any, ...]]:
         yield job
 
 
-def _packed(value: Any) -> bytes:
+def packed(value: Any) -> bytes:
     """Anything with tensors, as bytes; files that are mapped into memory by their names."""
     buffer = io.BytesIO()
     try:

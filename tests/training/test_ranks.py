@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from pathlib import Path
@@ -14,7 +15,11 @@ from safetensors.torch import load_file
 from shared_trainings import RECIPE, SPEC, in_pieces, network, online, tensors, trained
 from torch import Tensor, nn
 
+from nas_kd.errors import TrainingError
+from nas_kd.training import mapped
 from nas_kd.training.data import load_splits
+from nas_kd.training.originals import Originals
+from nas_kd.training.ranks import packed
 
 Weights = dict[str, Tensor]
 ENDED = "another process of this training has ended: what is finished is kept, the same command goes on from there"
@@ -70,3 +75,22 @@ def test_the_same_seed_gives_the_same_bits(shared: dict[str, Weights]) -> None:
 def test_what_was_killed_goes_on_as_if_it_had_not_been(shared: dict[str, Weights]) -> None:
     assert RECIPE.epochs == 2
     assert all(torch.equal(shared["resumed"][name], tensor) for name, tensor in shared["whole"].items())
+
+
+def test_mapped_images_travel_as_the_names_of_their_files(data: Path) -> None:
+    train = load_splits(SPEC, data).train
+    originals = Originals(train.pixels.numpy(), train.labels.numpy()[None], train.labels.numpy(), 1)
+    sent = io.BytesIO()
+    torch.save((train[8:40], originals, torch.arange(3)), sent, pickle_module=mapped)
+    assert sent.tell() < train.bytes / 10
+    sent.seek(0)
+    images, whole, small = torch.load(sent, weights_only=False)
+    assert torch.equal(images.pixels, train.pixels[8:40])
+    assert torch.equal(images.labels, train.labels[8:40])
+    assert (whole.pixels == originals.pixels).all()
+    assert torch.equal(small, torch.arange(3))
+
+
+def test_what_cannot_be_sent_is_said() -> None:
+    with pytest.raises(TrainingError, match=r"cannot be sent to other processes .* run it without torchrun"):
+        packed(lambda: None)
