@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from nas_kd.arguments.distill import DistillSettings, parse_distill
 from nas_kd.arguments.parsing import guarded
+from nas_kd.arguments.torchrun import led
 from nas_kd.budget import short
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains a model and returns the exit code: 0 done, 2 a mistake of the user's, 130 interrupted."""
-    return guarded(lambda arguments: run_distill(parse_distill(arguments)), argv)
+    return guarded(led(lambda arguments: run_distill(parse_distill(arguments))), argv)
 
 
 def run_distill(settings: DistillSettings) -> int:

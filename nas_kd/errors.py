@@ -51,6 +51,10 @@ class TrainingError(NasKdError, RuntimeError):
     """Training cannot go on, e.g. because the loss is no longer finite."""
 
 
+class RankError(NasKdError, RuntimeError):
+    """Another process of a training that several share has ended."""
+
+
 class StudyError(NasKdError, ValueError):
     """A study in the storage does not fit what was asked for."""
 

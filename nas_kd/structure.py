@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from nas_kd.arguments.parsing import guarded
+from nas_kd.arguments.torchrun import led
 from nas_kd.budget import kinds_of
 from nas_kd.learnt_widths.arguments import StructureSettings, parse_structure
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Learns a structure and returns the exit code: 0 done, 2 a mistake of the user's, 130 interrupted."""
-    return guarded(lambda arguments: run_structure(parse_structure(arguments)), argv)
+    return guarded(led(lambda arguments: run_structure(parse_structure(arguments))), argv)
 
 
 def run_structure(settings: StructureSettings) -> int:

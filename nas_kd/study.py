@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from nas_kd.arguments.parsing import guarded
 from nas_kd.arguments.study import Settings, parse_study
+from nas_kd.arguments.torchrun import led, refuse_jobs
 from nas_kd.budget import kinds_of
 from nas_kd.errors import without_password
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a study and returns the exit code: 0 done, 2 a mistake of the user's, 130 interrupted."""
-    return guarded(lambda arguments: run_study(parse_study(arguments)), argv)
+    return guarded(led(lambda arguments: run_study(parse_study(arguments))), argv)
 
 
 def run_study(settings: Settings) -> int:
@@ -30,6 +31,7 @@ def run_study(settings: Settings) -> int:
 
     console = console_for(sys.stderr)
     configure(console, quiet=settings.quiet, debug=settings.debug)
+    refuse_jobs(settings.jobs)
 
     from nas_kd import pipeline
 

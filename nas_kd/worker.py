@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_worker(settings: WorkerSettings) -> int:
-    """Trains trials until the study has what it wants."""
+    """Trains trials until the study has what it wants, then models of its results."""
     from nas_kd.progress import Stages, configure, console_for
 
     console = console_for(sys.stderr)
@@ -26,11 +26,15 @@ def run_worker(settings: WorkerSettings) -> int:
 
         threading.Thread(target=follow_parent, daemon=True).start()
 
+    from nas_kd.pipeline.elsewhere import take_models
     from nas_kd.workers.joining import join
 
-    trials = join(settings, Stages(console, quiet=settings.quiet))
+    stages = Stages(console, quiet=settings.quiet)
+    trials = 0 if settings.models else join(settings, stages)
+    models = take_models(settings, stages) if settings.models or not settings.leash else 0
     if not settings.quiet:
-        console_for(sys.stdout).print(f"the study has what it wants; {trials} of its trials were this worker's")
+        of_these = f"{trials} of its trials were this worker's" + (f", and {models} of its models" if models else "")
+        console_for(sys.stdout).print(f"the study has what it wants; {of_these}")
     return 0
 
 

@@ -15,7 +15,8 @@ from nas_kd.errors import NasKdError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSettings:
-    """The arguments of `python -m nas_kd.worker`. With `leash` it ends when its standard input does."""
+    """The arguments of `python -m nas_kd.worker`. With `leash` it ends when its standard input does,
+    and trains either trials or `models`; else both."""
 
     storage: str
     study_name: str
@@ -28,6 +29,7 @@ class WorkerSettings:
     num_gpus: float | None
     wait: int
     leash: bool
+    models: bool
     quiet: bool
     debug: bool
 
@@ -71,6 +73,7 @@ def worker_parser(prog: str = "python -m nas_kd.worker") -> argparse.ArgumentPar
         help="GPUs that Ray gives to each, also a share of one (1, or 0 in a cluster without)",
     )
     add("--leash", action="store_true", help=argparse.SUPPRESS)
+    add("--models", action="store_true", help=argparse.SUPPRESS)
     add("-q", "--quiet", action="store_true", help="print nothing but errors")
     add("--debug", action="store_true", help="tracebacks and debug messages")
     return parser

@@ -93,13 +93,18 @@ def _random(job: Job) -> Genotype | None:
 
 
 def whole_space(job: Job) -> Space[nn.Module] | None:
-    """The base with every width open, residual streams too: what a person narrows without a search."""
+    """A job's base with every width open, residual streams too: what a person narrows without a search."""
+    return whole_of(job.space, job.settings.model)
+
+
+def whole_of(space: Space[nn.Module], name: str) -> Space[nn.Module] | None:
+    """The base of a space, which has this name, with every width open."""
     options = parse_options("width", search_stages=True)
     try:
-        space = Space(job.space.base, img_size=job.space.input_size[1], options=options, name=job.settings.model)
-        if job.space.table.device is not None:
-            space.count_device()
-        return space
+        whole = Space(space.base, img_size=space.input_size[1], options=options, name=name)
+        if space.table.device is not None:
+            whole.count_device()
+        return whole
     except ModelError as error:
         _logger.warning("no uniform student to compare with: %s", error)
         return None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -19,45 +21,83 @@ from nas_kd.results.rows import Role
 from nas_kd.search.space import Space
 from nas_kd.students.building import build_student
 from nas_kd.training.augment import derive_seed
+from nas_kd.training.data import Splits
 from nas_kd.training.evaluation import CALIBRATION, recalibrate
 from nas_kd.training.recipe import Recipe
+from nas_kd.training.views import OnlineViews, Views
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Workshop:
+    """Where models of the results are trained, on whichever machine: on which images and views, as the study's settings
+    say; the folder `cache` keeps them, and `key` names what they depend on besides their recipes and genotypes."""
+
+    settings: Settings
+    device: torch.device
+    cache: Path
+    splits: Splits
+    views: Views | OnlineViews
+    key: str
+
+
+def workshop_of(job: Job, materials: Materials) -> Workshop:
+    """Where a study's own command trains its models."""
+    settings, splits = job.settings, materials.splits
+    return Workshop(
+        settings=settings,
+        device=job.device,
+        cache=job.cache,
+        splits=splits,
+        views=materials.refine_views,
+        key=f"{images_key(settings, splits)} {materials.digest} {settings.views} {settings.seed}",
+    )
 
 
 def refine_one(job: Job, wanted: Wanted, materials: Materials, advance: Advance) -> Refined:
     """Trains one model of a plan, or fetches what was trained before."""
+    return refine_in(workshop_of(job, materials), wanted, advance)
+
+
+def refine_in(workshop: Workshop, wanted: Wanted, advance: Advance) -> Refined:
+    """Trains one model of a plan in a workshop, or fetches what was trained there before."""
 
     def report(epoch: int, accuracy: float) -> None:
         advance(f"{wanted.role}: val accuracy {100 * accuracy:.1f} %")
 
-    return refine(*_refinement(job, wanted, materials), report=report)
+    return refine(*_refinement(workshop, wanted), report=report)
+
+
+def file_of(workshop: Workshop, wanted: Wanted) -> Path:
+    """The file that keeps a model of a plan once it is trained."""
+    return kept_at(*_refinement(workshop, wanted))
 
 
 def is_refined(job: Job, wanted: Wanted, materials: Materials) -> bool:
     """Whether a model of a plan was trained before."""
-    return kept_at(*_refinement(job, wanted, materials)).exists()
+    return file_of(workshop_of(job, materials), wanted).exists()
 
 
-def _refinement(job: Job, wanted: Wanted, materials: Materials) -> tuple[Candidate, Refinement]:
-    role, genotype, space, settings = wanted.role, wanted.genotype, wanted.space, job.settings
+def _refinement(workshop: Workshop, wanted: Wanted) -> tuple[Candidate, Refinement]:
+    role, genotype, space, settings = wanted.role, wanted.genotype, wanted.space, workshop.settings
     online = settings.distill == "online" and role != "no teacher"
-    views = materials.refine_views
-    fresh = fresh_images(settings, materials.splits.train, materials.splits.num_classes)
+    views, splits = workshop.views, workshop.splits
+    fresh = fresh_images(settings, splits.train, splits.num_classes)
 
     def build(number: int) -> nn.Module:
         if online or role == "no teacher":  # from scratch
             seed = derive_seed(settings.seed, "peer", number) if online else settings.seed
-            seeded = dataclasses.replace(job, settings=dataclasses.replace(settings, seed=seed))
-            return fresh_student(seeded, space, genotype, materials.splits.num_classes)
+            seeded = dataclasses.replace(workshop, settings=dataclasses.replace(settings, seed=seed))
+            return fresh_student(seeded, space, genotype, splits.num_classes)
         student = wanted.start.build() if wanted.start is not None else space.student(genotype)
-        recalibrate(student.to(job.device), views.sample(CALIBRATION))
+        recalibrate(student.to(workshop.device), views.sample(CALIBRATION))
         return student
 
     refinement = Refinement(
         data=fresh if online else views,
-        splits=materials.splits,
+        splits=splits,
         recipe=_recipe(settings, role, wanted.epochs),
-        folder=job.cache,
-        key=f"{images_key(settings, materials.splits)} {materials.digest} {settings.views} {settings.seed}",
+        folder=workshop.cache,
+        key=workshop.key,
         peers=settings.peers if online else 0,
     )
 
@@ -75,9 +115,9 @@ def _recipe(settings: Settings, role: Role, epochs: int) -> Recipe:
     return dataclasses.replace(recipe, distill=settings.distill)
 
 
-def fresh_student(job: Job, space: Space[nn.Module], genotype: Genotype, classes: int) -> nn.Module:
+def fresh_student(job: Job | Workshop, space: Space[nn.Module], genotype: Genotype, classes: int) -> nn.Module:
     """The student of a genotype with random weights, the same for the same seed, on the job's device."""
-    base = make_base(dataclasses.replace(job.settings, pretrained=False), classes, job.data.in_chans)
+    base = make_base(dataclasses.replace(job.settings, pretrained=False), classes, space.input_size[0])
     with torch.random.fork_rng():  # the cheap convolutions get weights of their own
         torch.manual_seed(derive_seed(job.settings.seed, "fresh weights"))
         return build_student(base, space.analysis, genotype).to(job.device)

@@ -6,6 +6,7 @@ from typing import Any
 
 import optuna
 
+from nas_kd.pipeline.elsewhere import expect_models
 from nas_kd.pipeline.showcase import announce
 from nas_kd.preparation.cycles import note_cycles
 from nas_kd.preparation.effort import note_effort
@@ -35,6 +36,7 @@ def search(job: Job, materials: Materials, stages: Stages) -> optuna.Study:
         note_cycles(study, job.space)
         kit = publish(job, materials, study)
         note_budget(study, job.budget)
+        expect_models(job, study)
         announce(job, study)
         retry_dead_trials(study)
         retry_lost_trials(study)

@@ -31,6 +31,7 @@ from nas_kd.arguments.parsing import guarded
 from nas_kd.arguments.study import STORAGE, restore_settings
 from nas_kd.genotype import Genotype
 from nas_kd.pipeline.baselines import Wanted, whole_space
+from nas_kd.pipeline.elsewhere import are_shared, forget_models, train_with_workers
 from nas_kd.pipeline.refining import is_refined, refine_one
 from nas_kd.preparation.estimate import predicted_seconds, refined_models
 from nas_kd.preparation.job import Job, prepare, storage_url
@@ -39,6 +40,7 @@ from nas_kd.progress import Advance, Stages
 from nas_kd.results.refine import Refined
 from nas_kd.search.signals import follow_parent
 from nas_kd.search.storage import close_storage
+from nas_kd.training.ranks import current
 from nas_kd.workers.crew import LocalWorker, devices_for, environment, stop_all
 
 _WORTH = 30.0  # seconds of training must be left for another process, which takes ten to begin
@@ -52,10 +54,13 @@ def refine_all(job: Job, plan: Sequence[Wanted], materials: Materials, advance: 
     """Trains each model of a plan, or fetches what was trained before, in as many processes as pay."""
     pending = [wanted for wanted in plan if not is_refined(job, wanted, materials)]
     count = _processes(job, pending)
-    if count > 1:
+    if are_shared(job, pending, materials):
+        train_with_workers(job, pending, materials, count, advance)
+    elif count > 1:
         with _others(job, pending, count) as claims:
             claims.work(lambda wanted, tell: refine_one(job, wanted, materials, tell), advance)
             claims.wait(advance)
+    forget_models(job)
     return [refine_one(job, wanted, materials, advance) for wanted in plan]
 
 
@@ -63,6 +68,8 @@ def _processes(job: Job, pending: Sequence[Wanted]) -> int:
     """How many processes train what is left: one where that is soon done, or where it cannot be shared."""
     settings = job.settings
     if isinstance(job.storage, InMemoryStorage) or any(wanted.start is not None for wanted in pending):
+        return 1
+    if current().size > 1:  # torchrun's processes share each of them
         return 1
     epochs = max((wanted.epochs for wanted in pending), default=0)
     seconds = predicted_seconds(job, 0, epochs)["refine"] * len(pending) / refined_models(settings)

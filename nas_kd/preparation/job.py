@@ -46,6 +46,7 @@ from nas_kd.training.checkpoint import load_checkpoint
 from nas_kd.training.data import DIGITS, DataSpec
 from nas_kd.training.evaluation import LOOK_CALIBRATION
 from nas_kd.training.images import ImageSet
+from nas_kd.training.ranks import current, gpu
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.sources import Source, open_source
 from nas_kd.training.transfer import HeadOrigin
@@ -217,7 +218,15 @@ def brings_head(pretrained: nn.Module) -> bool:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of this name, by default a GPU where there is one. Raises DeviceError when it is not there."""
+    """The device of this name, by default a GPU where there is one, of torchrun's processes each its own. Raises
+    DeviceError when it is not there."""
+    place = current().place
+    if place is not None and name is not None and name.startswith("cuda:"):
+        raise DeviceError(
+            f"torchrun's processes have a GPU each: leave out --device {name}, or set CUDA_VISIBLE_DEVICES"
+        )
+    if name in (None, "cuda") and torch.cuda.is_available() and place is not None:
+        return gpu(place)
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nas_kd.arguments.parsing import guarded
+from nas_kd.arguments.torchrun import led
 from nas_kd.rank_check.arguments import RankSettings, parse_rank_check
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a rank check and returns the exit code: 0 done, 2 a mistake of the user's, 130 interrupted."""
-    return guarded(lambda arguments: run_check(parse_rank_check(arguments)), argv)
+    return guarded(led(lambda arguments: run_check(parse_rank_check(arguments))), argv)
 
 
 def run_check(settings: RankSettings) -> int:

@@ -87,7 +87,9 @@ def refine(candidate: Candidate, refinement: Refinement, *, report: Callable[[in
     if kept is not None:
         return kept
     state = path.with_suffix(".resume")
-    refined = (_together if refinement.peers else _alone)(candidate, refinement, report, Run(checkpoint=state))
+    refined = (_together if refinement.peers else _alone)(
+        candidate, refinement, report, Run(checkpoint=state, shared=True)
+    )
     _keep(refined, path)
     state.unlink(missing_ok=True)
     return refined

@@ -78,9 +78,9 @@ def work(
             retry_lost_trials(study)
             while worker.asked < asks and worker.may_start():
                 worker.optimize(asks - worker.asked)
-            _stop_if_asked()
+            stop_if_asked()
         except BaseException as error:
-            if _is_from_outside(error):
+            if is_from_outside(error):
                 worker.release()
             raise
     if (done := count_trained(study)) < (wanted := limits.target()):
@@ -105,19 +105,19 @@ def retry_abandoned(study: optuna.Study, watch: Watch) -> None:
         optuna.storages.fail_stale_trials(study)
 
 
-def _is_from_outside(error: BaseException) -> bool:
+def is_from_outside(error: BaseException) -> bool:
     """Whether a trial ended by nothing of its own: it was interrupted, or nothing could be written."""
     return isinstance(error, KeyboardInterrupt | OutputError) or is_storage_error(error)
 
 
 def _note_bug(trial: optuna.Trial, error: BaseException) -> None:
     """Marks a trial that fails by itself: it is not done again."""
-    if isinstance(error, Exception) and not (isinstance(error, optuna.TrialPruned) or _is_from_outside(error)):
+    if isinstance(error, Exception) and not (isinstance(error, optuna.TrialPruned) or is_from_outside(error)):
         with suppress(Exception):  # the error itself is the one to tell
             trial.set_user_attr(ERROR, f"{type(error).__name__}: {error}"[:200])
 
 
-def _stop_if_asked() -> None:
+def stop_if_asked() -> None:
     if signals.is_asked():
         raise KeyboardInterrupt
 
@@ -157,7 +157,7 @@ class _Worker:
 
     def _after(self, study: optuna.Study, trial: FrozenTrial) -> None:
         self.tick(trial)
-        _stop_if_asked()
+        stop_if_asked()
         if not self.may_start():
             study.stop()
 
@@ -172,7 +172,7 @@ class _Worker:
             if trained + len(others) < target:
                 return True
             self.limits.sleep(_POLL)
-            _stop_if_asked()
+            stop_if_asked()
 
     def _is_anothers(self, trial: FrozenTrial) -> bool:
         return str(trial.user_attrs.get(WORKER, worker_name())) != worker_name()
@@ -197,7 +197,7 @@ class _Worker:
         process is gone."""
         try:
             release_own_trials(self.study)
-            if self.error and _is_from_outside(self.error) and self._trial().state == TrialState.FAIL:
+            if self.error and is_from_outside(self.error) and self._trial().state == TrialState.FAIL:
                 requeue(self.study, self._trial(), died=False)
         except Exception as error:
             if not is_storage_error(error):

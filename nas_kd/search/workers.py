@@ -103,10 +103,10 @@ class RetryingStudy(optuna.Study):
         if fixed_distributions:
             return super().ask(fixed_distributions)
         self._thread_local.cached_all_trials = None  # as Optuna does: a sampler shall see what others have done
-        taken = self._take()
+        taken = self.take()
         return optuna.Trial(self, self._begin() if taken is None else taken)
 
-    def _take(self) -> int | None:
+    def take(self) -> int | None:
         """The storage's number of a trial that waited, None where none does. It is signed before it is taken; of two
         who sign the same one the later takes it, and the other one leaves it."""
         waiting = self.get_trials(deepcopy=False, states=(TrialState.WAITING,))

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nas_kd.errors import DataError, NasKdError, OutputError
+from nas_kd.training.mapped import note
 
 Array = NDArray[Any]
 
@@ -151,6 +152,7 @@ def _open(path: Path, about: Mapping[str, Any]) -> Array:
         raise ValueError(f"{path.name} has another shape than its sidecar says")
     if sha256_of(path, skip=path.stat().st_size - array.nbytes) != about["sha256"]:
         raise ValueError(f"{path.name} does not match its checksum")
+    note(array)
     return array
 
 

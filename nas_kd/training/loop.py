@@ -6,15 +6,15 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from nas_kd.errors import TrainingError
+from nas_kd.errors import DeviceError, TrainingError
 from nas_kd.training.augment import derive_seed
 from nas_kd.training.evaluation import (
     amp_dtype,
@@ -27,10 +27,11 @@ from nas_kd.training.evaluation import (
 )
 from nas_kd.training.images import Batch, ImageSet, TrainingData, normalise
 from nas_kd.training.losses import student_loss
+from nas_kd.training.ranks import Ranks, current, trainings
 from nas_kd.training.recipe import Recipe
-from nas_kd.training.resume import Stateful, restore, store
+from nas_kd.training.resume import Progress, Stateful, restore, store
 from nas_kd.training.step_graph import StepGraphs
-from nas_kd.training.step_memory import give_back, kept_bytes, pieces_for
+from nas_kd.training.step_memory import give_back, kept_bytes, pieces_for, step_bytes
 
 Criterion = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # outputs, labels, the teacher's logits → mean loss
 _CHECK_STEPS = 50  # between two looks at the loss: each look makes a GPU wait
@@ -59,12 +60,13 @@ class Run:
     """Where and how a training runs, as opposed to its recipe: the file it resumes from, and the clock in seconds.
 
     With `again` a resumed training first reports the last accuracy of its state: it may have been killed before that
-    was heard.
+    was heard. One that is `shared` goes over all processes that torchrun started (`ranks`).
     """
 
     checkpoint: Path | None = None
     clock: Callable[[], float] = time.monotonic
     again: bool = False
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -118,33 +120,28 @@ def fit(
 
     At each of the recipe's `eval_epochs` (and the last) its measure is passed to `report`, which may raise anything to
     stop. With `run.checkpoint` the state is kept there at those epochs and a killed training goes on from it; epochs
-    that were reported before are not reported again. The same seed gives the same weights on a CPU.
-    Raises TrainingError when the loss is not finite or one image does not fit the device, DataError for < 2 images.
+    that were reported before are not reported again. The same seed and number of processes give the same weights on a
+    CPU. Raises TrainingError when the loss is not finite or one image does not fit the device, DataError for < 2
+    images, RankError when another process has ended.
     """
-    started, network = run.clock(), task.network
+    started, network, ranks = run.clock(), task.network, current() if run.shared else Ranks()
     device = device_of(network)
     if recipe.channels_last is None:
         recipe = replace(recipe, channels_last=suits_channels_last(network))
-    data = _resident(data, device)
     steps_per_epoch = len(_batches(data, recipe, 0))
     with (
+        ranks.begin(replace(task, measure=None), data, recipe),
         _own_randomness(device),
         _layout(network, recipe),
         _left_in_eval(network),
-        closing(_Stepper(task, data, recipe, steps=steps_per_epoch * recipe.epochs)) as stepper,
+        closing(_Stepper(task, data, recipe, ranks, steps=steps_per_epoch * recipe.epochs)) as stepper,
     ):
-        progress = restore(run.checkpoint, stepper.parts(), recipe, len(data))
+        data = _resident(data, device)
+        progress = _in_step(ranks, restore(run.checkpoint, stepper.parts(), recipe, len(data)), stepper.parts())
         if run.again and progress.accuracies:
             report(*progress.accuracies[-1])
         for epoch in range(progress.epoch, recipe.epochs):
-            torch.manual_seed(derive_seed(recipe.seed, "dropout", epoch))
-            network.train()
-            total = torch.zeros((), device=device)
-            for step, batch in enumerate(data.batches(epoch, _batches(data, recipe, epoch))):
-                total += stepper.step(batch, epoch * steps_per_epoch + step) * len(batch.labels)
-                if step % _CHECK_STEPS == 0:
-                    _check_loss(total, epoch, recipe)
-            progress = progress.after_epoch(_check_loss(total, epoch, recipe) / len(data))
+            progress = progress.after_epoch(_run_epoch(stepper, data, epoch))
             if recipe.evaluates(progress.epoch):
                 if task.measure is not None:
                     progress = progress.with_accuracy(task.measure(stepper.averaged()))
@@ -165,58 +162,63 @@ def fit(
 class _Stepper:
     """One optimiser step: learning rate, precision, gradient accumulation when memory is short, moving average."""
 
-    def __init__(self, task: Task, data: TrainingData, recipe: Recipe, *, steps: int) -> None:
-        self.network, self.criterion = task.network, task.criterion
-        trainable = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        if not trainable:
+    def __init__(self, task: Task, data: TrainingData, recipe: Recipe, ranks: Ranks, *, steps: int) -> None:
+        self.network, self.criterion, self.ranks = task.network, task.criterion, ranks
+        self.trainable = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        if not self.trainable:
             raise TrainingError("nothing to train: every parameter of the network has requires_grad=False")
         self.recipe, self.steps, self.pieces = recipe, steps, 1
         self.mean, self.std, self.device = data.mean, data.std, device_of(self.network)
-        self.optimizer = recipe.make_optimizer(trainable)
+        self.optimizer = recipe.make_optimizer(self.trainable)
         self.dtype = amp_dtype(self.device) if recipe.amp else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.average = recipe.make_average(self.network)
         self.graphs = StepGraphs(self._descend, self.network, self.device)
-        if not task.recordable or self.dtype == torch.float16:  # whose scaler skips steps
+        if not task.recordable or self.dtype == torch.float16 or ranks.size > 1:  # its scaler skips steps; they talk
             self.graphs.give_up()
-        if self.device.type == "cpu":
-            self.pieces = self._pieces(data)
+        if (
+            self.device.type == "cpu" or ranks.size > 1
+        ):  # who has no memory left leaves the others in the middle of a step
+            self.pieces = ranks.most(self._pieces(data))
 
     def _pieces(self, data: TrainingData) -> int:
-        """In how many pieces batches go, by what one image of them takes of a CPU's memory."""
+        """In how many pieces batches go, by what one image of them takes of the memory."""
         pixels = normalise(data.batch(0, torch.arange(min(2, len(data)))).pixels, self.mean, self.std, self.device)
         try:
             with eval_mode(self.network):
                 each = kept_bytes(self.network, memory_layout(pixels, self.recipe.channels_last))
         except torch.OutOfMemoryError:  # the first step says it
             return 1
-        return pieces_for(min(self.recipe.batch_size, len(data)), each / (2 if self.dtype is not None else 1))
+        images = math.ceil(min(self.recipe.batch_size, len(data)) / self.ranks.size)
+        return pieces_for(images, each / (2 if self.dtype is not None else 1), step_bytes(self.device))
 
-    def step(self, batch: Batch, step: int) -> Tensor:
-        """Descends on one batch; its mean loss, still on the device. `step` counts from the start of the training."""
+    def step(self, batch: Batch, step: int, share: float = 1.0) -> Tensor:
+        """Descends on one batch, of which this rank has a `share`; its mean loss, still on the device. `step` counts
+        from the start of the training."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate(step, self.steps)
-        loss = self._backward(batch)
+        loss = self.ranks.add_up(self._backward(batch, share), self.trainable)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average is not None:
             self.average.update(self.network, step=step)
         return loss
 
-    def _backward(self, batch: Batch) -> Tensor:
+    def _backward(self, batch: Batch, share: float) -> Tensor:
         while True:
             try:
-                return self.graphs(self._ready(batch)) if self.pieces == 1 else self._accumulate(batch)
+                alone = self.pieces == self.ranks.size == 1
+                return self.graphs(self._ready(batch)) if alone else self._accumulate(batch, share)
             except torch.OutOfMemoryError as error:
                 self._halve(len(batch.labels), error)
 
-    def _accumulate(self, batch: Batch) -> Tensor:
+    def _accumulate(self, batch: Batch, share: float) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=self.device)
         for indices in torch.arange(len(batch.labels), device=batch.labels.device).tensor_split(self.pieces):
             logits = None if batch.logits is None else batch.logits[indices]
             piece = self._ready(Batch(batch.pixels[indices], batch.labels[indices], logits))
-            loss += self._descend(piece, len(indices) / len(batch.labels))
+            loss += self._descend(piece, share * len(indices) / len(batch.labels))
         return loss
 
     def _ready(self, batch: Batch) -> Batch:
@@ -228,13 +230,16 @@ class _Stepper:
 
     def _descend(self, batch: Batch, share: float = 1.0) -> Tensor:
         """Adds the gradients of a batch that is ready, which counts for this share; that share of its mean loss."""
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+        autocast = torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+        with autocast, self.ranks.norms_together():
             outputs = self.network(batch.pixels)
         loss = self.criterion(outputs, batch.labels, batch.logits) * share
         torch.autograd.backward(self.scaler.scale(loss))
         return loss.detach()
 
     def _halve(self, batch_size: int, error: torch.OutOfMemoryError) -> None:
+        if self.ranks.size > 1:
+            raise DeviceError(f"out of memory on {self.device}: lower --batch-size, or start more processes") from error
         self.pieces *= 2
         self.graphs.give_up()
         if batch_size < 2 * self.pieces:
@@ -267,6 +272,38 @@ class _Stepper:
         if self.average is not None:
             parts["average"] = self.average.module
         return parts
+
+
+def take_part(ranks: Ranks) -> int:
+    """Takes part in every training that rank 0 shares, until it has ended; the exit code of this process."""
+    for task, data, recipe in trainings(ranks):
+        with suppress(TrainingError):  # rank 0 says it
+            fit(task, data, recipe, run=Run(shared=True))
+    return 0
+
+
+def _in_step(ranks: Ranks, progress: Progress, parts: Mapping[str, Stateful]) -> Progress:
+    """Rank 0's progress and state, at every rank."""
+    kept = {name: part.state_dict() for name, part in parts.items()} if progress.epoch else {}
+    progress, kept = ranks.from_first((progress, kept))
+    if ranks.rank:
+        for name, state in kept.items():
+            parts[name].load_state_dict(state)
+    return progress
+
+
+def _run_epoch(stepper: _Stepper, data: TrainingData, epoch: int) -> float:
+    """A step on every batch of an epoch; the mean loss."""
+    recipe, ranks, total = stepper.recipe, stepper.ranks, torch.zeros((), device=stepper.device)
+    torch.manual_seed(derive_seed(recipe.seed, "dropout", epoch, *ranks.seed))
+    stepper.network.train()
+    batches = _batches(data, recipe, epoch)
+    parts = data.batches(epoch, [ranks.part(indices) for indices in batches])
+    for step, (indices, batch) in enumerate(zip(batches, parts, strict=True), epoch * len(batches)):
+        total += stepper.step(batch, step, len(batch.labels) / len(indices)) * len(indices)
+        if step % _CHECK_STEPS == 0:
+            _check_loss(total, epoch, recipe)
+    return _check_loss(total, epoch, recipe) / len(data)
 
 
 def _batches(data: TrainingData, recipe: Recipe, epoch: int) -> tuple[Tensor, ...]:

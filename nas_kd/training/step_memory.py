@@ -1,4 +1,4 @@
-"""How much memory a training step takes on a CPU, where nothing says no before the machine swaps."""
+"""How much memory a training step takes: on a CPU nothing says no before the machine swaps."""
 
 from __future__ import annotations
 
@@ -30,13 +30,18 @@ def kept_bytes(network: nn.Module, images: Tensor) -> float:
     return sum(kept.values()) / len(images)
 
 
-def pieces_for(batch_size: int, image_bytes: float) -> int:
-    """In how many pieces a batch goes forth and back, so that each keeps at most `STEP_BYTES`, or 32 images.
+def step_bytes(device: torch.device) -> int:
+    """What a step may keep on a device for its way back: of a GPU half of what is free."""
+    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else STEP_BYTES
+
+
+def pieces_for(batch_size: int, image_bytes: float, most: int = STEP_BYTES) -> int:
+    """In how many pieces a batch goes forth and back, so that each keeps at most so many bytes, or 32 images.
 
     >>> pieces_for(64, 2 << 20), pieces_for(64, 20 << 20), pieces_for(256, 1 << 30)
     (1, 2, 8)
     """
-    return max(1, min(math.ceil(batch_size * image_bytes / STEP_BYTES), batch_size // _LEAST))
+    return max(1, min(math.ceil(batch_size * image_bytes / most), batch_size // _LEAST))
 
 
 def give_back() -> None:

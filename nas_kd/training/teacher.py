@@ -159,7 +159,7 @@ def prepare_teacher(
         state = path.with_suffix(".resume")
         often = replace(recipe, eval_epochs=tuple(range(1, recipe.epochs + 1, max(1, recipe.epochs // _STATES))))
         data = AugmentedImages(splits.train, teaching.augmentation, recipe.seed)
-        task = _Task(network, splits, data, often, report, Run(checkpoint=state))
+        task = _Task(network, splits, data, often, report, Run(checkpoint=state, shared=True))
         if teaching.head is None:
             _train(task)
         else:

@@ -142,6 +142,25 @@ def run_crew(crew: Crew, study: optuna.Study, board: Board, sleep: Callable[[flo
         _logger.warning("only %d of %d trials trained: the sampler found too few students", done, crew.trials)
 
 
+def run_to_end(workers: Sequence[Worker], sleep: Callable[[float], None] = time.sleep) -> int:
+    """Runs workers until each has ended by itself, starts those anew that die, and returns 0.
+
+    Raises what a worker ended with when that is a mistake of the user's, StudyError when workers die again and again.
+    """
+    deaths = 0
+    try:
+        for worker in workers:
+            worker.start()
+        while any(worker.code() is None for worker in workers):
+            sleep(_POLL)
+            deaths += _replace_dead(workers)
+            if deaths > _RESTARTS:
+                raise StudyError(f"{deaths} workers died in a row: the last warning says how")
+    finally:
+        stop_all(workers)
+    return 0
+
+
 def _replace_dead(workers: Sequence[Worker]) -> int:
     """Starts those workers anew that were killed, and returns how many. Raises NasKdError when one met a mistake."""
     dead = 0

@@ -12,6 +12,7 @@ from nas_kd.arguments.worker import WorkerSettings
 from nas_kd.errors import StudyError, nearest
 from nas_kd.preparation.job import choose_device
 from nas_kd.progress import Stages
+from nas_kd.search.jobs import SUFFIX
 from nas_kd.search.rungs import make_pruner
 from nas_kd.search.sampler import KnapsackSampler, make_sampler
 from nas_kd.search.storage import CONFIG, close_storage, open_storage, storage_errors
@@ -44,12 +45,12 @@ def join(settings: WorkerSettings, stages: Stages, sleep: Callable[[float], None
     storage = open_storage(settings.storage, grace=settings.grace_period)
     try:
         with storage_errors("use the study in its storage"):
-            study, kit = _find(storage, settings, sleep)
+            study, kit = find_study(storage, settings, sleep)
             if settings.ray is not None:
                 with ray_workers(settings, study.study_name) as workers:
                     return _lead(study, kit, workers, settings, stages)
             if settings.jobs > 1:
-                return _lead(study, kit, _local_workers(settings, study.study_name), settings, stages)
+                return _lead(study, kit, local_workers(settings, study.study_name), settings, stages)
             with stages.stage("files"):
                 cache = locate(kit, settings.out, settings.artifacts)
             with stages.stage("model"):
@@ -79,9 +80,9 @@ def _lead(study: optuna.Study, kit: Kit, workers: Sequence[Worker], settings: Wo
     return count_trained(study) - before
 
 
-def _local_workers(settings: WorkerSettings, name: str) -> list[LocalWorker]:
+def local_workers(settings: WorkerSettings, name: str, *more: str) -> list[LocalWorker]:
     """A worker's own `--jobs` on this machine."""
-    command = [*worker_arguments(name, settings.grace_period), *file_arguments(settings)]
+    command = [*worker_arguments(name, settings.grace_period), *file_arguments(settings), *more]
     shared = environment(settings.storage, settings.jobs)
     devices = devices_for(settings.device, settings.jobs)
     return [LocalWorker([*command, "--device", device], shared) for device in devices]
@@ -105,7 +106,9 @@ def _wanted(study: optuna.Study) -> int:
     return int(kit.settings["trials"]) if kit is not None else 0
 
 
-def _find(storage: BaseStorage, settings: WorkerSettings, sleep: Callable[[float], None]) -> tuple[optuna.Study, Kit]:
+def find_study(
+    storage: BaseStorage, settings: WorkerSettings, sleep: Callable[[float], None]
+) -> tuple[optuna.Study, Kit]:
     """The study to join and what it notes for its workers; waits for it to begin if asked to."""
     deadline = time.monotonic() + settings.wait
     while True:
@@ -119,7 +122,8 @@ def _find(storage: BaseStorage, settings: WorkerSettings, sleep: Callable[[float
 
 
 def _named(storage: BaseStorage, name: str) -> optuna.Study | None:
-    names = [other for other in optuna.get_all_study_names(storage) if not name or other == name]
+    known = [other for other in optuna.get_all_study_names(storage) if not other.endswith(SUFFIX)]
+    names = [other for other in known if not name or other == name]
     if len(names) > 1:
         raise StudyError(f"the storage holds {len(names)} studies: give --study-name, e.g. {sorted(names)[0]!r}")
     if not names:

@@ -77,11 +77,15 @@ class Kit:
         yield self.weights
         yield from (f"{self.images}/{name}" for name in ("meta.json", *(f"{part}.npy" for part in self.parts)))
         if self.views:
-            augment = AugmentOptions.restore(self.settings.get("augment"))
-            more = ("shares.npy",) * augment.softens + ("plain.npy",) * augment.mixes
-            yield from (f"{self.views}/{name}" for name in ("meta.json", "pixels.npy", "logits.npy", *more))
+            yield from view_files(AugmentOptions.restore(self.settings.get("augment")), self.views)
         if self.library:
             yield f"{self.library}.zip"
+
+
+def view_files(augment: AugmentOptions, folder: str) -> Iterator[str]:
+    """The files of views that were augmented so."""
+    more = ("shares.npy",) * augment.softens + ("plain.npy",) * augment.mixes
+    return (f"{folder}/{name}" for name in ("meta.json", "pixels.npy", "logits.npy", *more))
 
 
 def publish(job: Job, materials: Materials, study: optuna.Study) -> Kit:
@@ -158,21 +162,23 @@ def locate(kit: Kit, out: str | None, artifacts: str | None) -> Path:
         return own
     cache = Path(out or Path("results") / settings_of(kit).name) / "cache"
     address = artifacts or kit.artifacts
-    missing = [path for path in kit.paths() if not _is_there(cache, path)]
+    missing = [path for path in kit.paths() if not (cache / path).exists()]
     if missing and (address is None or not kit.files):
         raise ArtifactError(
             f"the files of the study are not here (there is no {own / kit.weights}): run its command with --artifacts "
             "STORE, or put its --out into a folder that this machine shares"
         )
-    for path in missing:
-        open_store(address or "").get(kit.files[path], cache / path)
-        if path.endswith(".zip"):
-            unpack(cache / path)
+    fetch({path: kit.files[path] for path in missing}, address, cache)
     return cache
 
 
-def _is_there(cache: Path, path: str) -> bool:
-    return (cache / path).exists()
+def fetch(files: Mapping[str, str], address: str | None, cache: Path) -> None:
+    """Fetches files that a cache lacks, by their SHA-256. Raises ArtifactError when they are not to be had."""
+    for path, digest in files.items():
+        if not (cache / path).exists():
+            open_store(address or "").get(digest, cache / path)
+            if path.endswith(".zip"):
+                unpack(cache / path)
 
 
 def equip(kit: Kit, cache: Path, device: torch.device, begun: Mapping[str, Any]) -> tuple[Space[nn.Module], Proxy]:
@@ -221,9 +227,9 @@ def _load_weights(base: nn.Module, kit: Kit, cache: Path) -> None:
     try:
         load_exactly(base, load_file(path), path)
     except (OSError, SafetensorError, CheckpointError) as error:
-        raise _damaged(path, str(error).splitlines()[0]) from error
+        raise damaged(path, str(error).splitlines()[0]) from error
     if weights_digest(base)[:16] != kit.teacher:
-        raise _damaged(path, "it holds other weights")
+        raise damaged(path, "it holds other weights")
 
 
 def images_of(kit: Kit, cache: Path) -> dict[str, Images]:
@@ -231,7 +237,7 @@ def images_of(kit: Kit, cache: Path) -> dict[str, Images]:
     folder = cache / kit.images
     loaded = load(folder, kit.parts)
     if loaded is None:
-        raise _damaged(folder, "it is not there, or does not match its checksums")
+        raise damaged(folder, "it is not there, or does not match its checksums")
     originals = open_originals(loaded[0], len(kit.mean))
     tensors = {name: torch.from_numpy(array) for name, array in loaded[0].items()}
     images = {"val": Images(tensors["val_pixels"], tensors["val_labels"], kit.mean, kit.std)}
@@ -254,7 +260,7 @@ def _proxy_views(
         return OnlineViews(fresh_images(settings, images["train"], kit.num_classes), Teacher(base))
     views = open_views(cache / kit.views, images["train"].labels, kit.mean, kit.std)
     if views is None:
-        raise _damaged(cache / kit.views, "it is not there, or does not match its checksums")
+        raise damaged(cache / kit.views, "it is not there, or does not match its checksums")
     return views
 
 
@@ -262,16 +268,17 @@ def _open_library(space: Space[nn.Module], folder: Path) -> Library:
     """The library as it was built: a worker trains no entry of its own."""
     importance = EntryFile(folder / "importance.safetensors").read()
     if importance is None:
-        raise _damaged(folder, "its importance is missing")
+        raise damaged(folder, "its importance is missing")
     entries = {}
     for block in space.blocks:
         for index in made_choices(block):
             kept = entry_file(folder, block, index).read()
             if kept is None:
-                raise _damaged(folder, f"the entry {index} of {block.name} is missing")
+                raise damaged(folder, f"the entry {index} of {block.name} is missing")
             entries[block.name, index] = kept[0]
     return Library(space.base, space.analysis, folder, importance[1]["order"].numpy(), entries)
 
 
-def _damaged(path: Path, why: str) -> ArtifactError:
+def damaged(path: Path, why: str) -> ArtifactError:
+    """What a worker says of a file that is not as it should be."""
     return ArtifactError(f"{path} is missing or was altered ({why}): run the study's command again, which mends it")

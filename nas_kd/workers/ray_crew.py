@@ -99,7 +99,7 @@ def _last_line(error: BaseException) -> str:
 
 
 @contextmanager
-def ray_workers(settings: WorkerSettings, name: str) -> Iterator[list[RayWorker]]:
+def ray_workers(settings: WorkerSettings, name: str, *more: str) -> Iterator[list[RayWorker]]:
     """A worker's `--jobs` for the study of this name, as tasks of the Ray cluster that `--ray` names.
 
     Raises StudyError when there is none, or Ray is not installed.
@@ -107,7 +107,7 @@ def ray_workers(settings: WorkerSettings, name: str) -> Iterator[list[RayWorker]
     ray = _connect(settings.ray or "auto")
     try:
         gpus = _gpus(settings.num_gpus, ray.cluster_resources())
-        arguments = [*worker_arguments(name, settings.grace_period), *file_arguments(settings)]
+        arguments = [*worker_arguments(name, settings.grace_period), *file_arguments(settings), *more]
         arguments += ["--device", settings.device] if settings.device else []
         yield [RayWorker(ray, gpus, arguments, settings.storage) for _ in range(settings.jobs)]
     finally:

@@ -1,0 +1,133 @@
+"""Work that is shared out beside trials: a study of its own in the same storage, in which each trial is one job.
+
+So a job is taken, signed, and taken over from the dead exactly as a trial is. Its key names what is to be done.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import optuna
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from nas_kd.errors import NasKdError
+from nas_kd.search import signals
+from nas_kd.search.storage import storage_errors
+from nas_kd.search.work import is_from_outside, retry_abandoned, stop_if_asked
+from nas_kd.search.workers import (
+    ERROR,
+    RetryingStudy,
+    Watch,
+    beating,
+    release_own_trials,
+    retry_lost_trials,
+    running,
+)
+
+SUFFIX = " models"  # of the name of a study's jobs
+_KEY = "job"
+_POLL = 0.5  # seconds between two looks at what others do
+_logger = logging.getLogger(__name__)
+Notes = Mapping[str, Any]
+
+
+def post_jobs(storage: BaseStorage, name: str, keys: Sequence[str]) -> RetryingStudy:
+    """The jobs of the study `name`, these and no others; what was done or begun of them before stays so."""
+    with storage_errors(f"share out the models of {name!r}"):
+        optuna.create_study(storage=storage, study_name=name + SUFFIX, direction="maximize", load_if_exists=True)
+        jobs = RetryingStudy(name + SUFFIX, storage)
+        there = set()
+        for trial in jobs.get_trials(deepcopy=False):
+            if trial.state == TrialState.WAITING and key_of(trial) not in keys:  # of another plan
+                storage.set_trial_user_attr(trial._trial_id, ERROR, "not wanted any more")
+                storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
+            elif trial.state != TrialState.FAIL:
+                there.add(key_of(trial))
+        for key in keys:
+            if key not in there:
+                jobs.enqueue_trial({_KEY: key})
+    return jobs
+
+
+def open_jobs(storage: BaseStorage, name: str) -> RetryingStudy | None:
+    """The jobs of a study while there are any."""
+    if name + SUFFIX not in optuna.get_all_study_names(storage):
+        return None
+    return RetryingStudy(name + SUFFIX, storage)
+
+
+def remove_jobs(storage: BaseStorage, name: str) -> None:
+    """Forgets the jobs of a study: all are done."""
+    with storage_errors(f"put away the models of {name!r}"):
+        optuna.delete_study(study_name=name + SUFFIX, storage=storage)
+
+
+def key_of(job: FrozenTrial) -> str:
+    """What a job is to do."""
+    return str(job.system_attrs.get("fixed_params", {}).get(_KEY))
+
+
+def done_jobs(jobs: optuna.Study) -> dict[str, Notes]:
+    """What was noted of each job that is done, by its key."""
+    return {key_of(job): job.user_attrs for job in jobs.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))}
+
+
+def do_jobs(
+    jobs: RetryingStudy,
+    run: Callable[[str], tuple[float, Notes]],
+    *,
+    grace: float,
+    sleep: Callable[[float], None] = time.sleep,
+) -> int:
+    """Does jobs until none is left that waits or that others are at, and returns how many: `run` does that of a key and
+    gives a score and what is to be noted of it. One that fails by itself is left to the study's command.
+
+    Ctrl-C, SIGTERM, a full disk or a lost database put the job back.
+    """
+    watch, done = Watch(grace=grace), 0
+    with signals.handled():
+        try:
+            retry_lost_trials(jobs)
+            while True:
+                stop_if_asked()
+                retry_abandoned(jobs, watch)
+                taken = jobs.take()
+                if taken is not None:
+                    done += _do(jobs, optuna.Trial(jobs, taken), run, grace)
+                elif running(jobs):
+                    sleep(_POLL)
+                else:
+                    return done
+        except BaseException as error:
+            if isinstance(error, KeyError) and jobs.study_name not in optuna.get_all_study_names(jobs._storage):
+                return done  # the study's command has what it wants, and has put the jobs away
+            if is_from_outside(error):
+                release_own_trials(jobs)
+            raise
+
+
+def _do(jobs: RetryingStudy, job: optuna.Trial, run: Callable[[str], tuple[float, Notes]], grace: float) -> bool:
+    """Whether a job was done, here and by nobody else meanwhile."""
+    key = key_of(jobs._storage.get_trial(job._trial_id))
+    try:
+        with beating(job, grace / 4), signals.at_once():
+            score, notes = run(key)
+    except NasKdError as error:
+        if is_from_outside(error):
+            raise
+        _logger.warning("a model is left to the study's own command: %s", error)
+        job.set_user_attr(ERROR, str(error)[:200])
+        jobs.tell(job, state=TrialState.FAIL)
+        return False
+    try:
+        for name, value in notes.items():
+            job.set_user_attr(name, value)
+        jobs.tell(job, score)
+    except (ValueError, optuna.exceptions.UpdateFinishedTrialError):  # both mean: it is finished
+        _logger.warning("a model was given to another worker: this one was silent for too long")
+        return False
+    return True
