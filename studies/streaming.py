@@ -1,6 +1,6 @@
 """Images that stream: the loader alone, the step alone, both together, and memory over time, beside timm's own loader.
 
-    python studies/streaming.py --images 100000 --seconds 60 > docs/results/streaming.md
+    python studies/streaming.py --images 130000 --seconds 40 --folder DIR > docs/results/streaming.md
 
 Without --data-dir so many JPEGs of random colours are written into --folder first. Each part runs for some
 seconds, from its first batch on; CPU time counts its processes too. What was measured is kept there, and the same

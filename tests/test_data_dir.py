@@ -48,6 +48,7 @@ def test_without_a_folder_there_are_the_digits(command: str) -> None:
         (["--data-dir", "no/such/place"], "there is no data folder no/such/place"),
         (["--data-dir", "empty"], "no images"),
         (["--data-dir", ""], "--data-dir is empty"),
+        (["--data-memory", "lots"], "'lots' is no amount of memory: write it like 4G or 500M"),
         (["--dataset", "folder"], "give its folder with --data-dir"),
         (["--dataset", "digits", "--data-dir", "empty"], "--dataset digits reads no folder"),
         (["--dataset", "Digits", "--data-dir", "empty"], "--dataset digits reads no folder"),

@@ -118,7 +118,8 @@ def require_space(folder: Path, needed_bytes: int) -> None:
     if needed_bytes + _MARGIN > free:
         raise DataError(
             f"{folder} needs {math.ceil(needed_bytes / 2**20):,} MiB and {_MARGIN / 2**20:.0f} MiB to spare, its disk "
-            f"has {free / 2**20:,.0f} MiB free: free some, choose another --out, or use fewer or smaller images"
+            f"has {free / 2**20:,.0f} MiB free: free some, choose another --out, use fewer or smaller images, or keep "
+            "none of them by --data-memory 0"
         )
 
 

@@ -10,6 +10,7 @@ import multiprocessing
 import signal
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -58,7 +59,7 @@ def work_ahead(
         came = clock()
         waited += came - asked
         _say_slow(source, waited, came - begun, processes)
-        if isinstance(result, NasKdError):
+        if isinstance(result, Exception):
             raise result
         yield result
 
@@ -81,7 +82,7 @@ def _say_nothing_came(what: str, seconds: float) -> None:
 
 
 class _Items(Dataset[Any], Generic[In, Out]):
-    """What `work` makes of each item; its error in place of what it cannot make, which would else come as a text."""
+    """What `work` makes of each item, or an error in its place: what the loader itself raises is about processes."""
 
     def __init__(self, work: Callable[[In], Out], items: Sequence[In]) -> None:
         self.work, self.items = work, items
@@ -89,11 +90,13 @@ class _Items(Dataset[Any], Generic[In, Out]):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> Out | NasKdError:
+    def __getitem__(self, index: int) -> Out | Exception:
         try:
             return self.work(self.items[index])
         except NasKdError as error:
             return error
+        except Exception:  # as a text, since not each can be sent
+            return RuntimeError(f"in a process that decodes images:\n{traceback.format_exc()}")
 
 
 def _loader(items: Dataset[Any], count: int) -> DataLoader[Any]:

@@ -59,6 +59,15 @@ def test_an_error_comes_in_its_place_and_in_its_words() -> None:
         next(ahead)
 
 
+def test_a_bug_comes_with_its_traceback() -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)decodes images:.*in work_on_nothing.*ZeroDivisionError"):
+        list(work_ahead(work_on_nothing, range(3), processes=2, source="here"))
+
+
+def work_on_nothing(item: int) -> float:
+    return 1 / item
+
+
 def killed(item: int) -> int:
     if item == 3:
         os.kill(os.getpid(), signal.SIGKILL)

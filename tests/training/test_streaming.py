@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import pickle
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -170,6 +172,16 @@ def test_a_search_looks_at_a_sample_in_memory(
     assert torch.equal(*crops)
     assert torch.equal(sample.val.decoded().pixels, kept.val.decoded().pixels)
     assert with_sample(kept, spec_of(photos), 10, tmp_path) is kept
+
+
+def test_what_streams_needs_little_of_the_disk(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=64 << 20))
+    with pytest.raises(DataError, match=r"needs 1 MiB .* its disk has 64 MiB free: .* --data-memory 0"):
+        load_splits(spec_of(photos), tmp_path / "kept")
+    assert len(load_splits(spec_of(photos, memory=0), tmp_path / "streamed").train) == 32
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(DataError, match=r"its disk has 0 MiB free"):
+        load_splits(spec_of(photos, memory=0), tmp_path / "full")
 
 
 def test_the_bound_counts_what_arrays_would_take(photos: Path, tmp_path: Path) -> None:
