@@ -39,7 +39,6 @@ def parse_mcu(argv: Sequence[str]) -> McuSettings:
     parser = Parser(
         prog="python -m nas_kd.mcu",
         description="Writes an int8 result for TensorFlow Lite Micro, runs it there and compiles it for an Ethos-U.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add(

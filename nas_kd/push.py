@@ -28,7 +28,6 @@ def parse_push(argv: Sequence[str]) -> PushSettings:
     parser = Parser(
         prog="nas-kd push",
         description="Puts a model that nas_kd exported on the Hugging Face hub, with a model card.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("folder", type=path, metavar="FOLDER", help="the folder of an exported model")

@@ -46,7 +46,6 @@ def parse_quantize(argv: Sequence[str]) -> QuantizeSettings:
     parser = Parser(
         prog="python -m nas_kd.quantize",
         description="Writes a model as int8 ONNX, calibrated on training images, and measures it beside float.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("model", type=model_name, metavar="MODEL", help="a folder that a study exported, or a timm model")

@@ -46,7 +46,6 @@ def parse_space(argv: Sequence[str]) -> SpaceSettings:
     parser = Parser(
         prog="python -m nas_kd.space",
         description="What a timm CNN may become: its blocks, the choices open to each, and what they cost.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("model", type=model_name, metavar="MODEL", help="a timm model, or the folder of an exported one")

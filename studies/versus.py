@@ -6,8 +6,8 @@
     python studies/versus.py mobilenetv2 --dataset folder --data-dir cifar10 --teacher FOLDER
     python studies/versus.py resnet20_half_time … the same, at half of its milliseconds in ONNX Runtime
     python studies/versus.py resnet20_third_time … the same, at a third
-    python studies/versus.py resnet20_half_time …   the same, at half of its milliseconds in ONNX Runtime
-    python studies/versus.py resnet20_third_time …  at a third of them
+    python studies/versus.py lite0_half_time --dataset folder --data-dir photos --initial-checkpoint FILE
+    python studies/versus.py lite0_third_time … the same, at a third
     python studies/versus.py fashion --dataset torch/fashion_mnist --data-dir DIR --teacher FOLDER
     python studies/versus.py fashion_tight … the same, at a third of the MACs
 
@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import functools
 import math
 import sys
 import time
@@ -90,28 +91,43 @@ class Pair:
         return tuple(arm for arm in (*self.ours, *self.peers) if arm != FASTNAS or peers.modelopt() is not None)
 
 
-def _in_time(share: int, words: str) -> Pair:
-    """ResNet-20 on CIFAR-10 within this share of its latency (percent), which is measured for all arms alike."""
+def _in_time(base: str, study: str, share: int, words: str, **more: Any) -> Pair:
+    """A base within this share of its latency (percent), which is measured for all arms alike."""
+    small = Ours(space=SMALL, stages=True, rounds=())
     return Pair(
-        title=f"ResNet-20 on CIFAR-10 at {words} of its milliseconds",
-        study=f"--model cifar_resnet20 --img-size 32 --budget latency={share}% --val-fraction 0.1 --views 1 "
-        "--refine-epochs 1 --proxy-epochs 1 --proxy-images 1600 --amp",
-        images=12_800,
-        totals=(60,),
-        ours={
-            "knapsack, small": Ours(space=SMALL, stages=True, rounds=()),
-            "knapsack, closed forms": Ours(space=SPACE, stages=True, rounds=()),
-        },
+        title=f"{base} at {words} of its milliseconds",
+        study=f"{study} --budget latency={share}% --proxy-epochs 1",
+        ours={"knapsack, small": small, "knapsack, closed forms": Ours(space=SPACE, stages=True, rounds=())},
         peers=(WHOLE, "torch-pruning local bn whole", TAYLOR),
         timed=("knapsack, small", WHOLE),
-        rates={OURS: (0.005, 0.01), PRUNED: (0.0075, 0.02)},
         seeds={"knapsack, small": 2, "knapsack, closed forms": 2, WHOLE: 2, TAYLOR: 2},
+        **more,
     )
 
 
+_resnet20_in_time = functools.partial(
+    _in_time,
+    "ResNet-20 on CIFAR-10",
+    "--model cifar_resnet20 --img-size 32 --val-fraction 0.1 --views 1 --refine-epochs 1 --proxy-images 1600 --amp",
+    images=12_800,
+    totals=(60,),
+    rates={OURS: (0.005, 0.01), PRUNED: (0.0075, 0.02)},
+)
+_lite0_in_time = functools.partial(
+    _in_time,
+    "EfficientNet-Lite0 on photos of ten classes at 128 px",
+    "--model tf_efficientnet_lite0 --img-size 128 --views 3 --refine-epochs 3 --proxy-images 300",
+    images=3_600,
+    totals=(250,),
+    rates={OURS: (0.005, 0.01), PRUNED: (0.0075, 0.02)},
+)
+
+
 PAIRS = {
-    "resnet20_half_time": _in_time(50, "half"),
-    "resnet20_third_time": _in_time(33, "a third"),
+    "resnet20_half_time": _resnet20_in_time(50, "half"),
+    "resnet20_third_time": _resnet20_in_time(33, "a third"),
+    "lite0_half_time": _lite0_in_time(50, "half"),
+    "lite0_third_time": _lite0_in_time(33, "a third"),
     "smoke": Pair(
         title="cifar_resnet20 on handwritten digits",
         study="--model cifar_resnet20 --img-size 16 --budget macs=30% --teacher-epochs 12 --batch-size 32 --views 1 "
@@ -322,7 +338,7 @@ def facts(pair: Pair, bench: Bench, command: str) -> dict[str, Any]:
     """What the page says of a pair beside its rows."""
     chosen = {arm: Versus(pair, bench).lr(arm) for arm in pair.arms if arm != PLAIN}
     kind, amount = next(iter(bench.job.budget.items()))
-    bound = {"bounded": kind, "bound": amount}
+    bound = {"bounded": kind, "bound": amount, "train": len(bench.materials.splits.train)}
     return {"title": pair.title, "study": pair.study, **bound, "command": command, "rates": chosen}
 
 

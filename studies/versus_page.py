@@ -26,11 +26,12 @@ from nas_kd.budget import LATENCY
 from nas_kd.preparation.records import Records
 
 Row = dict[str, Any]
+MS = "ms"
 COLUMNS = (
     "arm",
     "test",
     "seeds",
-    "ms",
+    MS,
     "MACs",
     "params",
     "lr",
@@ -112,6 +113,7 @@ def pair_lines(pair: Row) -> Iterator[str]:
     yield (
         f"The base, which is the teacher: {100 * teacher['test']:.2f} % test accuracy, {teacher['macs'] / 1e6:.2f} M "
         f"MACs, {teacher['params']:,} params. The bound: {bound_of(pair)}."
+        + (f" {pair['train']:,} images to train on." if "train" in pair else "")  # rows of before do not say
     )
     for seconds in sorted({row["total"] for row in pair["rows"]}):
         rows = [row for row in pair["rows"] if row["total"] == seconds]
@@ -141,12 +143,13 @@ def bounded(pair: Row) -> str:
 
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
-    yield f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
+    columns = [name for name in COLUMNS if name != MS or any(row.get(LATENCY) for row in rows)]
+    yield f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row["arm"], []).append(row)
     ordered = sorted(groups.values(), key=lambda group: -mean(group, "test"))
-    yield from map(line, ordered)
+    yield from (line(group, timed=MS in columns) for group in ordered)
     ours = [group for group in ordered if is_ours(group[0])]
     others = [group for group in ordered if not is_ours(group[0])]
     if ours and others:
@@ -154,12 +157,17 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
         yield f"\n`{ours[0][0]['arm']}` is {lead:+.2f} points from the best peer, `{others[0][0]['arm']}`."
 
 
-def line(group: Sequence[Row]) -> str:
+def line(group: Sequence[Row], *, timed: bool) -> str:
     spread = f" ± {100 * statistics.stdev(row['test'] for row in group):.2f}" if len(group) > 1 else ""
     first = group[0]
     cells = [first["arm"], f"{100 * mean(group, 'test'):.2f}{spread}", len(group)]
-    cells += [milliseconds(first.get(LATENCY, 0)), f"{first['macs'] / 1e6:.2f} M"]
-    cells += [f"{first['params']:,}", f"{first['lr']:.3g}", f"{mean(group, 'images'):,.0f}"]
+    cells += [milliseconds(first.get(LATENCY, 0))] if timed else []
+    cells += [
+        f"{first['macs'] / 1e6:.2f} M",
+        f"{first['params']:,}",
+        f"{first['lr']:.3g}",
+        f"{mean(group, 'images'):,.0f}",
+    ]
     cells += [f"{mean(group, part):.0f}" for part in ("library", "other", "training")]
     return f"| {' | '.join(map(str, cells))} | {statistics.mean(map(total, group)):.0f} |"
 

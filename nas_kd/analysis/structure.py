@@ -93,6 +93,16 @@ class Block:
         return tuple(dict.fromkeys(choice.conv for choice in self.choices if choice.conv is not None))
 
 
+def row_of(blocks: Sequence[Block], genotype: Mapping[str, Choice]) -> NDArray[np.int64]:
+    """Return a genotype as a row: the position of each block's choice."""
+    return np.array([block.choices.index(genotype[block.name]) for block in blocks], dtype=np.int64)
+
+
+def genotype_of(blocks: Sequence[Block], row: Sequence[int] | NDArray[np.int64]) -> Genotype:
+    """Return the genotype of a row of positions; the inverse of `row_of`."""
+    return Genotype.of({block.name: block.choices[index] for block, index in zip(blocks, row, strict=True)})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Analysis:
     """What is known of a base: its blocks, the trace that they were read off, and what is left alone and why."""

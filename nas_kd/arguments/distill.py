@@ -85,8 +85,6 @@ def distill_parser(prog: str = "python -m nas_kd.distill") -> argparse.ArgumentP
         prog=prog,
         description="Trains one small model: online beside its peers, offline beside a teacher, or plainly.",
         epilog=f"example: {prog} resnet18 --conv depthwise --online     (no data, network or GPU needed)",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     _add_model(parser.add_argument_group("model (as in timm)").add_argument)
     _add_mode(parser)

@@ -15,7 +15,12 @@ LOCAL = "local-dir:"
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are NasKdErrors, so that a wrong argument is one line and exit code 2."""
+    """A parser whose errors are NasKdErrors, so that a wrong argument is one line and exit code 2. Arguments are not
+    abbreviated: one that joins later would make that ambiguous."""
+
+    def __init__(self, prog: str, *, description: str, epilog: str | None = None) -> None:
+        plain = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog, description=description, epilog=epilog, formatter_class=plain, allow_abbrev=False)
 
     def error(self, message: str) -> None:  # type: ignore[override]
         raise NasKdError(f"{message}; see {self.prog} --help")

@@ -124,8 +124,6 @@ def study_parser(prog: str = "python -m nas_kd.study") -> argparse.ArgumentParse
         prog=prog,
         description="Any timm CNN in, a family of smaller timm CNNs out, each within a hard budget.",
         epilog=f"example: {prog} --budget params=1M     (no data, network or GPU needed)",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"nas_kd {__version__}")
     add_base(parser)
@@ -268,6 +266,13 @@ def parse_study(argv: Sequence[str]) -> Settings:
     arguments["command"] = command_line("python -m nas_kd.study", list(again))
     arguments["storage"] = arguments["storage"] or _storage_of_environment()
     return settings_from(arguments)
+
+
+def settings_like(asked: Mapping[str, Any], command: str, **fixed: Any) -> Settings:
+    """The settings of the study that a command with fewer arguments stands for: what was `asked` there, what it has
+    `fixed`, and a study's defaults for all else. Raises NasKdError for bad ones."""
+    defaults = vars(study_parser().parse_args([f"--budget={asked['budget']}"]))
+    return settings_from({**defaults, **fixed, **asked, "command": command})
 
 
 def _storage_of_environment() -> str | None:

@@ -40,8 +40,6 @@ def worker_parser(prog: str = "python -m nas_kd.worker") -> argparse.ArgumentPar
         prog=prog,
         description="Joins a running study: trains trials beside its other workers until it has what it wants.",
         epilog=f"example: {prog} --storage postgresql+psycopg://me@db/nas --study-name resnet18-digits-params1M",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add(

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from nas_kd.analysis.structure import Analysis, Block
+from nas_kd.analysis.structure import Analysis, Block, genotype_of, row_of
 from nas_kd.budget import COUNTED, DEVICE, MEASURED, Cost
 from nas_kd.costs.cost_terms import Counts, cost_polynomials
 from nas_kd.costs.device import DeviceTable, device_table
@@ -69,12 +69,11 @@ class CostTable:
 
     def indices(self, genotype: Mapping[str, Choice]) -> Vector:
         """Return the position of each block's choice: one row for `many`."""
-        return np.array([block.choices.index(genotype[block.name]) for block in self.blocks], dtype=np.int64)
+        return row_of(self.blocks, genotype)
 
     def genotype(self, indices: Sequence[int] | Vector) -> Genotype:
         """Return the genotype of a row of positions; the inverse of `indices`."""
-        chosen = zip(self.blocks, indices, strict=True)
-        return Genotype.of({block.name: block.choices[index] for block, index in chosen})
+        return genotype_of(self.blocks, indices)
 
     def cost(self, genotype: Mapping[str, Choice]) -> Cost:
         """Return the cost of one genotype, equal to what the built student counts; what is measured is expected."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from nas_kd.analysis.structure import Analysis, Block
+from nas_kd.analysis.structure import Analysis, Block, genotype_of, row_of
 from nas_kd.analysis.trace import without_storage
 from nas_kd.budget import CYCLES
 from nas_kd.costs.cost_table import CostTable
@@ -54,6 +54,11 @@ class CycleTable:
         self._observed: dict[str, Observed] = {}
         self._told: Terms | None = None
 
+    @property
+    def is_told(self) -> bool:
+        """Whether it knows nothing but what another machine noted."""
+        return self.estimator is None
+
     def estimate_students(self, report: Callable[[str], None] = lambda words: None) -> None:
         """Estimates the base and some students; `report` is told of each. Raises ModelError for a base that the way to
         devices cannot take."""
@@ -70,8 +75,8 @@ class CycleTable:
         """Takes over what another machine expects and noted."""
         sums = notes["sums"].items()
         self._told = {tuple(map(int, blocks.split())): np.array(own, dtype=float) for blocks, own in sums}
-        row = np.array([block.choices.index(block.default) for block in self.analysis.blocks])
-        self._observed[self.analysis.identity.digest] = Observed(row=row, total=float(notes["base"]))
+        base = self.analysis.identity
+        self._observed[base.digest] = Observed(row=row_of(self.analysis.blocks, base), total=float(notes["base"]))
 
     def whole(self, genotype: Mapping[str, Choice]) -> int:
         """The cycles of a whole student, estimated now or before."""
@@ -121,7 +126,7 @@ class CycleTable:
             draft = drafted(build_student(self.base, self.analysis, genotype), self._input_size)
             self._store[genotype.digest] = self._by_layer(draft, self.estimator.cycles(draft.content))
         layers = self._store[genotype.digest]
-        row = np.array([block.choices.index(genotype[block.name]) for block in self.analysis.blocks])
+        row = row_of(self.analysis.blocks, genotype)
         return Observed(row=row, total=float(sum(layers.values())), layers=layers)
 
     def _by_layer(self, draft: Draft, cycles: Sequence[int]) -> dict[str, int]:
@@ -170,11 +175,7 @@ def evenly_drawn(blocks: Sequence[Block], count: int, seed: int = 0) -> list[Gen
     for block in blocks:
         times = -(-count // len(block.choices))
         columns.append(np.concatenate([generator.permutation(len(block.choices)) for _ in range(times)])[:count])
-    rows = np.stack(columns, axis=1)
-    return [
-        Genotype.of({block.name: block.choices[index] for block, index in zip(blocks, row, strict=True)})
-        for row in rows
-    ]
+    return [genotype_of(blocks, row) for row in np.stack(columns, axis=1)]
 
 
 def store_key(estimator: Estimator, base: nn.Module, input_size: Sequence[int]) -> str:

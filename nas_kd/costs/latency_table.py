@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from nas_kd.analysis.structure import Analysis, Block
+from nas_kd.analysis.structure import Analysis, Block, row_of
 from nas_kd.budget import LATENCY
 from nas_kd.costs.cost_table import CostTable
 from nas_kd.costs.latency import Timing
@@ -236,9 +236,8 @@ class LatencyTable:
         return [student for _, student in sorted(self._observed.items())]
 
     def _seen(self, genotype: Genotype, measured: Measured) -> Observed:
-        row = [block.choices.index(genotype[block.name]) for block in self.analysis.blocks]
-        layers = {name: 1e6 * time for name, time in measured.layers.items()}
-        return Observed(row=np.array(row), total=1e6 * measured.milliseconds, layers=layers)
+        row, layers = row_of(self.analysis.blocks, genotype), {n: 1e6 * time for n, time in measured.layers.items()}
+        return Observed(row=row, total=1e6 * measured.milliseconds, layers=layers)
 
     def _subject(self, genotype: Mapping[str, Choice], *, layers: bool = False) -> Subject:
         student = build_student(self.base, self.analysis, genotype)

@@ -11,7 +11,7 @@ from typing import Any
 from nas_kd.arguments.augment import add_augmentation
 from nas_kd.arguments.parsing import Parser, command_line, number
 from nas_kd.arguments.shared import add_base, add_baselines, add_data, add_onnx, add_recipe, add_report
-from nas_kd.arguments.study import Settings, settings_from, study_parser
+from nas_kd.arguments.study import Settings, settings_like
 from nas_kd.budget import KINDS, parse_budget
 from nas_kd.errors import BudgetError, GenotypeError, NasKdError
 
@@ -35,8 +35,6 @@ def structure_parser(prog: str = "python -m nas_kd.structure") -> argparse.Argum
         description="Learns how wide each block must be within a budget, while the network is distilled; then narrows "
         "it, and distils what is left.",
         epilog=f"example: {prog} --budget macs=50%     (no data, network or GPU needed)",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add_base(parser)
     add_data(parser)
@@ -96,13 +94,11 @@ def parse_structure(argv: Sequence[str]) -> StructureSettings:
         "learn_epochs": arguments.pop("learn_epochs"),
         "factors": tuple(map(_factor, arguments.pop("factors"))),
     }
-    others_ = vars(
-        study_parser().parse_args([f"--budget={arguments['budget']}", "--library-budget=0", "--no-base-bounds"])
-    )
     command = command_line("python -m nas_kd.structure", argv)
-    study = settings_from({**others_, **arguments, "command": command})
+    fixed = {"library_budget": 0.0, "base_bounds": False}
+    study = settings_like(arguments, command, **fixed)
     if study.out is None:
-        study = settings_from({**others_, **arguments, "command": command, "out": f"results/structure-{study.name}"})
+        study = settings_like({**arguments, "out": f"results/structure-{study.name}"}, command, **fixed)
     return StructureSettings(study=study, **own)
 
 

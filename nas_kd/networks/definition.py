@@ -41,9 +41,8 @@ _IMPORTS = (  # module and names, as they are written; those that the file uses 
     ("re", ()),
     ("collections", ("OrderedDict",)),
     ("collections.abc", ("Sequence",)),
-    ("dataclasses", ("dataclass",)),
     ("pathlib", ("Path",)),
-    ("typing", ("Any", "cast")),
+    ("typing", ("Any", "NamedTuple", "cast")),
     ("timm", ()),
     ("torch", ()),
     ("torch.nn.functional as F", ()),
@@ -95,8 +94,8 @@ def _apply_edit(model: nn.Module, path: str, edit: dict[str, Any]) -> None:
 '''
 _CREATE, _CREATE_OURS = "timm.create_model(BASE, **arguments)", "{}(**{{**{!r}, **arguments}})"
 _REPLACE = 'build_conv(ConvSpec(**edit["conv"])) if "conv" in edit else nn.Identity()'
-_SPEC = '''@dataclass(frozen=True, kw_only=True)
-class ConvSpec:
+# no dataclass: those look their module up in sys.modules, where a file that importlib executes need not be
+_SPEC = '''class ConvSpec(NamedTuple):
     """One convolution that takes the place of another."""
 
 {fields}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from nas_kd.arguments.augment import add_augmentation
 from nas_kd.arguments.parsing import Parser, command_line, number
 from nas_kd.arguments.shared import add_base, add_choices, add_data, add_library, add_proxy_rate, add_recipe, add_report
-from nas_kd.arguments.study import Settings, settings_from, study_parser
+from nas_kd.arguments.study import Settings, settings_like
 from nas_kd.errors import NasKdError
 
 
@@ -36,8 +36,6 @@ def rank_parser(prog: str = "python -m nas_kd.rank_check") -> argparse.ArgumentP
         description="How far the ranking of short trainings can be trusted: trains random genotypes for long and tells "
         "how well each score would have ordered them.",
         epilog=f"example: {prog} --budget params=1M --genotypes 10 --truth-images 20000",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add_base(parser)
     add_data(parser)
@@ -75,9 +73,8 @@ def parse_rank_check(argv: Sequence[str]) -> RankSettings:
             "least twice as many"
         )
     _check_counts(own["genotypes"], own["near"])
-    others = vars(study_parser().parse_args([f"--budget={arguments['budget']}", "--no-base-bounds"]))
     command = command_line("python -m nas_kd.rank_check", argv)
-    return RankSettings(study=settings_from({**others, **arguments, "command": command}), **own)
+    return RankSettings(study=settings_like(arguments, command, base_bounds=False), **own)
 
 
 def _check_counts(genotypes: int, near: int) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -63,36 +64,29 @@ class MeasuredCosts:
         self.cycles.tell(notes)
         self.table = self.cycles.onto(self.table)
 
+    @property
+    def _measured(self) -> dict[str, LatencyTable | CycleTable]:
+        """The tables of what is measured, by kind."""
+        tables = {LATENCY: self.latency, CYCLES: self.cycles}
+        return {kind: table for kind, table in tables.items() if table is not None}
+
     def known(self, genotype: Mapping[str, Choice]) -> dict[str, int]:
         """What was measured of a whole student, by kind."""
-        own, tables = Genotype.of(dict(genotype)), {LATENCY: self.latency, CYCLES: self.cycles}
-        found = {kind: table.known(own) for kind, table in tables.items() if table is not None}
+        own = Genotype.of(dict(genotype))
+        found = {kind: table.known(own) for kind, table in self._measured.items()}
         return {kind: value for kind, value in found.items() if value is not None}
 
     def _measure(self, kind: str, *genotypes: Genotype, layers: bool = False) -> list[int]:
-        """What is measured of whole students, which corrects the table when they are new."""
-        return self._time(genotypes, layers) if kind == LATENCY else self._estimate(genotypes)
-
-    def _estimate(self, genotypes: Sequence[Genotype]) -> list[int]:
-        assert self.cycles is not None
-        if self.cycles.estimator is None:
-            return [self.table.cost(genotype).cycles for genotype in genotypes]
+        """What is measured of whole students, which corrects the table when they are new; `layers` as for latencies."""
+        table = self._measured[kind]
+        if table.is_told:
+            return [table.known(genotype) or self.table.cost(genotype)[kind] for genotype in genotypes]
         with MEASURING:
-            known = [self.cycles.known(genotype) for genotype in genotypes]
-            estimated = self.cycles.wholes(genotypes)
-            if None in known:
-                self.table = self.cycles.onto(self.table)
-        return estimated
-
-    def _time(self, genotypes: Sequence[Genotype], layers: bool) -> list[int]:
-        assert self.latency is not None
-        if self.latency.is_told:
-            return [self.latency.known(one) or self.table.cost(one).latency for one in genotypes]
-        with MEASURING:
-            known = [self.latency.known(genotype) for genotype in genotypes]
-            measured = self.latency.wholes(genotypes, layers=layers)
-            if None in known:
-                self.table = self.latency.onto(self.table)
+            new = any(table.known(genotype) is None for genotype in genotypes)
+            wholes = functools.partial(table.wholes, layers=layers) if isinstance(table, LatencyTable) else table.wholes
+            measured = wholes(genotypes)
+            if new:
+                self.table = table.onto(self.table)
         return measured
 
     def _elsewhere(self, kind: str, analysis: Analysis, genotype: Genotype) -> int:
@@ -106,8 +100,8 @@ class MeasuredCosts:
     def _smallest(self, kind: str) -> int:
         """The smallest reachable cost; of what is measured the smallest that a whole student was found to have."""
         cheapest = self.table.cheapest(kind)
-        table = {LATENCY: self.latency, CYCLES: self.cycles}.get(kind)
-        if table is None or (isinstance(table, CycleTable) and table.estimator is None):
+        table = self._measured.get(kind)
+        if table is None or (isinstance(table, CycleTable) and table.is_told):
             return self.table.cost(cheapest)[kind]
         self._measure(kind, cheapest)
         return table.least()

@@ -308,20 +308,23 @@ class Space(MeasuredCosts, Generic[Network]):
             return mixed_starts(self.table, self.budget, count, damages, self.levels)
         asked = [kind for kind in measured if kind not in self.budget.fixed]
         found: dict[Genotype, None] = {}
+        tight = self.budget
         # each round's measurements correct the table for the next one; few come near a bound that is the base's own
-        for number in range(_ROUNDS if asked else 1):
-            tight = self.budget
-            for kind in asked:
-                tight = tight.with_bound(kind, round(self.budget[kind] * (1 - _TIGHTER * number)))
+        for _ in range(_ROUNDS if asked else 1):
             starts = mixed_starts(self.table, tight, count, damages, self.levels)
             expected = [self._level(self.table.cost(genotype), tight) for genotype in starts]
             for kind in measured:
                 self._measure(kind, *starts, layers=True)
-            reached = [self._level(self.cost(genotype), self.budget) for genotype in starts]
+            costs = [self.cost(genotype) for genotype in starts]
+            reached = [self._level(cost, self.budget) for cost in costs]
             within = [genotype for genotype, level in zip(starts, reached, strict=True) if level < _OVER]
             found |= dict.fromkeys(within)
-            if starts and all(now <= then for now, then in zip(reached, expected, strict=True)):
+            if all(now <= then for now, then in zip(reached, expected, strict=True)):
                 break
+            for kind in asked:
+                # solutions are what the table takes for cheaper than it is: their bound goes down by what they are over
+                over = max(1.0, max(cost[kind] for cost in costs) / self.budget[kind])
+                tight = tight.with_bound(kind, round(tight[kind] / over * (1 - _TIGHTER)))
         return within or list(found)[:count]
 
     def _level(self, cost: Cost, budget: Budget) -> float:

@@ -121,8 +121,7 @@ sys.modules["nas_kd"] = None  # importing it fails
 torch.set_num_threads(1)
 for number, folder in enumerate(sys.argv[1:]):
     spec = importlib.util.spec_from_file_location(f"model{number}", f"{folder}/model.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
+    module = importlib.util.module_from_spec(spec)  # and not into sys.modules
     spec.loader.exec_module(module)
     known = torch.load(f"{folder}.pt", weights_only=True)
     with torch.no_grad():
