@@ -92,7 +92,10 @@ def train_with_workers(job: Job, plan: Sequence[Wanted], materials: Materials, c
     kit = read_kit(study)
     assert kit is not None
 
+    own = set[str]()
+
     def run(name: str) -> tuple[float, Notes]:
+        own.add(name)
         return refine_in(workshop, models[name], advance).val_accuracy, {}
 
     with storage_errors("share out models"):
@@ -108,6 +111,8 @@ def train_with_workers(job: Job, plan: Sequence[Wanted], materials: Materials, c
             do_jobs(jobs, run, grace=job.settings.grace_period, sleep=sleep)
         for name, notes in done_jobs(jobs).items():
             _bring(kit, job.cache / name, notes)
+            if name in models and name not in own:
+                advance(f"{models[name].role}: trained by another process", models[name].epochs)
 
 
 def forget_models(job: Job) -> None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
@@ -43,8 +45,9 @@ def post_jobs(storage: BaseStorage, name: str, keys: Sequence[str]) -> RetryingS
         there = set()
         for trial in jobs.get_trials(deepcopy=False):
             if trial.state == TrialState.WAITING and key_of(trial) not in keys:  # of another plan
-                storage.set_trial_user_attr(trial._trial_id, ERROR, "not wanted any more")
-                storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
+                with suppress(UpdateFinishedTrialError):  # a worker that was quick
+                    storage.set_trial_user_attr(trial._trial_id, ERROR, "not wanted any more")
+                    storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
             elif trial.state != TrialState.FAIL:
                 there.add(key_of(trial))
         for key in keys:
@@ -127,7 +130,7 @@ def _do(jobs: RetryingStudy, job: optuna.Trial, run: Callable[[str], tuple[float
         for name, value in notes.items():
             job.set_user_attr(name, value)
         jobs.tell(job, score)
-    except (ValueError, optuna.exceptions.UpdateFinishedTrialError):  # both mean: it is finished
+    except (ValueError, UpdateFinishedTrialError):  # both mean: it is finished
         _logger.warning("a model was given to another worker: this one was silent for too long")
         return False
     return True

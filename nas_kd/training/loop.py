@@ -27,7 +27,7 @@ from nas_kd.training.evaluation import (
 )
 from nas_kd.training.images import Batch, ImageSet, TrainingData, normalise
 from nas_kd.training.losses import student_loss
-from nas_kd.training.ranks import Ranks, current, trainings
+from nas_kd.training.ranks import Ranks, current
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.resume import Progress, Stateful, restore, store
 from nas_kd.training.step_graph import StepGraphs
@@ -276,9 +276,10 @@ class _Stepper:
 
 def take_part(ranks: Ranks) -> int:
     """Takes part in every training that rank 0 shares, until it has ended; the exit code of this process."""
-    for task, data, recipe in trainings(ranks):
+    while (job := ranks.await_training()) is not None:
         with suppress(TrainingError):  # rank 0 says it
-            fit(task, data, recipe, run=Run(shared=True))
+            fit(*job, run=Run(shared=True))
+        del job  # its memory, before hours of waiting
     return 0
 
 

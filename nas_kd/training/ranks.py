@@ -28,7 +28,7 @@ from nas_kd.training.synchronised import NormsTogether, reaching
 
 _MEETING = timedelta(minutes=10)  # for all processes to start
 _STAGE = timedelta(days=365)  # that rank 0 may be at something else
-_ENDED = "ended"
+_ENDED = "ended"  # what rank 0 says in the end
 
 
 class Ranks:
@@ -62,6 +62,11 @@ class Ranks:
             self.busy = False
             raise
         self.busy = False
+
+    def await_training(self) -> Any:
+        """The next training that rank 0 begins; None when it has ended."""
+        job = self.from_first()
+        return None if job == _ENDED else job
 
     def from_first(self, value: Any = None) -> Any:
         """Rank 0's value, at every rank; its tensors on this one's device. Raises TrainingError for one that cannot be
@@ -172,12 +177,6 @@ def together() -> Iterator[Ranks]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # this process ends anyway, and has one line to say
         _Process.ranks = Ranks()
         ranks.leave()
-
-
-def trainings(ranks: Ranks) -> Iterator[tuple[Any, ...]]:
-    """The trainings that rank 0 begins, one after the other, until it has ended."""
-    while (job := ranks.from_first()) != _ENDED:
-        yield job
 
 
 def packed(value: Any) -> bytes:

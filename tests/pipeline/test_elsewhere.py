@@ -121,7 +121,9 @@ def test_a_worker_trains_models_that_are_the_same_here(
     worker = start_worker(job, tmp_path, *filter(None, [ray]))
     with monkeypatch.context() as here:
         here.setattr(elsewhere, "refine_in", after(lambda: others_at_work(job) or worker.poll()))
-        shared = refine_all(job, plan, materials, ignore)
+        told: list[float] = []
+        shared = refine_all(job, plan, materials, lambda words, steps=1, /: told.append(steps))
+    assert sum(told) == sum(wanted.epochs for wanted in plan)  # those of the worker too
     said, errors = worker.communicate()
     assert (worker.returncode, done.user_attrs[MODELS]) == (0, DONE), errors
     assert ray or "of its models" in said
