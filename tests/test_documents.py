@@ -66,7 +66,7 @@ SHORT = {
 }
 MAIN_COMMAND = "--budget params=1M"
 BLOCK = re.compile(r"```(?:bash|sh)\n(.*?)```", re.DOTALL)
-COMMAND = re.compile(r"(?:python -m nas_kd\.|^nas-kd )(\w+)(.*)", re.MULTILINE)
+COMMAND = re.compile(r"(?:-m nas_kd\.|^nas-kd )(\w+)(.*)", re.MULTILINE)  # torchrun's are run by one process here
 
 
 def commands() -> list[tuple[str, str, str]]:
@@ -177,7 +177,9 @@ def make_what_they_name(words: list[str], place: Path, monkeypatch: pytest.Monke
         "DIR": str(data),
         "FILE": str(place / "weights.pth"),
         "MODEL": "test_resnet",
+        "imagenet": str(data),
         "160": "64",  # pixels
+        "224": "64",
         "s3://bucket": str(place / "bucket"),
         "postgresql+psycopg://me@db/nas": f"sqlite:///{place / 'server.db'}",
     }
