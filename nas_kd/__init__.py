@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from nas_kd.budget import Cost as Cost
     from nas_kd.budget import parse_budget as parse_budget
     from nas_kd.costs.verification import analyse as analyse
+    from nas_kd.data.images import Images as Images
+    from nas_kd.data.pictures import open_picture as open_picture
     from nas_kd.errors import NasKdError as NasKdError
     from nas_kd.genotype import Choice as Choice
     from nas_kd.genotype import Genotype as Genotype
@@ -31,12 +33,10 @@ if TYPE_CHECKING:
     from nas_kd.search.space import Space as Space
     from nas_kd.training.anchoring import anchor as anchor
     from nas_kd.training.evaluation import recalibrate as recalibrate
-    from nas_kd.training.images import Images as Images
     from nas_kd.training.losses import distillation_loss as distillation_loss
     from nas_kd.training.losses import ensemble_loss as ensemble_loss
     from nas_kd.training.losses import soft_loss as soft_loss
     from nas_kd.training.online import make_ensemble as make_ensemble
-    from nas_kd.training.pictures import open_picture as open_picture
 
 _HOMES = {
     "Budget": "nas_kd.budget",
@@ -44,7 +44,7 @@ _HOMES = {
     "Choice": "nas_kd.genotype",
     "Cost": "nas_kd.budget",
     "Genotype": "nas_kd.genotype",
-    "Images": "nas_kd.training.images",
+    "Images": "nas_kd.data.images",
     "KnapsackSampler": "nas_kd.search.sampler",
     "Library": "nas_kd.library.library",
     "LibrarySpec": "nas_kd.library.building",
@@ -59,7 +59,7 @@ _HOMES = {
     "export": "nas_kd.results.export",
     "load": "nas_kd.results.export",
     "make_ensemble": "nas_kd.training.online",
-    "open_picture": "nas_kd.training.pictures",
+    "open_picture": "nas_kd.data.pictures",
     "parse_budget": "nas_kd.budget",
     "parse_options": "nas_kd.search.options",
     "recalibrate": "nas_kd.training.evaluation",

@@ -12,8 +12,8 @@ from nas_kd.arguments.images import ImageSettings
 from nas_kd.arguments.parsing import LOCAL, Parser, guarded, model_name, number, path
 from nas_kd.arguments.shared import add_accelerator, add_look
 from nas_kd.budget import short
+from nas_kd.data.dataset_names import choose_dataset
 from nas_kd.errors import ModelError
-from nas_kd.training.dataset_names import choose_dataset
 
 if TYPE_CHECKING:
     from nas_kd.pipeline.device import OnDevice
@@ -80,12 +80,12 @@ def run_mcu(settings: McuSettings) -> int:
     import numpy as np
     import torch
 
+    from nas_kd.data.splits import load_splits
     from nas_kd.networks.c_project import write_c
     from nas_kd.networks.tflite_file import need_tools
     from nas_kd.pipeline.device import TFLITE, check_int8, put_on_device
     from nas_kd.pipeline.quantisation import inputs_of
     from nas_kd.preparation.given import prepare_network
-    from nas_kd.training.data import load_splits
 
     check_int8(settings.folder)
     need_tools()

@@ -12,7 +12,7 @@ from nas_kd.arguments.images import ImageSettings
 from nas_kd.arguments.parsing import LOCAL, Parser, guarded, model_name, number, path
 from nas_kd.arguments.shared import add_look
 from nas_kd.budget import short
-from nas_kd.training.dataset_names import choose_dataset
+from nas_kd.data.dataset_names import choose_dataset
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -84,12 +84,12 @@ def run_quantize(settings: QuantizeSettings) -> int:
     console = console_for(sys.stderr)
     configure(console, quiet=settings.quiet, debug=settings.debug)
 
+    from nas_kd.data.splits import load_splits
     from nas_kd.networks.onnx import need
     from nas_kd.pipeline.quantisation import Int8Spec, quantise_network
     from nas_kd.preparation.augmenting import fresh_images
     from nas_kd.preparation.given import prepare_network
     from nas_kd.preparation.job import open_folder
-    from nas_kd.training.data import load_splits
 
     need("onnx", "onnxruntime")
     stages = Stages(console, quiet=settings.quiet)

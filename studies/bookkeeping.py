@@ -34,6 +34,7 @@ from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 
 import nas_kd
+from nas_kd.data.images import Images
 from nas_kd.genotype import Genotype
 from nas_kd.search.options import parse_options
 from nas_kd.search.sampler import KnapsackSampler, make_sampler
@@ -41,7 +42,6 @@ from nas_kd.search.starts import draw, prior_damages
 from nas_kd.search.storage import close_storage, open_storage, open_study, sqlite_url
 from nas_kd.search.trials import Objective, Proxy, count_trained, is_trained, objectives
 from nas_kd.search.work import Limits, _Worker, work
-from nas_kd.training.images import Images
 from nas_kd.training.loop import TrainResult
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.views import Views

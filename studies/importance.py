@@ -25,6 +25,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from nas_kd.analysis.structure import Analysis
+from nas_kd.data.augment import Augmentation
+from nas_kd.data.images import AugmentedImages, Images, normalise
+from nas_kd.data.splits import DataSpec, load_splits
 from nas_kd.library.importance import reconstruction_importance
 from nas_kd.library.refit import layer_inputs, patch_rows, reference_of, refit
 from nas_kd.search.space import Space
@@ -32,11 +35,8 @@ from nas_kd.search.starts import uniform_genotype
 from nas_kd.students.frames import find_frames, joined, recording
 from nas_kd.students.inheritance import inherit_student
 from nas_kd.students.unit_importance import unit_importance
-from nas_kd.training.augment import Augmentation
 from nas_kd.training.checkpoint import load_checkpoint
-from nas_kd.training.data import DataSpec, load_splits
 from nas_kd.training.evaluation import evaluate, recalibrate
-from nas_kd.training.images import AugmentedImages, Images, normalise
 
 WIDTHS = (0.75, 0.5, 0.25)
 FITTED, CALIBRATION = 256, 512

@@ -34,6 +34,7 @@ from torch import nn
 from nas_kd import Genotype
 from nas_kd.arguments.parsing import guarded
 from nas_kd.arguments.study import parse_study
+from nas_kd.data.images import Images
 from nas_kd.networks.int8 import quantise
 from nas_kd.networks.onnx import write_model
 from nas_kd.pipeline import prepare
@@ -45,7 +46,6 @@ from nas_kd.progress import Stages
 from nas_kd.search.starts import random_genotype
 from nas_kd.search.trials import Proxy
 from nas_kd.training.evaluation import CALIBRATION, evaluate, recalibrate
-from nas_kd.training.images import Images
 from nas_kd.training.loop import train
 
 STUDY = (

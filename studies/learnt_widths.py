@@ -25,14 +25,14 @@ from torch import Tensor, nn
 
 import nas_kd.models  # noqa: F401  registers the bases
 from nas_kd import Space
+from nas_kd.data.augment import Augmentation
+from nas_kd.data.splits import DataSpec, Splits, load_splits
 from nas_kd.learnt_widths.learning import Goal, LearntWidths, WidthLearner, learn_widths
 from nas_kd.preparation.records import Records
 from nas_kd.search.options import parse_options
 from nas_kd.search.solver import solve
 from nas_kd.students.inheritance import inherit_student
-from nas_kd.training.augment import Augmentation
 from nas_kd.training.checkpoint import load_checkpoint
-from nas_kd.training.data import DataSpec, Splits, load_splits
 from nas_kd.training.evaluation import CALIBRATION, evaluate, recalibrate
 from nas_kd.training.loop import train
 from nas_kd.training.recipe import Recipe

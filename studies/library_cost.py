@@ -31,15 +31,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nas_kd.budget import parse_budget
+from nas_kd.data.augment import Augmentation
+from nas_kd.data.images import AugmentedImages, Images
+from nas_kd.data.splits import DataSpec, Splits, load_splits
 from nas_kd.library.building import LibrarySpec, build_library
 from nas_kd.library.library import Library
 from nas_kd.search.options import parse_options
 from nas_kd.search.solver import solve
 from nas_kd.search.space import Space
-from nas_kd.training.augment import Augmentation
-from nas_kd.training.data import DataSpec, Splits, load_splits
 from nas_kd.training.evaluation import evaluate, predict_logits, recalibrate
-from nas_kd.training.images import AugmentedImages, Images
 from nas_kd.training.losses import distillation_loss
 
 ANCHORING, CALIBRATION, TEMPERATURE = 512, 512, 4.0

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nas_kd.analysis.stride_reduction import reduce_stride
 from nas_kd.costs.verification import measure
-from nas_kd.training.images import Images, normalise
+from nas_kd.data.images import Images, normalise
 
 DIVISOR = 4  # of channels; ModelOpt's own, 32, leaves nothing to choose in networks for small images
 TRIES = 12  # bounds, each lower by a fiftieth

@@ -29,13 +29,13 @@ from transfer import Ground, Rows, Scores, add_ground, make_ground
 from nas_kd import Space
 from nas_kd.budget import Budget
 from nas_kd.costs.verification import measure
+from nas_kd.data.images import AugmentedImages
 from nas_kd.library.building import LibrarySpec, build_library
 from nas_kd.library.library import Library
 from nas_kd.preparation.job import TRANSFER_LR
 from nas_kd.search.options import parse_options
 from nas_kd.search.solver import solve
 from nas_kd.training.evaluation import CALIBRATION, evaluate, predict_logits, recalibrate
-from nas_kd.training.images import AugmentedImages
 from nas_kd.training.loop import train
 from nas_kd.training.losses import distillation_loss
 from nas_kd.training.recipe import Recipe

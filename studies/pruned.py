@@ -19,8 +19,8 @@ from torch_pruning.pruner import importance as importances
 
 from nas_kd.budget import Budget, Cost
 from nas_kd.costs.verification import measure
+from nas_kd.data.images import Images, normalise
 from nas_kd.networks.cifar import _PadShortcut
-from nas_kd.training.images import Images, normalise
 
 STEPS = 50
 MOST = 0.9  # of a layer's channels may go: a global ranking else empties whole layers

@@ -42,17 +42,17 @@ from torch import nn
 from nas_kd import Genotype, Space
 from nas_kd.budget import Budget, parse_budget
 from nas_kd.costs.verification import measure
+from nas_kd.data.augment import Augmentation, derive_seed
+from nas_kd.data.images import Images
+from nas_kd.data.splits import DataSpec, load_splits
 from nas_kd.library.building import LibrarySpec, build_library
 from nas_kd.library.library import Library
 from nas_kd.search.options import parse_options
 from nas_kd.search.solver import solve
 from nas_kd.search.starts import prior_damages, uniform_width_student
 from nas_kd.students.building import build_student
-from nas_kd.training.augment import Augmentation, derive_seed
 from nas_kd.training.checkpoint import load_checkpoint
-from nas_kd.training.data import DataSpec, load_splits
 from nas_kd.training.evaluation import evaluate, recalibrate
-from nas_kd.training.images import Images
 from nas_kd.training.loop import train
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.views import Views, ViewSpec, build_views

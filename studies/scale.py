@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import timm
 
 from nas_kd import Space
-from nas_kd.training.data import LOOK
+from nas_kd.data.splits import LOOK
 
 MODELS = ("mobilenetv2_100", "resnet50")
 IMAGES, VALIDATION, SIDE = 1_281_167, 50_000, 224

@@ -27,11 +27,11 @@ from torch import nn
 
 import nas_kd.models  # noqa: F401  # registers the CIFAR bases
 from nas_kd.analysis.stride_reduction import reduce_stride
+from nas_kd.data.augment import Augmentation
+from nas_kd.data.images import Images
 from nas_kd.search.space import Space
 from nas_kd.search.starts import uniform_genotype
-from nas_kd.training.augment import Augmentation
 from nas_kd.training.evaluation import memory_layout, suits_channels_last
-from nas_kd.training.images import Images
 from nas_kd.training.loop import train
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.views import Views, ViewSpec, build_views

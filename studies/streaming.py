@@ -35,10 +35,10 @@ from PIL import Image
 from timm.data import create_dataset, create_loader
 from torch import Tensor, nn
 
-from nas_kd.training.augment import PhotoAugmentation
-from nas_kd.training.cutting import DataSpec
-from nas_kd.training.data import Splits, load_splits
-from nas_kd.training.images import AugmentedImages, Batch
+from nas_kd.data.augment import PhotoAugmentation
+from nas_kd.data.cutting import DataSpec
+from nas_kd.data.images import AugmentedImages, Batch
+from nas_kd.data.splits import Splits, load_splits
 from nas_kd.training.loop import Task, fit
 from nas_kd.training.recipe import Recipe
 

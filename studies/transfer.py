@@ -39,13 +39,13 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
+from nas_kd.data.augment import AnyAugmentation, default_augmentation
+from nas_kd.data.images import AugmentedImages, Images
+from nas_kd.data.preprocessing import Preprocessing
+from nas_kd.data.splits import DataSpec, Splits, load_splits
 from nas_kd.preparation.job import TRANSFER_LR, transfer_epochs
 from nas_kd.training.anchoring import anchor
-from nas_kd.training.augment import AnyAugmentation, default_augmentation
-from nas_kd.training.data import DataSpec, Splits, load_splits
 from nas_kd.training.evaluation import CALIBRATION, evaluate, recalibrate
-from nas_kd.training.images import AugmentedImages, Images
-from nas_kd.training.preprocessing import Preprocessing
 from nas_kd.training.probe import features_of, find_head, fit_probe, install
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.teacher import TeacherCache, Teaching, prepare_teacher

@@ -23,6 +23,8 @@ from nas_kd import Space
 from nas_kd.arguments.study import parse_study
 from nas_kd.budget import LATENCY, Cost
 from nas_kd.costs.verification import measure
+from nas_kd.data.augment import derive_seed
+from nas_kd.data.images import Images
 from nas_kd.errors import ModelError
 from nas_kd.genotype import Genotype
 from nas_kd.library.building import LibrarySpec, build_library
@@ -36,9 +38,7 @@ from nas_kd.progress import Stages
 from nas_kd.results.export import Card, export
 from nas_kd.search.options import parse_options
 from nas_kd.search.solver import solve
-from nas_kd.training.augment import derive_seed
 from nas_kd.training.evaluation import CALIBRATION, evaluate, recalibrate
-from nas_kd.training.images import Images
 from nas_kd.training.views import Views
 
 OURS, PRUNED, FRESH = "ours", "pruned", "fresh"  # what an arm's network begins with

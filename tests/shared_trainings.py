@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from nas_kd.arguments.parsing import guarded
 from nas_kd.arguments.torchrun import led
+from nas_kd.data.augment import Augmentation
+from nas_kd.data.images import AugmentedImages
+from nas_kd.data.splits import DataSpec, load_splits
 from nas_kd.errors import TrainingError
 from nas_kd.training import step_memory
-from nas_kd.training.augment import Augmentation
-from nas_kd.training.data import DataSpec, load_splits
-from nas_kd.training.images import AugmentedImages
 from nas_kd.training.loop import Run, train
 from nas_kd.training.online import train_online
 from nas_kd.training.recipe import Recipe

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from nas_kd.budget import Budget, parse_budget
+from nas_kd.data.augment import Augmentation
+from nas_kd.data.splits import DataSpec, Splits, load_splits
 from nas_kd.genotype import Genotype
 from nas_kd.search.space import Space
 from nas_kd.search.trials import Proxy
-from nas_kd.training.augment import Augmentation
-from nas_kd.training.data import DataSpec, Splits, load_splits
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.views import ViewSpec, build_views
 

@@ -9,12 +9,12 @@ import pytest
 from nas_kd.arguments.augment import AugmentOptions
 from nas_kd.arguments.distill import DistillSettings, parse_distill
 from nas_kd.arguments.study import Settings, parse_study
+from nas_kd.data.augment import Augmentation, PhotoAugmentation
+from nas_kd.data.mixing import Mixing
 from nas_kd.errors import DataError, NasKdError
 from nas_kd.learnt_widths.arguments import parse_structure
 from nas_kd.preparation.augmenting import augmentation_of, mixing_of
 from nas_kd.rank_check.arguments import parse_rank_check
-from nas_kd.training.augment import Augmentation, PhotoAugmentation
-from nas_kd.training.mixing import Mixing
 from nas_kd.workers.kit import Kit, settings_of
 
 AnySettings = Settings | DistillSettings

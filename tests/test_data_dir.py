@@ -12,10 +12,10 @@ from PIL import Image
 from nas_kd import distill, rank_check, structure, study
 from nas_kd.arguments.distill import parse_distill
 from nas_kd.arguments.study import parse_study
+from nas_kd.data.splits import DataSpec, load_splits
 from nas_kd.errors import DataError
 from nas_kd.learnt_widths.arguments import parse_structure
 from nas_kd.rank_check.arguments import parse_rank_check
-from nas_kd.training.data import DataSpec, load_splits
 
 Main = Callable[[Sequence[str]], int]
 COMMANDS: dict[str, tuple[Main, Callable[[Sequence[str]], object], list[str]]] = {

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 import nas_kd
 from nas_kd.__main__ import main as nas_kd_main
 from nas_kd.costs.verification import measure
+from nas_kd.data.splits import DataSpec, load_splits
 from nas_kd.distill import main
-from nas_kd.training.data import DataSpec, load_splits
 from nas_kd.training.evaluation import evaluate
 
 pytestmark = pytest.mark.usefixtures("short_timing", "restore_logging")

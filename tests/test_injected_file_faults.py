@@ -15,15 +15,15 @@ from injection import Count, die, ended_well, fork, watched_files
 from torch import nn
 
 import nas_kd
+from nas_kd.data.augment import Augmentation
+from nas_kd.data.images import AugmentedImages
+from nas_kd.data.splits import DataSpec, Splits, load_splits
 from nas_kd.library.building import LibrarySpec, build_library
 from nas_kd.library.library import Library
 from nas_kd.results.export import Card, export
 from nas_kd.results.refine import Candidate, Refined, Refinement, refine
 from nas_kd.search.options import parse_options
 from nas_kd.search.space import Space
-from nas_kd.training.augment import Augmentation
-from nas_kd.training.data import DataSpec, Splits, load_splits
-from nas_kd.training.images import AugmentedImages
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.teacher import TeacherCache, TeacherResult, Teaching, prepare_teacher
 from nas_kd.training.views import Views, ViewSpec, build_views

@@ -14,11 +14,11 @@ from injection import Count, watched_files
 from PIL import Image, ImageFilter
 from safetensors.torch import load_file
 
+from nas_kd.data.augment import PhotoAugmentation
+from nas_kd.data.images import AugmentedImages
+from nas_kd.data.splits import DataSpec, load_splits
 from nas_kd.distill import main
 from nas_kd.study import main as study_main
-from nas_kd.training.augment import PhotoAugmentation
-from nas_kd.training.data import DataSpec, load_splits
-from nas_kd.training.images import AugmentedImages
 from nas_kd.workers.kit import Kit, images_of
 
 pytestmark = pytest.mark.usefixtures("restore_logging")

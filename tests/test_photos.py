@@ -20,11 +20,11 @@ from torch import Tensor, nn
 import nas_kd
 from nas_kd import distill, study
 from nas_kd.arguments.study import parse_study
+from nas_kd.data.preprocessing import Preprocessing
+from nas_kd.data.splits import DataSpec, load_splits
 from nas_kd.networks.onnx import run_onnx
 from nas_kd.preparation.job import prepare
 from nas_kd.search.storage import close_storage
-from nas_kd.training.data import DataSpec, load_splits
-from nas_kd.training.preprocessing import Preprocessing
 
 BUDGET = "--budget macs=50% --no-base-bounds"
 QUICK = "--train-images 40 --seed 0 -q --device cpu --data-dir"

@@ -133,7 +133,7 @@ class TestResults:
                 assert int(row["macs"]) <= 0.3 * int(teacher["macs"])
 
     def test_an_export_has_the_accuracy_that_is_quoted(self, finished: Finished) -> None:
-        from nas_kd.training.data import DataSpec, load_splits
+        from nas_kd.data.splits import DataSpec, load_splits
         from nas_kd.training.evaluation import evaluate
 
         spec = DataSpec(img_size=32, in_chans=1, train_images=120)

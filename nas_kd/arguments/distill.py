@@ -15,8 +15,8 @@ from nas_kd.arguments.augment import add_augmentation, augment_options
 from nas_kd.arguments.images import ImageSettings
 from nas_kd.arguments.parsing import LOCAL, Parser, command_line, model_name, number, path
 from nas_kd.arguments.shared import RATE, add_data, add_shape
+from nas_kd.data.dataset_names import choose_dataset
 from nas_kd.errors import NasKdError
-from nas_kd.training.dataset_names import choose_dataset
 
 LOSSES = ("kd", "dkd")
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from nas_kd.arguments.parsing import model_name, number, path, size
 from nas_kd.budget import ACCELERATOR, ACCELERATORS
+from nas_kd.data.preprocessing import INTERPOLATIONS
 from nas_kd.errors import NasKdError
-from nas_kd.training.preprocessing import INTERPOLATIONS
 
 RATE = number(1e-9, float, math.inf)  # a learning rate
 SPACE, STAGES = "width,kernel,conv=fast,keep", True  # what may change by default

@@ -30,9 +30,9 @@ from nas_kd.arguments.shared import (
     check_teacher,
 )
 from nas_kd.budget import ACCELERATOR, parse_budget, parse_levels
+from nas_kd.data.dataset_names import choose_dataset
 from nas_kd.errors import NasKdError, nearest, without_password
 from nas_kd.spelling import plain_budget
-from nas_kd.training.dataset_names import choose_dataset
 
 STORAGE = "NAS_KD_STORAGE"  # environment variable: a URL with a password is not for every eye on the machine
 DISTILLATIONS = ("kd", "dkd", "online")

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 
 from nas_kd.analysis.structure import Analysis, Channels
 from nas_kd.budget import KINDS, Budget
+from nas_kd.data.images import ImageSet, TrainingData
 from nas_kd.errors import BudgetError, GenotypeError
 from nas_kd.learnt_widths.channel_cost import channel_cost, segments_of
 from nas_kd.learnt_widths.scale_factors import ScaleFactors
 from nas_kd.training.evaluation import evaluate
-from nas_kd.training.images import ImageSet, TrainingData
 from nas_kd.training.loop import Run, Task, fit, ignore
 from nas_kd.training.losses import SoftLoss, student_loss
 from nas_kd.training.recipe import Recipe

@@ -16,6 +16,7 @@ from torch import nn
 
 from nas_kd.analysis.structure import Analysis
 from nas_kd.budget import Budget
+from nas_kd.data.splits import Splits
 from nas_kd.errors import BudgetError, CheckpointError, GenotypeError, nearest
 from nas_kd.genotype import Genotype
 from nas_kd.learnt_widths.arguments import StructureSettings
@@ -33,7 +34,6 @@ from nas_kd.results.rows import ModelRow
 from nas_kd.search.solver import solve
 from nas_kd.students.inheritance import inherit_student
 from nas_kd.training.checkpoint import load_exactly
-from nas_kd.training.data import Splits
 from nas_kd.training.loop import Run
 from nas_kd.training.tensor_files import read_tensors, write_tensors
 

@@ -21,6 +21,9 @@ import torch
 from torch import nn
 
 from nas_kd.analysis.structure import Analysis, Block
+from nas_kd.data.augment import derive_seed
+from nas_kd.data.images import Images
+from nas_kd.data.memory import give_back
 from nas_kd.errors import DataError, TrainingError
 from nas_kd.library.bench import Bench
 from nas_kd.library.damages import Damages
@@ -38,11 +41,8 @@ from nas_kd.networks.plain import plain
 from nas_kd.students.frames import Passage
 from nas_kd.students.unit_importance import unit_importance
 from nas_kd.training.anchoring import anchor_where_foreign
-from nas_kd.training.augment import derive_seed
 from nas_kd.training.evaluation import CALIBRATION, predict_logits
-from nas_kd.training.images import Images
 from nas_kd.training.resume import replace_file
-from nas_kd.training.step_memory import give_back
 from nas_kd.training.views import weights_digest
 
 _VERSION = 4  # of what the entries hold

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from nas_kd.analysis.structure import Analysis
 from nas_kd.costs.forward_time import module_seconds
+from nas_kd.data.images import Images, normalise
 from nas_kd.library.frame_training import MOST_IMAGES, PART, images_for
 from nas_kd.students.frames import Frame, Passage, find_frames, joined, recording, with_skips
 from nas_kd.training.evaluation import device_of, memory_layout, suits_channels_last
-from nas_kd.training.images import Images, normalise
 
 _PART_BYTES = 32 << 20  # of the largest activation, of images that run at once
 _FIT_BYTES = 96 << 20  # of the largest activation, of images that a fit sees at once

@@ -11,6 +11,7 @@ from torch import nn
 from nas_kd.budget import CYCLES, LATENCY, MEASURED, Budget
 from nas_kd.costs.cycle_table import CycleTable
 from nas_kd.costs.latency_table import LatencyTable, Meter
+from nas_kd.data.augment import derive_seed
 from nas_kd.errors import ModelError
 from nas_kd.genotype import Genotype
 from nas_kd.preparation.job import Job
@@ -18,7 +19,6 @@ from nas_kd.results.rows import Role
 from nas_kd.search.options import parse_options
 from nas_kd.search.space import Space
 from nas_kd.search.starts import random_genotype, uniform_width_students
-from nas_kd.training.augment import derive_seed
 
 _ATTEMPTS = 5  # to draw a random student that is as fast as its blocks promise
 _logger = logging.getLogger(__name__)

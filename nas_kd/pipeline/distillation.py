@@ -18,6 +18,10 @@ from nas_kd.analysis.stride_reduction import reduce_stride
 from nas_kd.arguments.distill import DistillSettings
 from nas_kd.budget import COUNTED, Cost
 from nas_kd.costs.verification import analyse, measure
+from nas_kd.data.augment import derive_seed
+from nas_kd.data.images import AugmentedImages, Images
+from nas_kd.data.sources import open_source
+from nas_kd.data.splits import DIGITS, DataSpec, Splits, load_splits
 from nas_kd.networks.hub import create_base
 from nas_kd.preparation.augmenting import augmentation_of, fresh_images, images_key
 from nas_kd.preparation.image_form import data_spec, warn_of_other_order
@@ -42,14 +46,10 @@ from nas_kd.search.space import input_size_of
 from nas_kd.students.building import build_student
 from nas_kd.students.cheap import cheap_genotype
 from nas_kd.students.inheritance import inherit_student
-from nas_kd.training.augment import derive_seed
 from nas_kd.training.checkpoint import load_checkpoint
-from nas_kd.training.data import DIGITS, DataSpec, Splits, load_splits
 from nas_kd.training.evaluation import CALIBRATION, recalibrate
-from nas_kd.training.images import AugmentedImages, Images
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.resume import replace_file
-from nas_kd.training.sources import open_source
 from nas_kd.training.teacher import Teacher, TeacherCache, TeacherResult, Teaching, adopt_teacher, prepare_teacher
 from nas_kd.training.transfer import HeadOrigin, settle
 from nas_kd.training.views import OnlineViews, Views, ViewSpec, build_views, views_bytes, weights_digest

@@ -16,6 +16,10 @@ import torch
 from torch import nn
 
 from nas_kd.arguments.worker import WorkerSettings
+from nas_kd.data.arrays import load
+from nas_kd.data.images import Images
+from nas_kd.data.originals import open_originals
+from nas_kd.data.splits import Splits
 from nas_kd.errors import ArtifactError, StudyError
 from nas_kd.genotype import Genotype
 from nas_kd.pipeline.baselines import Wanted, whole_of
@@ -28,10 +32,6 @@ from nas_kd.search.jobs import Notes, do_jobs, done_jobs, open_jobs, post_jobs, 
 from nas_kd.search.space import Space
 from nas_kd.search.storage import close_storage, open_storage, storage_errors
 from nas_kd.search.workers import RetryingStudy
-from nas_kd.training.arrays import load
-from nas_kd.training.data import Splits
-from nas_kd.training.images import Images
-from nas_kd.training.originals import open_originals
 from nas_kd.training.ranks import current
 from nas_kd.training.views import Views, open_views
 from nas_kd.workers.crew import LocalWorker, devices_for, environment, run_to_end, stop_all, worker_arguments

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from nas_kd.costs.latency import Timing, take_turns
+from nas_kd.data.images import AugmentedImages, Images, ImageSet, normalise
+from nas_kd.data.splits import Splits
 from nas_kd.errors import OutputError
 from nas_kd.networks.int8 import LayerError, quantise
 from nas_kd.networks.onnx import need, open_session, write_model
 from nas_kd.results.rows import Int8Row
-from nas_kd.training.data import Splits
 from nas_kd.training.fake_quantisation import fake_quantised
-from nas_kd.training.images import AugmentedImages, Images, ImageSet, normalise
 from nas_kd.training.loop import train
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.resume import replace_file

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from nas_kd.arguments.study import Settings
+from nas_kd.data.augment import derive_seed
+from nas_kd.data.splits import Splits
 from nas_kd.genotype import Genotype
 from nas_kd.pipeline.baselines import Wanted
 from nas_kd.preparation.augmenting import fresh_images, images_key
@@ -20,8 +22,6 @@ from nas_kd.results.refine import Candidate, Refined, Refinement, kept_at, refin
 from nas_kd.results.rows import Role
 from nas_kd.search.space import Space
 from nas_kd.students.building import build_student
-from nas_kd.training.augment import derive_seed
-from nas_kd.training.data import Splits
 from nas_kd.training.evaluation import CALIBRATION, recalibrate
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.views import OnlineViews, Views

@@ -7,17 +7,17 @@ from typing import Any
 
 from nas_kd.arguments.augment import AugmentOptions
 from nas_kd.arguments.images import ImageSettings
-from nas_kd.errors import DataError
-from nas_kd.training.augment import (
+from nas_kd.data.augment import (
     AnyAugmentation,
     Augmentation,
     PhotoAugmentation,
     default_augmentation,
     may_be_mirrored,
 )
-from nas_kd.training.data import Splits
-from nas_kd.training.images import AugmentedImages, ImageSet
-from nas_kd.training.mixing import Mixing
+from nas_kd.data.images import AugmentedImages, ImageSet
+from nas_kd.data.mixing import Mixing
+from nas_kd.data.splits import Splits
+from nas_kd.errors import DataError
 
 _NAMES = {"aa": "auto_augment", "train_interpolation": "interpolation", "reprob": "re_prob", "remode": "re_mode"}
 

@@ -18,11 +18,11 @@ from torch import nn
 from nas_kd.analysis.structure import Analysis
 from nas_kd.arguments.study import Settings
 from nas_kd.costs.forward_time import STEP, forward_seconds
+from nas_kd.data.cutting import TEST_FRACTION
+from nas_kd.data.sources import Source
 from nas_kd.search.space import Space
 from nas_kd.search.starts import feasible_starts
 from nas_kd.search.storage import begun_study
-from nas_kd.training.cutting import TEST_FRACTION
-from nas_kd.training.sources import Source
 
 STUDENT = 0.5  # of its base's time does a student take, while its budget is not known
 _MORE_EPOCHS = 3.0

@@ -8,13 +8,13 @@ from torch import nn
 
 from nas_kd.arguments.images import ImageSettings
 from nas_kd.arguments.parsing import LOCAL
+from nas_kd.data.sources import open_source
+from nas_kd.data.splits import DataSpec
 from nas_kd.errors import ModelError
 from nas_kd.networks.hub import create_base
 from nas_kd.preparation.image_form import data_spec
 from nas_kd.search.space import input_size_of
 from nas_kd.training.checkpoint import load_checkpoint
-from nas_kd.training.data import DataSpec
-from nas_kd.training.sources import open_source
 
 
 def prepare_network(settings: ImageSettings) -> tuple[nn.Module, DataSpec]:

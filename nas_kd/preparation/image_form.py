@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from timm.data import resolve_data_config
 from torch import nn
 
 from nas_kd.arguments.images import ImageSettings
+from nas_kd.data.augment import PhotoAugmentation
+from nas_kd.data.class_maps import warn_of_order
+from nas_kd.data.cutting import DataSpec, check_source
+from nas_kd.data.dataset_names import FOLDER
+from nas_kd.data.memory import memory_of_machine
+from nas_kd.data.preprocessing import CROP_MODES, PHOTO, Preprocessing
+from nas_kd.data.sources import Source
 from nas_kd.preparation.augmenting import augmentation_of
-from nas_kd.training.augment import PhotoAugmentation
-from nas_kd.training.class_maps import warn_of_order
-from nas_kd.training.cutting import DataSpec, check_source
-from nas_kd.training.dataset_names import FOLDER
-from nas_kd.training.preprocessing import CROP_MODES, PHOTO, Preprocessing
-from nas_kd.training.sources import Source
 
 _DETAIL = 2.0  # times the network's size is the short side of an original: a crop of a quarter of it stays sharp
 _ORIGINALS_BYTES = 8 << 30  # on disk, memory-mapped
-_CONTAINER = Path("/sys/fs/cgroup/memory.max")
 
 
 def data_spec(
@@ -59,19 +56,10 @@ def data_spec(
         skip_unreadable=settings.skip_unreadable,
         originals=_DETAIL if isinstance(augmentation_of(settings, side), PhotoAugmentation) else None,
         originals_bytes=_ORIGINALS_BYTES,
-        memory=_half_of_memory() if settings.data_memory is None else settings.data_memory,
+        memory=memory_of_machine() // 2 if settings.data_memory is None else settings.data_memory,
     )
     check_source(source, spec)
     return spec
-
-
-def _half_of_memory() -> int:
-    """Of what this machine has, or of what this container may use: what is free at the moment would change from one run
-    of a command to the next."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError):  # no bound, or another system
-        memory = min(memory, int(_CONTAINER.read_text()))
-    return memory // 2
 
 
 def _timm_config(network: nn.Module) -> dict[str, Any]:

@@ -21,6 +21,10 @@ from nas_kd.arguments.study import SAMPLERS, Settings
 from nas_kd.budget import DEVICE, Budget
 from nas_kd.costs.device import RULE as DEVICE_RULE
 from nas_kd.costs.peak_memory import RULE
+from nas_kd.data.augment import derive_seed
+from nas_kd.data.images import ImageSet
+from nas_kd.data.sources import Source, open_source
+from nas_kd.data.splits import DIGITS, DataSpec
 from nas_kd.errors import DeviceError, ModelError, NasKdError, OutputError
 from nas_kd.networks.hub import create_base
 from nas_kd.networks.onnx import need
@@ -41,14 +45,10 @@ from nas_kd.search.storage import (
     sqlite_url,
 )
 from nas_kd.search.trials import objectives
-from nas_kd.training.augment import derive_seed
 from nas_kd.training.checkpoint import load_checkpoint
-from nas_kd.training.data import DIGITS, DataSpec
 from nas_kd.training.evaluation import LOOK_CALIBRATION
-from nas_kd.training.images import ImageSet
 from nas_kd.training.ranks import current, gpu
 from nas_kd.training.recipe import Recipe
-from nas_kd.training.sources import Source, open_source
 from nas_kd.training.transfer import HeadOrigin
 
 # by default: images that a training sees on a CPU, and the most epochs; a GPU affords ten times as many

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from nas_kd.data.images import AugmentedImages, Images, ImageSet
+from nas_kd.data.splits import Splits, load_splits, with_sample
 from nas_kd.library.building import LibrarySpec, build_library, plan_library
 from nas_kd.library.library import Library
 from nas_kd.preparation.augmenting import augmentation_of, fresh_images
@@ -26,8 +28,6 @@ from nas_kd.preparation.job import (
 )
 from nas_kd.progress import Advance, Stages
 from nas_kd.search.storage import check_study
-from nas_kd.training.data import Splits, load_splits, with_sample
-from nas_kd.training.images import AugmentedImages, Images, ImageSet
 from nas_kd.training.teacher import (
     Renormalised,
     Teacher,

@@ -15,6 +15,7 @@ from nas_kd.analysis.structure import ROUND_TO
 from nas_kd.arguments.study import Settings
 from nas_kd.budget import CYCLES, DEVICE, KINDS, LATENCY, Cost, parse_budget, parse_levels
 from nas_kd.costs.cost_table import CostTable
+from nas_kd.data.splits import DIGITS
 from nas_kd.errors import GenotypeError, ModelError, OutputError
 from nas_kd.genotype import Genotype
 from nas_kd.networks.tflite_file import has_interpreter
@@ -24,7 +25,6 @@ from nas_kd.progress import Stages
 from nas_kd.search.options import parse_options
 from nas_kd.search.space import Space
 from nas_kd.search.storage import CONFIG
-from nas_kd.training.data import DIGITS
 
 DIGITS_SIZE = 16  # at the base's own stride: measured, docs/decisions.md
 BASE_BOUNDS = (*KINDS, "peak_memory", LATENCY)  # that a student is not to have more of than its base, by default

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from nas_kd.analysis.structure import Block
 from nas_kd.budget import Budget, amount
 from nas_kd.costs.cost_table import CostTable
+from nas_kd.data.augment import derive_seed
 from nas_kd.errors import BudgetError
 from nas_kd.genotype import Genotype
 from nas_kd.search.starts import solve_in_time
-from nas_kd.training.augment import derive_seed
 
 Rows = NDArray[np.int64]
 _CHUNK = 4096  # draws priced at once

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from nas_kd.data.images import normalise
 from nas_kd.errors import TrainingError
 from nas_kd.genotype import Genotype
 from nas_kd.library.library import Library
@@ -27,7 +28,6 @@ from nas_kd.rank_check.validation import Look, Validation
 from nas_kd.rank_check.zero_cost import ZERO_COST
 from nas_kd.search.space import Space
 from nas_kd.training.evaluation import CALIBRATION, LOOK_CALIBRATION, evaluate, recalibrate
-from nas_kd.training.images import normalise
 from nas_kd.training.loop import fit, student_task, train
 from nas_kd.training.recipe import Recipe
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from nas_kd.data.augment import derive_seed
+from nas_kd.data.images import Batch, Images
 from nas_kd.errors import DataError
-from nas_kd.training.augment import derive_seed
-from nas_kd.training.images import Batch, Images
 from nas_kd.training.views import OnlineViews, Views
 
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nas_kd.training.augment import derive_seed
+from nas_kd.data.augment import derive_seed
+from nas_kd.data.images import Images, ImageSet
 from nas_kd.training.evaluation import predict_logits
-from nas_kd.training.images import Images, ImageSet
 from nas_kd.training.losses import distillation_loss
 
 

@@ -13,11 +13,11 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
+from nas_kd.data.images import TrainingData
+from nas_kd.data.splits import Splits
 from nas_kd.errors import CheckpointError
 from nas_kd.training.checkpoint import load_exactly
-from nas_kd.training.data import Splits
 from nas_kd.training.evaluation import evaluate
-from nas_kd.training.images import TrainingData
 from nas_kd.training.loop import Run, ignore, train
 from nas_kd.training.online import accuracies, train_online
 from nas_kd.training.recipe import Recipe

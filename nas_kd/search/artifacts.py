@@ -13,8 +13,8 @@ from typing import Any, BinaryIO, Protocol
 from optuna.artifacts import FileSystemArtifactStore
 from optuna.artifacts.exceptions import ArtifactNotFound
 
+from nas_kd.data.arrays import sha256_of
 from nas_kd.errors import ArtifactError, OutputError
-from nas_kd.training.arrays import sha256_of
 from nas_kd.training.resume import replace_file
 
 _CHUNK = 1 << 22

@@ -10,8 +10,8 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial
 
+from nas_kd.data.arrays import sha256_of
 from nas_kd.search.artifacts import Store
-from nas_kd.training.arrays import sha256_of
 
 NOTE = "note"  # the study's user attribute, where the dashboard is not installed
 _FILES = "dashboard:artifacts:{}:"  # where the dashboard itself keeps what is attached to a finished trial

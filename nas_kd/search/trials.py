@@ -18,6 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 
 from nas_kd.budget import KINDS, Budget, Cost, kinds_of
+from nas_kd.data.images import ImageSet
 from nas_kd.errors import TrainingError
 from nas_kd.genotype import Genotype
 from nas_kd.search.budgets import cost_of as cost_of
@@ -31,7 +32,6 @@ from nas_kd.search.space import Space
 from nas_kd.search.storage import Direction
 from nas_kd.search.workers import WORKER, worker_name
 from nas_kd.training.evaluation import CALIBRATION, LOOK_CALIBRATION, evaluate, recalibrate
-from nas_kd.training.images import ImageSet
 from nas_kd.training.loop import Run, fit, student_task
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.views import OnlineViews, Views

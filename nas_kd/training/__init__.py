@@ -1,1 +1,1 @@
-"""Data, teacher, views, losses and the loop; knows nothing of blocks and genotypes."""
+"""Teacher, views, losses and the loop; knows nothing of blocks and genotypes."""

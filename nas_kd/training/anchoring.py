@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from nas_kd.data.images import Images, normalise
 from nas_kd.errors import DataError
 from nas_kd.training.evaluation import (
     device_of,
@@ -23,7 +24,6 @@ from nas_kd.training.evaluation import (
     recalibrate,
     suits_channels_last,
 )
-from nas_kd.training.images import Images, normalise
 
 _logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from nas_kd.data.images import Images, ImageSet, normalise
 from nas_kd.errors import DataError
-from nas_kd.training.images import Images, ImageSet, normalise
 
 CALIBRATION = 512  # images are enough to recalibrate batch norms on
 LOOK_CALIBRATION = 256  # these before a look at a student whose training has not ended

@@ -14,8 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from nas_kd.data.augment import derive_seed
+from nas_kd.data.images import Batch, ImageSet, TrainingData, normalise
+from nas_kd.data.memory import give_back
 from nas_kd.errors import DeviceError, TrainingError
-from nas_kd.training.augment import derive_seed
 from nas_kd.training.evaluation import (
     amp_dtype,
     device_of,
@@ -25,13 +27,12 @@ from nas_kd.training.evaluation import (
     memory_layout,
     suits_channels_last,
 )
-from nas_kd.training.images import Batch, ImageSet, TrainingData, normalise
 from nas_kd.training.losses import student_loss
 from nas_kd.training.ranks import Ranks, current
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.resume import Progress, Stateful, restore, store
 from nas_kd.training.step_graph import StepGraphs
-from nas_kd.training.step_memory import give_back, kept_bytes, pieces_for, step_bytes
+from nas_kd.training.step_memory import kept_bytes, pieces_for, step_bytes
 
 Criterion = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # outputs, labels, the teacher's logits → mean loss
 _CHECK_STEPS = 50  # between two looks at the loss: each look makes a GPU wait

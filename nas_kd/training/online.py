@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nas_kd.data.augment import derive_seed
+from nas_kd.data.images import ImageSet, TrainingData, normalise
 from nas_kd.errors import ModelError, TrainingError
-from nas_kd.training.augment import derive_seed
 from nas_kd.training.evaluation import device_of, eval_mode, predict_logits
-from nas_kd.training.images import ImageSet, TrainingData, normalise
 from nas_kd.training.loop import Run, Task, TrainResult, fit, ignore
 from nas_kd.training.losses import ensemble_loss
 from nas_kd.training.recipe import Recipe

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nas_kd.data.images import ImageSet
 from nas_kd.training.evaluation import predict_logits
-from nas_kd.training.images import ImageSet
 
 _PENALTIES = (0.1, 0.01, 0.001)  # of squared weights, the strongest first: each begins where the one before ended
 _WORK = 2e9  # multiplications of one pass over the features: more images are left out

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from nas_kd.training.images import Batch
+from nas_kd.data.images import Batch
 
 Backward = Callable[[Batch], Tensor]  # fills the gradients of a batch of normalised images; its mean loss
 EAGER = 3  # steps come first as they are: libraries choose their kernels then

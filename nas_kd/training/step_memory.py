@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 
 import torch
@@ -42,11 +41,3 @@ def pieces_for(batch_size: int, image_bytes: float, most: int = STEP_BYTES) -> i
     (1, 2, 8)
     """
     return max(1, min(math.ceil(batch_size * image_bytes / most), batch_size // _LEAST))
-
-
-def give_back() -> None:
-    """Gives freed memory back to the system where the C library keeps it (glibc), so that stages do not add up."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, TypeError, OSError):  # another C library
-        return

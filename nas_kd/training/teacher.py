@@ -14,12 +14,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from nas_kd.data.augment import AnyAugmentation
+from nas_kd.data.images import AugmentedImages, ImageSet
+from nas_kd.data.splits import Splits
 from nas_kd.errors import CheckpointError, DataError
-from nas_kd.training.augment import AnyAugmentation
 from nas_kd.training.checkpoint import load_checkpoint, load_exactly
-from nas_kd.training.data import Splits
 from nas_kd.training.evaluation import CALIBRATION, evaluate, is_below, predict_logits
-from nas_kd.training.images import AugmentedImages, ImageSet
 from nas_kd.training.loop import Run, ignore, train
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.tensor_files import read_tensors, write_tensors

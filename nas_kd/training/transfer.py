@@ -10,10 +10,10 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
+from nas_kd.data.images import Images
+from nas_kd.data.splits import Splits
 from nas_kd.training.anchoring import anchor
-from nas_kd.training.data import Splits
 from nas_kd.training.evaluation import evaluate, is_below
-from nas_kd.training.images import Images
 from nas_kd.training.probe import (
     Features,
     Head,

@@ -19,6 +19,9 @@ from torch import nn
 from nas_kd import __version__
 from nas_kd.arguments.augment import AugmentOptions
 from nas_kd.arguments.study import Settings, restore_settings
+from nas_kd.data.arrays import load
+from nas_kd.data.images import Images
+from nas_kd.data.originals import open_originals
 from nas_kd.errors import ArtifactError, CheckpointError, StudyError
 from nas_kd.library.entries import EntryFile
 from nas_kd.library.library import Library, entry_file, made_choices
@@ -30,10 +33,7 @@ from nas_kd.search.artifacts import Store, open_store, pack, unpack
 from nas_kd.search.space import Space
 from nas_kd.search.storage import CONFIG, storage_errors
 from nas_kd.search.trials import Proxy
-from nas_kd.training.arrays import load
 from nas_kd.training.checkpoint import load_exactly
-from nas_kd.training.images import Images
-from nas_kd.training.originals import open_originals
 from nas_kd.training.teacher import Teacher
 from nas_kd.training.tensor_files import write_tensors
 from nas_kd.training.views import OnlineViews, Views, open_views, weights_digest

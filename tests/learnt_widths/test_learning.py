@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from nas_kd.analysis.structure import Analysis
 from nas_kd.budget import Budget
 from nas_kd.costs.verification import analyse
+from nas_kd.data.augment import Augmentation
+from nas_kd.data.images import AugmentedImages
+from nas_kd.data.splits import Splits
 from nas_kd.errors import BudgetError, GenotypeError
 from nas_kd.learnt_widths.channel_cost import channel_cost, kept_counts, segments_of
 from nas_kd.learnt_widths.learning import Goal, LearntWidths, WidthLearner, learn_widths, structure_loss
 from nas_kd.search.options import parse_options, restrict
-from nas_kd.training.augment import Augmentation
-from nas_kd.training.data import Splits
-from nas_kd.training.images import AugmentedImages
 from nas_kd.training.loop import Run, train
 from nas_kd.training.losses import soft_loss
 from nas_kd.training.recipe import Recipe

@@ -15,6 +15,9 @@ import torch
 from torch import nn
 
 from nas_kd.analysis.structure import Analysis
+from nas_kd.data.augment import default_augmentation
+from nas_kd.data.images import AugmentedImages, Images, normalise
+from nas_kd.data.splits import Splits
 from nas_kd.errors import DataError, TrainingError
 from nas_kd.genotype import Choice, Genotype
 from nas_kd.library import library as module
@@ -35,10 +38,7 @@ from nas_kd.search.space import Space
 from nas_kd.students.building import build_student
 from nas_kd.students.frames import find_frames, joined, recording, swapped
 from nas_kd.students.inheritance import inherit_student
-from nas_kd.training.augment import default_augmentation
-from nas_kd.training.data import Splits
 from nas_kd.training.evaluation import predict_logits, recalibrate
-from nas_kd.training.images import AugmentedImages, Images, normalise
 from nas_kd.training.loop import train
 from nas_kd.training.recipe import Recipe
 

@@ -12,12 +12,12 @@ import torch
 from families import COVERED, SIDES
 
 from nas_kd.analysis.structure import Block
+from nas_kd.data.images import Images
 from nas_kd.genotype import Genotype
 from nas_kd.library.building import LibrarySpec, build_library
 from nas_kd.search.options import parse_options
 from nas_kd.search.space import Space
 from nas_kd.training.evaluation import recalibrate
-from nas_kd.training.images import Images
 
 QUICK = ("mobilenetv3_small_100", "starnet_s1", "regnety_004")
 NAMES = [*((name, 4) for name in QUICK), *(pytest.param(name, 8, marks=pytest.mark.slow) for name in COVERED)]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from nas_kd.analysis.structure import Analysis
+from nas_kd.data.images import Images
 from nas_kd.library import recorder as module
 from nas_kd.library.damages import Damages
 from nas_kd.library.recorder import Recorder
@@ -15,7 +16,6 @@ from nas_kd.search.space import Space
 from nas_kd.students.frames import swapped
 from nas_kd.students.inheritance import inherit_student
 from nas_kd.training.evaluation import predict_logits
-from nas_kd.training.images import Images
 from nas_kd.training.losses import distillation_loss
 
 

@@ -16,6 +16,9 @@ from torch import nn
 from nas_kd import mcu, quantize, study
 from nas_kd.arguments.study import parse_study
 from nas_kd.budget import ACCELERATOR, ON_DEVICE, Cost, parse_budget
+from nas_kd.data.augment import Augmentation
+from nas_kd.data.images import AugmentedImages
+from nas_kd.data.splits import DataSpec, Splits, load_splits
 from nas_kd.errors import ModelError
 from nas_kd.networks.micro import MicroInterpreter, compile_file
 from nas_kd.pipeline.device import RECORD, TFLITE, compared, write_measured
@@ -25,9 +28,6 @@ from nas_kd.preparation.job import choices_made
 from nas_kd.preparation.opening import bound_space, open_space
 from nas_kd.results.export import Card, export
 from nas_kd.results.refine import Refined
-from nas_kd.training.augment import Augmentation
-from nas_kd.training.data import DataSpec, Splits, load_splits
-from nas_kd.training.images import AugmentedImages
 from nas_kd.training.loop import train
 from nas_kd.training.recipe import Recipe
 

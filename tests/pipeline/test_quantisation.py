@@ -11,6 +11,9 @@ import timm
 import torch
 from torch import nn
 
+from nas_kd.data.augment import Augmentation
+from nas_kd.data.images import AugmentedImages
+from nas_kd.data.splits import DataSpec, Splits, load_splits
 from nas_kd.pipeline.quantisation import (
     FLOAT,
     INT8,
@@ -24,10 +27,7 @@ from nas_kd.pipeline.quantisation import (
 )
 from nas_kd.quantize import main
 from nas_kd.results.export import Card, export
-from nas_kd.training.augment import Augmentation
-from nas_kd.training.data import DataSpec, Splits, load_splits
 from nas_kd.training.evaluation import evaluate
-from nas_kd.training.images import AugmentedImages
 from nas_kd.training.loop import train
 from nas_kd.training.recipe import Recipe
 

@@ -9,11 +9,11 @@ import pytest
 
 from nas_kd.arguments.study import parse_study
 from nas_kd.budget import parse_budget
+from nas_kd.data.sources import open_source
 from nas_kd.errors import StudyError
 from nas_kd.preparation.effort import training_images
 from nas_kd.preparation.job import choices_made, proxy_recipe_of, recipe_of
 from nas_kd.search.storage import CONFIG, check_study
-from nas_kd.training.sources import open_source
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,13 @@ import timm
 import torch
 from torch import nn
 
+from nas_kd.data.augment import Augmentation
+from nas_kd.data.images import AugmentedImages, Batch
+from nas_kd.data.splits import DataSpec, Splits, load_splits
 from nas_kd.errors import DataError
 from nas_kd.rank_check.portions import Portions
 from nas_kd.rank_check.validation import validation_of
-from nas_kd.training.augment import Augmentation
-from nas_kd.training.data import DataSpec, Splits, load_splits
 from nas_kd.training.evaluation import evaluate
-from nas_kd.training.images import AugmentedImages, Batch
 from nas_kd.training.loop import train
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.teacher import Teacher

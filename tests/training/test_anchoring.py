@@ -10,12 +10,12 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from nas_kd.data.augment import Augmentation
+from nas_kd.data.images import AugmentedImages, Images, normalise
+from nas_kd.data.splits import Splits
 from nas_kd.errors import DataError
 from nas_kd.training.anchoring import anchor, anchor_where_foreign, input_moments
-from nas_kd.training.augment import Augmentation
-from nas_kd.training.data import Splits
 from nas_kd.training.evaluation import evaluate, predict_logits, recalibrate
-from nas_kd.training.images import AugmentedImages, Images, normalise
 from nas_kd.training.loop import train
 from nas_kd.training.recipe import Recipe
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from nas_kd.data.augment import Augmentation
+from nas_kd.data.images import AugmentedImages, Batch
+from nas_kd.data.splits import Splits
 from nas_kd.training import step_graph
-from nas_kd.training.augment import Augmentation
-from nas_kd.training.data import Splits
 from nas_kd.training.evaluation import evaluate
-from nas_kd.training.images import AugmentedImages, Batch
 from nas_kd.training.loop import train
 from nas_kd.training.online import train_online
 from nas_kd.training.recipe import Recipe

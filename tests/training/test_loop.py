@@ -15,11 +15,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from nas_kd.data.augment import Augmentation
+from nas_kd.data.images import AugmentedImages, Batch, Images
+from nas_kd.data.splits import Splits
 from nas_kd.errors import DataError, TrainingError
-from nas_kd.training.augment import Augmentation
-from nas_kd.training.data import Splits
 from nas_kd.training.evaluation import evaluate, even_split, predict_logits, recalibrate
-from nas_kd.training.images import AugmentedImages, Batch, Images
 from nas_kd.training.loop import Run, train
 from nas_kd.training.recipe import Recipe
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 import nas_kd.models  # noqa: F401  registers the models
+from nas_kd.data.augment import Augmentation
+from nas_kd.data.images import AugmentedImages, Batch
+from nas_kd.data.splits import Splits
 from nas_kd.errors import ModelError, TrainingError
-from nas_kd.training.augment import Augmentation
-from nas_kd.training.data import Splits
 from nas_kd.training.evaluation import evaluate
-from nas_kd.training.images import AugmentedImages, Batch
 from nas_kd.training.loop import Run
 from nas_kd.training.losses import ensemble_loss, soft_loss
 from nas_kd.training.online import Ensemble, OnlineResult, accuracies, features_and_logits, make_ensemble, train_online

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from shared_trainings import RECIPE, SPEC, in_pieces, network, online, tensors, trained
 from torch import Tensor, nn
 
+from nas_kd.data import mapped
+from nas_kd.data.originals import Originals
+from nas_kd.data.splits import load_splits
 from nas_kd.errors import TrainingError
-from nas_kd.training import mapped
-from nas_kd.training.data import load_splits
-from nas_kd.training.originals import Originals
 from nas_kd.training.ranks import packed
 
 Weights = dict[str, Tensor]

@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import nn
 
+from nas_kd.data.augment import Augmentation
+from nas_kd.data.images import AugmentedImages
+from nas_kd.data.memory import give_back
+from nas_kd.data.splits import Splits
 from nas_kd.training import step_memory
-from nas_kd.training.augment import Augmentation
-from nas_kd.training.data import Splits
-from nas_kd.training.images import AugmentedImages
 from nas_kd.training.loop import train
 from nas_kd.training.recipe import Recipe
-from nas_kd.training.step_memory import give_back, kept_bytes
+from nas_kd.training.step_memory import kept_bytes
 
 RECIPE = Recipe(epochs=1, batch_size=80, lr=0.02, distill_weight=0)
 

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from nas_kd.data.augment import Augmentation
+from nas_kd.data.images import Images, normalise
+from nas_kd.data.splits import Splits
 from nas_kd.errors import CheckpointError, DataError
-from nas_kd.training.augment import Augmentation
-from nas_kd.training.data import Splits
-from nas_kd.training.images import Images, normalise
 from nas_kd.training.loop import ignore
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.teacher import (

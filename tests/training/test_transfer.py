@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
+from nas_kd.data.augment import Augmentation
+from nas_kd.data.images import AugmentedImages, Images
+from nas_kd.data.splits import Splits
 from nas_kd.distill import main
 from nas_kd.study import main as study
-from nas_kd.training.augment import Augmentation
-from nas_kd.training.data import Splits
 from nas_kd.training.evaluation import evaluate, is_below, predict_logits
-from nas_kd.training.images import AugmentedImages, Images
 from nas_kd.training.loop import train
 from nas_kd.training.probe import Features, features_of, find_head, fit_probe, install
 from nas_kd.training.recipe import Recipe

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from nas_kd.data.augment import Augmentation
+from nas_kd.data.images import AugmentedImages, Images
+from nas_kd.data.splits import Splits
 from nas_kd.errors import DataError, TrainingError
-from nas_kd.training.augment import Augmentation
-from nas_kd.training.data import Splits
 from nas_kd.training.evaluation import predict_logits
-from nas_kd.training.images import AugmentedImages, Images
 from nas_kd.training.loop import train
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.teacher import Teacher

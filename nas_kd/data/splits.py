@@ -13,17 +13,17 @@ from typing import Any
 
 import torch
 
+from nas_kd.data import sources
+from nas_kd.data.arrays import Array, load
+from nas_kd.data.cutting import TEST_FRACTION, DataSpec, check_source, cut
+from nas_kd.data.dataset_names import DIGITS
+from nas_kd.data.decoding import Form, UnreadableError, decode, decoded_bytes, look_through
+from nas_kd.data.images import Images, ImageSet, normalise
+from nas_kd.data.originals import Originals, open_originals, original_side
+from nas_kd.data.preprocessing import Preprocessing
+from nas_kd.data.sources import Source
+from nas_kd.data.streaming import StreamedImages
 from nas_kd.errors import DataError
-from nas_kd.training import sources
-from nas_kd.training.arrays import Array, load
-from nas_kd.training.cutting import TEST_FRACTION, DataSpec, check_source, cut
-from nas_kd.training.dataset_names import DIGITS
-from nas_kd.training.decoding import Form, UnreadableError, decode, decoded_bytes, look_through
-from nas_kd.training.images import Images, ImageSet, normalise
-from nas_kd.training.originals import Originals, open_originals, original_side
-from nas_kd.training.preprocessing import Preprocessing
-from nas_kd.training.sources import Source
-from nas_kd.training.streaming import StreamedImages
 
 __all__ = ["DIGITS", "DataSpec", "Images", "Splits", "load_splits", "normalise"]
 

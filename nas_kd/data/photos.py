@@ -14,7 +14,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms_factory import transforms_imagenet_train
 from torch import Tensor
 
-from nas_kd.training.augment import PhotoAugmentation
+from nas_kd.data.augment import PhotoAugmentation
 
 _GLOBAL_RANDOMNESS = threading.Lock()  # timm's transforms draw from it, so one thread at a time
 

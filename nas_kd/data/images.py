@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from nas_kd.data.augment import AnyAugmentation, Augmentation, Draw, apply, derive_seed, draw
+from nas_kd.data.mixing import Mixing, mix_each, smoothed
+from nas_kd.data.originals import Originals
+from nas_kd.data.photos import PhotoTransform, transform_each
 from nas_kd.errors import DataError
-from nas_kd.training.augment import AnyAugmentation, Augmentation, Draw, apply, derive_seed, draw
-from nas_kd.training.mixing import Mixing, mix_each, smoothed
-from nas_kd.training.originals import Originals
-from nas_kd.training.photos import PhotoTransform, transform_each
 
 _SAMPLED = 64  # images of a sample that are made at once
 In = TypeVar("In")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from nas_kd.data.folders import Tree, read_tree
 from nas_kd.errors import DataError
-from nas_kd.training.folders import Tree, read_tree
 
 Put = Callable[..., Path]
 PAIR = ("cat", "dog")

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nas_kd.data.arrays import ArrayFile, finish, load, writing
 from nas_kd.errors import DataError, OutputError
-from nas_kd.training.arrays import ArrayFile, finish, load, writing
 
 
 def build(folder: Path, value: int = 1) -> None:

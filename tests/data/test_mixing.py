@@ -7,15 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nas_kd.data.augment import Augmentation
+from nas_kd.data.images import AugmentedImages, Images
+from nas_kd.data.mixing import Mixing, mix_each
+from nas_kd.data.splits import Splits
 from nas_kd.errors import DataError, TrainingError
 from nas_kd.rank_check.portions import Portions
-from nas_kd.training.augment import Augmentation
-from nas_kd.training.data import Splits
 from nas_kd.training.evaluation import predict_logits
-from nas_kd.training.images import AugmentedImages, Images
 from nas_kd.training.loop import train
 from nas_kd.training.losses import soft_loss, student_loss
-from nas_kd.training.mixing import Mixing, mix_each
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.teacher import Teacher
 from nas_kd.training.views import OnlineViews, ViewSpec, build_views, views_bytes

@@ -14,10 +14,10 @@ from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from torchvision.datasets import FashionMNIST
 
+from nas_kd.data.images import Images, normalise
+from nas_kd.data.preprocessing import Preprocessing
+from nas_kd.data.splits import DataSpec, load_splits
 from nas_kd.errors import DataError, OutputError
-from nas_kd.training.data import DataSpec, load_splits
-from nas_kd.training.images import Images, normalise
-from nas_kd.training.preprocessing import Preprocessing
 
 Write = Callable[..., Path]
 

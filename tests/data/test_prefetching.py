@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from nas_kd.data import prefetching
+from nas_kd.data.prefetching import wait_for, work_ahead
 from nas_kd.errors import DataError
-from nas_kd.training import prefetching
-from nas_kd.training.prefetching import wait_for, work_ahead
 
 
 def numbers(item: int) -> tuple[int, torch.Tensor, int]:

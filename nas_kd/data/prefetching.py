@@ -19,8 +19,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from nas_kd.data.memory import give_back
 from nas_kd.errors import DataError, NasKdError
-from nas_kd.training.step_memory import give_back
 
 _AHEAD = 2  # items that each process has ready
 _LOOK = 5  # seconds without an item, after which it is seen whether the processes live

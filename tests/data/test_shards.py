@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+from nas_kd.data.augment import Augmentation
+from nas_kd.data.images import AugmentedImages, Images
+from nas_kd.data.splits import DataSpec, load_splits
 from nas_kd.errors import DataError
-from nas_kd.training.augment import Augmentation
-from nas_kd.training.data import DataSpec, load_splits
-from nas_kd.training.images import AugmentedImages, Images
 
 
 def jpeg(number: int) -> bytes:

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nas_kd.data.mapped import note
 from nas_kd.errors import DataError, NasKdError, OutputError
-from nas_kd.training.mapped import note
 
 Array = NDArray[Any]
 

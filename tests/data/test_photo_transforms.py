@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch import nn
 
+from nas_kd.data.augment import PhotoAugmentation
+from nas_kd.data.images import AugmentedImages, Images
+from nas_kd.data.originals import Originals
 from nas_kd.errors import DataError
-from nas_kd.training.augment import PhotoAugmentation
-from nas_kd.training.images import AugmentedImages, Images
-from nas_kd.training.originals import Originals
 from nas_kd.training.teacher import Teacher
 from nas_kd.training.views import OnlineViews, ViewSpec, build_views
 

@@ -15,8 +15,8 @@ import torch
 from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
 from torch import Tensor
 
+from nas_kd.data.augmentation_names import ERASE_MODES, INTERPOLATIONS
 from nas_kd.errors import DataError
-from nas_kd.training.augmentation_names import ERASE_MODES, INTERPOLATIONS
 
 PADDINGS = ("zero", "reflect")
 # a mirrored digit or letter is another sign; clothes, animals and things stay what they are

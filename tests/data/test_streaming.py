@@ -16,15 +16,15 @@ import torch
 from PIL import Image
 from torch import nn
 
+from nas_kd.data.augment import AnyAugmentation, Augmentation, PhotoAugmentation
+from nas_kd.data.images import AugmentedImages, Images
+from nas_kd.data.mixing import Mixing
+from nas_kd.data.splits import DataSpec, Splits, load_splits, with_sample
+from nas_kd.data.streaming import StreamedImages
 from nas_kd.errors import DataError
-from nas_kd.training.augment import AnyAugmentation, Augmentation, PhotoAugmentation
-from nas_kd.training.data import DataSpec, Splits, load_splits, with_sample
 from nas_kd.training.evaluation import evaluate
-from nas_kd.training.images import AugmentedImages, Images
 from nas_kd.training.loop import train
-from nas_kd.training.mixing import Mixing
 from nas_kd.training.recipe import Recipe
-from nas_kd.training.streaming import StreamedImages
 from nas_kd.training.teacher import Teacher
 from nas_kd.training.views import OnlineViews
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from timm.data.mixup import Mixup
 from torch import Tensor
 
+from nas_kd.data.photos import own_randomness, seed_everything
 from nas_kd.errors import DataError
-from nas_kd.training.photos import own_randomness, seed_everything
 
 Labelled = tuple[Tensor, Tensor]  # pixels B×C×H×W uint8, labels B int64
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from timm.utils.misc import natural_key
 
+from nas_kd.data.pictures import readable_suffixes
 from nas_kd.errors import DataError, nearest
-from nas_kd.training.pictures import readable_suffixes
 
 Sample = tuple[Path, str]  # an image and the name of its class
 _SPLITS = {

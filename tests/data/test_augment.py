@@ -5,8 +5,7 @@ import hashlib
 import pytest
 import torch
 
-from nas_kd.errors import DataError
-from nas_kd.training.augment import (
+from nas_kd.data.augment import (
     Augmentation,
     Draw,
     PhotoAugmentation,
@@ -15,7 +14,8 @@ from nas_kd.training.augment import (
     default_augmentation,
     draw,
 )
-from nas_kd.training.images import AugmentedImages, Images
+from nas_kd.data.images import AugmentedImages, Images
+from nas_kd.errors import DataError
 
 
 def images(count: int = 5, channels: int = 3, size: int = 8) -> torch.Tensor:

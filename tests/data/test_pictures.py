@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from nas_kd import open_picture
-from nas_kd.training.pictures import as_seen, readable_suffixes
+from nas_kd.data.pictures import as_seen, readable_suffixes
 
 RAMP = np.linspace(0, 1, 64).reshape(8, 8)
 

@@ -1,0 +1,1 @@
+"""Which images, from where, in which form; knows no network."""
