@@ -11,9 +11,9 @@ import itertools
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,7 +80,7 @@ def solve(
     bounds = {kind: bound for kind, (_, bound) in limits.items()}
     deadline, is_tightened = time.monotonic() + seconds, False
     while (left := deadline - time.monotonic()) > 0:
-        with _silent_highs():
+        with _SILENCE:
             result = milp(
                 objective,
                 integrality=problem.integrality(),
@@ -117,18 +117,31 @@ def _memory_limits(table: CostTable, budget: Budget) -> dict[str, tuple[MemoryTa
     return limits
 
 
-@contextmanager
-def _silent_highs() -> Iterator[None]:
-    """HiGHS now and then writes a line of its own to the process's standard output, whatever it is told."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
-            yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
+class _Silence:
+    """HiGHS now and then writes a line of its own to the process's standard output, whatever it is told. That goes
+    nowhere while any thread is inside."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._kept = threading.Lock(), 0, -1
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                sys.stdout.flush()
+                self._kept = os.dup(1)
+                with open(os.devnull, "wb") as nowhere:
+                    os.dup2(nowhere.fileno(), 1)
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                os.dup2(self._kept, 1)
+                os.close(self._kept)
+
+
+_SILENCE = _Silence()
 
 
 class _Problem:

@@ -32,7 +32,7 @@ from nas_kd.search.further import reachable_by_opening
 from nas_kd.search.measured import MEASURING, MeasuredCosts
 from nas_kd.search.options import Options, parse_options, restrict
 from nas_kd.search.solver import solve
-from nas_kd.search.starts import feasible_starts, mixed_starts, prior_damages
+from nas_kd.search.starts import feasible_starts, mixed_starts, prior_damages, tightness
 from nas_kd.search.workers import GENOTYPE
 from nas_kd.students.inheritance import inherit_student
 
@@ -307,25 +307,26 @@ class Space(MeasuredCosts, Generic[Network]):
         if self.budget is None or not measured:
             return mixed_starts(self.table, self.budget, count, damages, self.levels)
         asked = [kind for kind in measured if kind not in self.budget.fixed]
-        found: dict[Genotype, None] = {}
+        found: list[Genotype] = []
         tight = self.budget
-        # each round's measurements correct the table for the next one; few come near a bound that is the base's own
-        for _ in range(_ROUNDS if asked else 1):
-            starts = mixed_starts(self.table, tight, count, damages, self.levels)
+        # each round's measurements correct the table for the next one, which solves what comes near the bounds anew; few
+        # come near a bound that is the base's own
+        for number in range(_ROUNDS if asked else 1):
+            starts = mixed_starts(self.table, tight, 1 if number else count, damages, self.levels)
             expected = [self._level(self.table.cost(genotype), tight) for genotype in starts]
             for kind in measured:
                 self._measure(kind, *starts, layers=True)
             costs = [self.cost(genotype) for genotype in starts]
             reached = [self._level(cost, self.budget) for cost in costs]
             within = [genotype for genotype, level in zip(starts, reached, strict=True) if level < _OVER]
-            found |= dict.fromkeys(within)
+            found = list(dict.fromkeys([*within, *found]))
             if all(now <= then for now, then in zip(reached, expected, strict=True)):
                 break
             for kind in asked:
                 # solutions are what the table takes for cheaper than it is: their bound goes down by what they are over
                 over = max(1.0, max(cost[kind] for cost in costs) / self.budget[kind])
                 tight = tight.with_bound(kind, round(tight[kind] / over * (1 - _TIGHTER)))
-        return within or list(found)[:count]
+        return sorted(found[:count], key=lambda genotype: tightness(self.cost(genotype), self.budget, self.base_cost()))
 
     def _level(self, cost: Cost, budget: Budget) -> float:
         """The smallest of the levels at which a cost is within a budget; more than any where it is not at all."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +21,7 @@ from nas_kd.search.solver import solve
 
 Damages = Sequence[NDArray[np.float64]]  # per block over its choices
 _PLANNED = 5_000  # genotypes whose arenas are planned at most
-_GAP = 0.01  # by which a solution's damages may be larger than the least: they are estimates
+_GAP, _WIDE_GAP = 0.01, 0.05  # by which damages, which are estimates, may be larger than the least; of a mere candidate
 _PER_START = 2  # knapsacks that are solved for each that is chosen
 _BOUNDS = 512  # random bounds that stand for the budget
 _BELOW = 0.1  # of the range of scores, how far below the worst gains begin: the cheapest counts as well
@@ -92,9 +94,9 @@ def knapsack_starts(
 ) -> list[Genotype]:
     """The genotypes of least total damage within the budget and within each smaller one of `levels`; then, up to
     `count`, of those within bounds that are lowered each by itself the ones that add the most to the front."""
-    at_levels = _solutions(table, [budget.scaled(level) for level in reversed(levels)], damages)
-    if not at_levels:
-        return []
+    at_levels = _solutions(table, [budget.scaled(level) for level in reversed(levels)], damages, _GAP)
+    if not at_levels or count <= len(at_levels):
+        return at_levels
     kinds, corner = kinds_of(budget), table.cost(at_levels[0])
     box = Box(
         kinds=kinds,
@@ -105,13 +107,14 @@ def knapsack_starts(
         fixed=budget.fixed,
     )
     apart = [Budget(tuple(zip(kinds, bounds, strict=True))) for bounds in box.bounds(_PER_START * count).tolist()]
-    pool = dict.fromkeys((*at_levels, *_solutions(table, apart, damages)))
-    return _most_useful(table, list(pool), damages, box, len(at_levels))[: max(count, len(at_levels))]
+    pool = dict.fromkeys((*at_levels, *_solutions(table, apart, damages, _WIDE_GAP)))
+    return _most_useful(table, list(pool), damages, box, len(at_levels))[:count]
 
 
-def _solutions(table: CostTable, levels: Iterable[Budget], damages: Damages) -> list[Genotype]:
-    """What the knapsack finds within each, without repetition."""
-    found = (solve_in_time(table, level, damages) for level in levels)
+def _solutions(table: CostTable, levels: Iterable[Budget], damages: Damages, gap: float) -> list[Genotype]:
+    """What the knapsack finds within each, without repetition; several at a time, as the solver lets go of Python."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = list(pool.map(lambda level: solve_in_time(table, level, damages, gap), levels))
     return list(dict.fromkeys(genotype for genotype in found if genotype is not None))
 
 
@@ -124,10 +127,10 @@ def _most_useful(table: CostTable, pool: Sequence[Genotype], damages: Damages, b
     return [pool[index] for index, _ in most_useful(goals, scores, costs, range(first))]
 
 
-def solve_in_time(table: CostTable, level: Budget, damages: Damages) -> Genotype | None:
+def solve_in_time(table: CostTable, level: Budget, damages: Damages, gap: float = _GAP) -> Genotype | None:
     """What `solve` finds, or None where there is nothing or its time ran out first."""
     try:
-        return solve(table, level, damages, gap=_GAP)
+        return solve(table, level, damages, gap=gap)
     except TimeoutError:
         return None
 
