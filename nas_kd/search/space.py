@@ -309,8 +309,8 @@ class Space(MeasuredCosts, Generic[Network]):
         asked = [kind for kind in measured if kind not in self.budget.fixed]
         found: list[Genotype] = []
         tight = self.budget
-        # each round's measurements correct the table for the next one, which solves what comes near the bounds anew; few
-        # come near a bound that is the base's own
+        # each round's measurements correct the table for the next, which solves anew what comes near the bounds; few
+        # come near one that is the base's own
         for number in range(_ROUNDS if asked else 1):
             starts = mixed_starts(self.table, tight, 1 if number else count, damages, self.levels)
             expected = [self._level(self.table.cost(genotype), tight) for genotype in starts]
