@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import torch
 from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 
@@ -37,6 +38,7 @@ from nas_kd.training.recipe import Recipe
 from nas_kd.training.views import OnlineViews, Views
 
 SCORE = "accuracy"  # the name of the first objective
+_SMALL = 2e8  # MACs forward of a batch: threads then wait for each other longer than they work, docs/decisions.md
 _logger = logging.getLogger(__name__)
 
 
@@ -151,10 +153,22 @@ class Objective:
         student = self.proxy.prepare(self.space.student(genotype))
         try:
             task = student_task(student, self.recipe, self.proxy.score)
-            return fit(task, self.proxy.views, self.recipe, report=report, run=run).accuracy
+            with self._threads(cost):
+                return fit(task, self.proxy.views, self.recipe, report=report, run=run).accuracy
         except TrainingError as error:
             _note_end(trial, str(error), 1.0)
             raise optuna.TrialPruned(str(error)) from error
+
+    @contextmanager
+    def _threads(self, cost: Cost) -> Iterator[None]:
+        """One thread for a student that is small on a CPU, the same on every machine; else those that there are."""
+        threads = torch.get_num_threads()
+        if self.proxy.device == "cpu" and cost.macs * self.recipe.batch_size < _SMALL:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
     def _look(self, trial: optuna.Trial, epoch: int, own: RungScore) -> None:
         """Raises optuna.TrialPruned for a trial that is to stop at this rung."""

@@ -54,6 +54,26 @@ def finished(space: Space[nn.Module], *, params: int, score: float, state: Trial
     return create_trial(state=state, values=values, user_attrs=attributes)
 
 
+def test_a_small_student_trains_on_one_thread(small: Space[nn.Module], make_proxy: MakeProxy) -> None:
+    seen = []
+
+    class Noting(Proxy):
+        def score(self, student: nn.Module) -> float:
+            seen.append(torch.get_num_threads())
+            return super().score(student)
+
+    proxy = make_proxy(epochs=1)
+    noting = Noting(views=proxy.views, val=proxy.val, recipe=proxy.recipe)
+    study = new_study()
+    small.enqueue(study, 1)
+    torch.set_num_threads(2)
+    try:
+        run_trials(study, Objective(small, noting), trained=1)
+        assert (seen, torch.get_num_threads()) == ([1], 2)
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_a_trial_gives_score_and_costs_and_notes_what_it_did(small: Space[nn.Module], make_proxy: MakeProxy) -> None:
     study = new_study()
     small.enqueue(study, 1)
