@@ -33,3 +33,15 @@ def test_a_study_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
     after = trained(tmp_path / "study.db")
     assert len(after) == 3
     assert {digest: after[digest] for digest in before} == before
+
+
+def test_names_of_the_data_are_still_where_they_were() -> None:
+    from nas_kd.data import images, sources, splits
+    from nas_kd.training import data as old_splits
+    from nas_kd.training import images as old_images
+    from nas_kd.training import sources as old_sources
+
+    assert old_splits.load_splits is splits.load_splits
+    assert old_splits.DataSpec is splits.DataSpec
+    assert old_sources.open_source is sources.open_source
+    assert old_images.Images is images.Images
