@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nas_kd.arguments.augment import add_augmentation
@@ -95,10 +95,9 @@ def parse_structure(argv: Sequence[str]) -> StructureSettings:
         "factors": tuple(map(_factor, arguments.pop("factors"))),
     }
     command = command_line("python -m nas_kd.structure", argv)
-    fixed = {"library_budget": 0.0, "base_bounds": False}
-    study = settings_like(arguments, command, **fixed)
+    study = settings_like(arguments, command, library_budget=0.0, base_bounds=False)
     if study.out is None:
-        study = settings_like({**arguments, "out": f"results/structure-{study.name}"}, command, **fixed)
+        study = replace(study, out=f"results/structure-{study.name}")
     return StructureSettings(study=study, **own)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from nas_kd.arguments.worker import WorkerSettings
+from nas_kd.costs.latency import limited_threads
 from nas_kd.data.arrays import load
 from nas_kd.data.images import Images
 from nas_kd.data.originals import open_originals
@@ -30,12 +31,12 @@ from nas_kd.progress import Advance, Stages
 from nas_kd.search.artifacts import open_store
 from nas_kd.search.jobs import Notes, do_jobs, done_jobs, open_jobs, post_jobs, remove_jobs
 from nas_kd.search.space import Space
-from nas_kd.search.storage import close_storage, open_storage, storage_errors
+from nas_kd.search.storage import storage_errors
 from nas_kd.search.workers import RetryingStudy
 from nas_kd.training.ranks import current
 from nas_kd.training.views import Views, open_views
 from nas_kd.workers.crew import LocalWorker, devices_for, environment, run_to_end, stop_all, worker_arguments
-from nas_kd.workers.joining import find_study, local_workers
+from nas_kd.workers.joining import joined, local_workers
 from nas_kd.workers.kit import Kit, damaged, equip, fetch, locate, read_kit, settings_of, view_files
 from nas_kd.workers.ray_crew import ray_workers
 
@@ -154,7 +155,6 @@ def _plan(job: Job, kit: Kit, workshop: Workshop, models: Mapping[str, Wanted]) 
 @contextmanager
 def _more_processes(job: Job, count: int) -> Iterator[Sequence[LocalWorker]]:
     """Other processes of this machine, while the block runs; each, this one too, has its share of the threads."""
-    threads = torch.get_num_threads()
     command = [*worker_arguments(job.settings.name, job.settings.grace_period), "--models", "--out", str(job.out)]
     shared = environment(storage_url(job.settings, job.out), count)
     devices = devices_for(job.settings.device, count)[1:]
@@ -162,14 +162,13 @@ def _more_processes(job: Job, count: int) -> Iterator[Sequence[LocalWorker]]:
     try:
         for other in others:
             other.start()
-        torch.set_num_threads(max(1, threads // count))
-        yield others
+        with limited_threads(max(1, torch.get_num_threads() // count)):
+            yield others
         for other in others:
             if other.code():
                 _logger.warning("a process beside this one ended (%s): others have trained its model", other.words())
     finally:
         stop_all(others)
-        torch.set_num_threads(threads)
 
 
 def _bring(kit: Kit, path: Path, notes: Notes) -> None:
@@ -190,24 +189,19 @@ def take_models(settings: WorkerSettings, stages: Stages, sleep: Callable[[float
     Raises a NasKdError for everything that is wrong with the storage, the study or its files.
     """
     device = choose_device(settings.device if settings.ray is None else "cpu")
-    storage = open_storage(settings.storage, grace=settings.grace_period)
-    try:
-        with storage_errors("use the study in its storage"):
-            study, kit = find_study(storage, settings, sleep)
-            plan = _await_plan(study, max(settings.grace_period, settings.wait), sleep)
-            jobs = None if plan is None else open_jobs(storage, study.study_name)
-            if plan is None or jobs is None:
-                return 0
-            if settings.ray is not None:
-                with ray_workers(settings, study.study_name, "--models") as workers:
-                    return run_to_end(workers)
-            if settings.jobs > 1:
-                return run_to_end(local_workers(settings, study.study_name, "--models"))
-            site = _site(study, kit, plan, settings, device)
-            with stages.stage("models", sum(model["epochs"] for model in plan.models.values())) as advance:
-                return _train(jobs, plan, site, settings.grace_period, advance)
-    finally:
-        close_storage(storage)
+    with joined(settings, sleep) as (storage, study, kit):
+        plan = _await_plan(study, max(settings.grace_period, settings.wait), sleep)
+        jobs = None if plan is None else open_jobs(storage, study.study_name)
+        if plan is None or jobs is None:
+            return 0
+        if settings.ray is not None:
+            with ray_workers(settings, study.study_name, "--models") as workers:
+                return run_to_end(workers)
+        if settings.jobs > 1:
+            return run_to_end(local_workers(settings, study.study_name, "--models"))
+        site = _site(study, kit, plan, settings, device)
+        with stages.stage("models", sum(model["epochs"] for model in plan.models.values())) as advance:
+            return _train(jobs, plan, site, settings.grace_period, advance)
 
 
 def _await_plan(study: optuna.Study, patience: float, sleep: Callable[[float], None]) -> Plan | None:

@@ -29,6 +29,7 @@ from rich.console import Console
 
 from nas_kd.arguments.parsing import guarded
 from nas_kd.arguments.study import STORAGE, restore_settings
+from nas_kd.costs.latency import limited_threads
 from nas_kd.genotype import Genotype
 from nas_kd.pipeline.baselines import Wanted, whole_space
 from nas_kd.pipeline.elsewhere import are_shared, forget_models, train_with_workers
@@ -143,7 +144,6 @@ class Claims:
 @contextlib.contextmanager
 def _others(job: Job, pending: Sequence[Wanted], count: int) -> Iterator[Claims]:
     """Starts the other processes; each, this one too, has its share of the threads as long as they run."""
-    threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory(prefix="refining-", dir=job.cache) as draft:
         folder = Path(draft)
         plan = sorted(pending, key=lambda wanted: -wanted.epochs * wanted.space.cost(wanted.genotype).macs)
@@ -157,11 +157,10 @@ def _others(job: Job, pending: Sequence[Wanted], count: int) -> Iterator[Claims]
         try:
             for other in others:
                 other.start()
-            torch.set_num_threads(max(1, threads // count))
-            yield Claims(folder=folder, plan=plan, others=others)
+            with limited_threads(max(1, torch.get_num_threads() // count)):
+                yield Claims(folder=folder, plan=plan, others=others)
         finally:
             stop_all(others)
-            torch.set_num_threads(threads)
 
 
 def _write(job: Job, plan: Sequence[Wanted], folder: Path) -> None:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import torch
 from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 
 from nas_kd.budget import KINDS, Budget, Cost, kinds_of
+from nas_kd.costs.latency import limited_threads
 from nas_kd.data.images import ImageSet
 from nas_kd.errors import TrainingError
 from nas_kd.genotype import Genotype
@@ -153,22 +153,16 @@ class Objective:
         student = self.proxy.prepare(self.space.student(genotype))
         try:
             task = student_task(student, self.recipe, self.proxy.score)
-            with self._threads(cost):
+            with limited_threads(self._threads(cost)):
                 return fit(task, self.proxy.views, self.recipe, report=report, run=run).accuracy
         except TrainingError as error:
             _note_end(trial, str(error), 1.0)
             raise optuna.TrialPruned(str(error)) from error
 
-    @contextmanager
-    def _threads(self, cost: Cost) -> Iterator[None]:
-        """One thread for a student that is small on a CPU, the same on every machine; else those that there are."""
-        threads = torch.get_num_threads()
-        if self.proxy.device == "cpu" and cost.macs * self.recipe.batch_size < _SMALL:
-            torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
+    def _threads(self, cost: Cost) -> int | None:
+        """One thread for a student that is small on a CPU, the same on every machine; None: those that there are."""
+        is_small = self.proxy.device == "cpu" and cost.macs * self.recipe.batch_size < _SMALL
+        return 1 if is_small else None
 
     def _look(self, trial: optuna.Trial, epoch: int, own: RungScore) -> None:
         """Raises optuna.TrialPruned for a trial that is to stop at this rung."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import optuna
 from optuna.storages import BaseStorage
@@ -42,26 +43,32 @@ def join(settings: WorkerSettings, stages: Stages, sleep: Callable[[float], None
     Raises a NasKdError for everything that is wrong with the storage, the study or its files.
     """
     device = choose_device(settings.device if settings.ray is None else "cpu")
+    with joined(settings, sleep) as (_, study, kit):
+        if settings.ray is not None:
+            with ray_workers(settings, study.study_name) as workers:
+                return _lead(study, kit, workers, settings, stages)
+        if settings.jobs > 1:
+            return _lead(study, kit, local_workers(settings, study.study_name), settings, stages)
+        with stages.stage("files"):
+            cache = locate(kit, settings.out, settings.artifacts)
+        with stages.stage("model"):
+            space, proxy = equip(kit, cache, device, study.user_attrs)
+            check_space(study, kit, space)
+        study.sampler = make_sampler(str(kit.settings["sampler"]), space, int(kit.settings["seed"]))
+        if not isinstance(study.sampler, KnapsackSampler):  # which draws from each trial's own number
+            study.sampler.reseed_rng()
+        pruner = settings_of(kit).pruner
+        study.pruner = make_pruner(pruner, int(kit.settings["proxy_epochs"]))
+        return _work(study, Objective(space, proxy, front_pruning=pruner == "front"), settings, stages)
+
+
+@contextmanager
+def joined(settings: WorkerSettings, sleep: Callable[[float], None]) -> Iterator[tuple[BaseStorage, optuna.Study, Kit]]:
+    """A storage, the study in it that a worker joins, and what that needs; the storage is closed after the block."""
     storage = open_storage(settings.storage, grace=settings.grace_period)
     try:
         with storage_errors("use the study in its storage"):
-            study, kit = find_study(storage, settings, sleep)
-            if settings.ray is not None:
-                with ray_workers(settings, study.study_name) as workers:
-                    return _lead(study, kit, workers, settings, stages)
-            if settings.jobs > 1:
-                return _lead(study, kit, local_workers(settings, study.study_name), settings, stages)
-            with stages.stage("files"):
-                cache = locate(kit, settings.out, settings.artifacts)
-            with stages.stage("model"):
-                space, proxy = equip(kit, cache, device, study.user_attrs)
-                check_space(study, kit, space)
-            study.sampler = make_sampler(str(kit.settings["sampler"]), space, int(kit.settings["seed"]))
-            if not isinstance(study.sampler, KnapsackSampler):  # which draws from each trial's own number
-                study.sampler.reseed_rng()
-            pruner = settings_of(kit).pruner
-            study.pruner = make_pruner(pruner, int(kit.settings["proxy_epochs"]))
-            return _work(study, Objective(space, proxy, front_pruning=pruner == "front"), settings, stages)
+            yield storage, *find_study(storage, settings, sleep)
     finally:
         close_storage(storage)
 
