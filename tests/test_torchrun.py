@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from nas_kd.arguments.torchrun import is_rank, refuse_jobs
 from nas_kd.errors import NasKdError
 
-COMMAND = "nas_kd.distill test_resnet --no-teacher --img-size 32 --train-images 120 --epochs 6 --batch-size 32"
+# epochs: what is left of the training after its first state is longer than any pause of the test
+COMMAND = "nas_kd.distill test_resnet --no-teacher --img-size 32 --train-images 120 --epochs 30 --batch-size 32"
 
 
 def test_a_killed_process_ends_the_others_and_the_command_goes_on(tmp_path: Path) -> None:
