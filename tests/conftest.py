@@ -28,6 +28,20 @@ pytest_plugins = ("shared_analyses", "training_fixtures")
 _LOGGERS = ("nas_kd", "timm", "huggingface_hub")
 
 
+# files that take a minute or more, the longest first: begun last, one of them would go on alone
+_LONG = "test_workers test_rank_check test_study test_documents test_elsewhere test_building".split()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Files go to pytest-xdist's processes in this order, and not those of most tests first."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first."""
+    items.sort(key=lambda item: _LONG.index(item.path.stem) if item.path.stem in _LONG else len(_LONG))
+
+
 def pytest_collection_finish() -> None:
     """What thousands of modules left behind is not looked through for garbage again and again: a tenth of all time."""
     gc.collect()

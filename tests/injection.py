@@ -15,6 +15,7 @@ from typing import Any
 import cloudpickle
 import pytest
 from optuna.storages import BaseStorage
+from warm import warm_python
 
 Fault = Callable[[], None]
 _DIED = 71  # the exit code of a process that a fault ended
@@ -145,7 +146,7 @@ def exit_code(command: Callable[[], int]) -> int:
     """Runs a command that trains in a process of its own, and not in a fork, in which torch refuses to once another
     test has trained on several threads; its exit code, or the negative number of the signal that ended it."""
     script = "import sys, cloudpickle; sys.exit(cloudpickle.load(sys.stdin.buffer)())"
-    return subprocess.run([sys.executable, "-c", script], input=cloudpickle.dumps(command), check=False).returncode
+    return subprocess.run([warm_python(), "-c", script], input=cloudpickle.dumps(command), check=False).returncode
 
 
 @contextmanager

@@ -6,13 +6,14 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from warm import warm_python
 
 _POSTGRES = ("/usr/lib/postgresql/*/bin", "/usr/pgsql-*/bin", "/opt/homebrew/opt/postgresql*/bin")
 
@@ -101,7 +102,7 @@ def grpc_proxy(url: str) -> Iterator[str]:
         "run(RDBStorage(sys.argv[1]), host='127.0.0.1', port=int(sys.argv[2]))"
     )
     process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", program, url, str(port)],
+        [warm_python(), "-c", program, url, str(port)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

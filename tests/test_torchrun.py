@@ -4,35 +4,45 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 from processes import end_of, start_ranks
 from safetensors.torch import load_file
+from warm import warm_python
 
 from nas_kd.arguments.torchrun import is_rank, refuse_jobs
 from nas_kd.errors import NasKdError
 
-# epochs: what is left of the training after its first state is longer than any pause of the test
-COMMAND = "nas_kd.distill test_resnet --no-teacher --img-size 32 --train-images 120 --epochs 30 --batch-size 32"
+COMMAND = "nas_kd.distill test_resnet --no-teacher --img-size 32 --train-images 120 --epochs 6 --batch-size 32"
+# the command, whose second process is killed as its fourth epoch begins
+KILLED = """
+import os, signal, sys
+from nas_kd.distill import main
+from nas_kd.training import loop
+
+run_epoch = loop._run_epoch
+
+def run(stepper, data, epoch):
+    if (epoch, os.environ["RANK"]) == (3, "1"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return run_epoch(stepper, data, epoch)
+
+loop._run_epoch = run
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 def test_a_killed_process_ends_the_others_and_the_command_goes_on(tmp_path: Path) -> None:
     arguments = [*COMMAND.split(), "--out", str(tmp_path / "out")]
-    first, second = ranks = start_ranks([sys.executable, "-m", *arguments, "-q"])
-    while not list(tmp_path.glob("out/cache/*.resume")):
-        assert all(process.poll() is None for process in ranks)
-        time.sleep(0.05)  # until there is something to lose
-    second.kill()
-    said, code = end_of(first)
-    assert (len(said.splitlines()), code) == (1, 2)
+    (said, code), (_, killed) = map(end_of, start_ranks([warm_python(), "-c", KILLED, *arguments[1:], "-q"]))
+    assert (len(said.splitlines()), code, killed) == (1, 2, -signal.SIGKILL)
     assert "another process of this training has ended" in said
-    end_of(second)
+    assert list(tmp_path.glob("out/cache/*.resume"))
 
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", *arguments, "--debug"]
+    torchrun = [warm_python(), "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", *arguments, "--debug"]
     done = subprocess.run(torchrun, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.search(r"resumed refined-\w+\.resume after epoch [1-9]", done.stderr), done.stderr

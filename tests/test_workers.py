@@ -19,6 +19,7 @@ import servers
 from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import OperationalError
+from warm import warm_python
 
 from nas_kd.budget import LATENCY
 from nas_kd.errors import OutputError
@@ -45,11 +46,11 @@ def command(out: Path, *more: str) -> list[str]:
     return [*SMALL.split(), *fixed.split(), "--out", str(out), *more]
 
 
-def start(module: str, arguments: list[str], **more: Any) -> subprocess.Popen[str]:
+def start(module: str, arguments: list[str], warm: bool = True, **more: Any) -> subprocess.Popen[str]:
     # Ray's tasks give way to others by default, and would starve beside a busy process
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
     return subprocess.Popen(
-        [sys.executable, "-m", module, *arguments],
+        [warm_python() if warm else sys.executable, "-m", module, *arguments],
         env=environment,
         text=True,
         stderr=subprocess.PIPE,
@@ -179,7 +180,10 @@ def test_ctrl_c_stops_all_workers_and_the_same_command_goes_on(tmp_path: Path) -
     arguments = command(out, "--proxy-epochs", "6", "--trials", "2", "--jobs", "2")
     # a shell that runs the tests in the background lets processes ignore Ctrl-C
     process = start(
-        "nas_kd.study", arguments, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+        "nas_kd.study",
+        arguments,
+        warm=False,  # a worker that is killed because it does not stop is gone then, and not a moment later
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     worker = stop_a_worker(url, process)
     process.send_signal(signal.SIGINT)
@@ -235,7 +239,9 @@ def test_a_worker_that_is_killed_is_restarted_by_ray(mistake: Path) -> None:
     study = optuna.load_study(study_name=NAME, storage=url)
     kit = study.user_attrs["nas_kd kit"]
     study.set_user_attr("nas_kd kit", {**kit, "settings": {**kit["settings"], "trials": 3}})
-    process = start("nas_kd.worker", [*joining(mistake), "--jobs", "1", "--ray", "local", "--grace-period", "600"])
+    process = start(
+        "nas_kd.worker", [*joining(mistake), "--jobs", "1", "--ray", "local", "--grace-period", "600"], warm=False
+    )
     os.kill(stop_a_worker(url, process), signal.SIGKILL)
     errors = process.communicate(timeout=1200)[1]
     assert process.returncode == 0, errors

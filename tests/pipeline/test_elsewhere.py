@@ -18,6 +18,7 @@ import pytest
 from optuna.trial import TrialState
 from rich.console import Console
 from torch import Tensor
+from warm import warm_python
 
 from nas_kd.arguments.study import parse_study
 from nas_kd.genotype import Genotype
@@ -75,7 +76,8 @@ def plan_of(job: Job, epochs: int) -> list[Wanted]:
 def start_worker(job: Job, out: Path, *more: str) -> subprocess.Popen[str]:
     assert job.settings.storage is not None
     arguments = ["--storage", job.settings.storage, "--study-name", "s", "--out", str(out), "--grace-period", "600"]
-    command = [sys.executable, "-m", "nas_kd.worker", *arguments, *more]
+    python = sys.executable if "--ray=local" in more else warm_python()  # Ray knows its processes by number
+    command = [python, "-m", "nas_kd.worker", *arguments, *more]
     # Ray's tasks give way to others by default, and would starve beside a busy process
     environment = {**os.environ, "RAY_worker_niceness": "0"}
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)

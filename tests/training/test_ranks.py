@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from processes import end_of, start_ranks
 from safetensors.torch import load_file
 from shared_trainings import RECIPE, SPEC, in_pieces, network, online, tensors, trained
 from torch import Tensor, nn
+from warm import warm_python
 
 from nas_kd.data import mapped
 from nas_kd.data.originals import Originals
@@ -36,7 +36,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shared(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Weights]:
     """What two processes made, in one run."""
     drafts = tmp_path_factory.mktemp("shared")
-    command = [sys.executable, shared_trainings.__file__, str(data), str(drafts)]
+    command = [warm_python(), shared_trainings.__file__, str(data), str(drafts)]
     (first, code), second = map(end_of, start_ranks(command))
     assert (first, code) == ("", -signal.SIGKILL)
     assert second == (f"nas_kd: {ENDED}\n", 2)
