@@ -8,6 +8,7 @@ from pathlib import Path
 import optuna
 import pytest
 from optuna.trial import TrialState
+from warm import warm_python
 
 from nas_kd.study import main
 
@@ -38,6 +39,7 @@ def test_the_most_accurate_within_the_budget(
 ) -> None:
     (tmp_path / "own_objective.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.executable", warm_python())  # of its workers
     out, url = tmp_path / "out", f"sqlite:///{tmp_path / 'out' / 'study.db'}"
     arguments = [*SMALL.split(), *f"--budget params=60% --out {out} --study-name s --no-onnx -q".split()]
     arguments += "--maximize accuracy --pruner median --sampler own_objective:Own --proxy-epochs 2 --trials 9".split()

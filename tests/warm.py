@@ -3,9 +3,9 @@
 Importing takes five to eight CPU-seconds, more than most commands of these tests take. `warm_python()` is the path of
 an executable that takes what `python` takes (`-m MODULE …`, `-c PROGRAM …`, `FILE …`), and hands it over to a server,
 which has imported everything and computed nothing, and forks. What runs is a process of its own, with the number,
-streams, environment, signals and end of one; the executable stands for it: passes signals on, and ends as it ended (where it is
-killed itself, what it stands for dies a moment later).
-One true end-to-end test of each command begins with a cold Python instead.
+streams, environment, signals and end of one. The executable stands for it: passes signals on, and ends as it ended;
+where it is killed itself, what it stands for dies a moment later. One true end-to-end test of each command begins with
+a cold Python instead.
 """
 
 from __future__ import annotations
