@@ -86,7 +86,7 @@ def restore_logging() -> Iterator[None]:
     _reset_logging()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def short_timing() -> Iterator[None]:
     """Latencies are measured for real, but those of fewer students before a search, and not until they are stable,
     which takes seconds a model on a busy machine."""

@@ -25,9 +25,6 @@ from nas_kd.search.artifacts import open_store
 from nas_kd.search.dashboard import attach, show_note, show_plot
 from nas_kd.study import main
 
-pytestmark = pytest.mark.usefixtures("short_timing", "restore_logging")
-
-
 COMMAND = "--model test_resnet --img-size 32 --teacher-epochs 1 --proxy-epochs 1 --refine-epochs 1 --train-images 60"
 COMMAND += " --library-budget 0 --no-base-bounds --no-search-stages --space width=0.5/1"
 

@@ -25,7 +25,6 @@ from nas_kd.data.splits import DataSpec, load_splits
 from nas_kd.distill import main
 from nas_kd.training.evaluation import evaluate
 
-pytestmark = pytest.mark.usefixtures("short_timing", "restore_logging")
 SMALL = "test_resnet --img-size 32 --train-images 120 --epochs 2 --batch-size 32 -q"
 
 

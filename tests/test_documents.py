@@ -30,7 +30,6 @@ from nas_kd.rank_check.arguments import parse_rank_check
 from nas_kd.results.export import Card, export
 from nas_kd.space import parse_space
 
-pytestmark = pytest.mark.usefixtures("short_timing", "restore_logging")
 ROOT = Path(__file__).parent.parent
 PARSE: dict[str, Callable[[Sequence[str]], Any]] = {
     "study": parse_study,

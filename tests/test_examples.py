@@ -26,7 +26,6 @@ import nas_kd
 from nas_kd.__main__ import main
 from nas_kd.search.storage import close_storage, open_storage
 
-pytestmark = pytest.mark.usefixtures("short_timing", "restore_logging")
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 FEW = "width=0.5/1"  # choices of each block

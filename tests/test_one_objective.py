@@ -32,7 +32,6 @@ class Own(optuna.samplers.RandomSampler):
 """
 
 
-@pytest.mark.usefixtures("short_timing")
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")  # optuna: heartbeat
 def test_the_most_accurate_within_the_budget(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -21,8 +21,6 @@ from nas_kd.distill import main
 from nas_kd.study import main as study_main
 from nas_kd.workers.kit import Kit, images_of
 
-pytestmark = pytest.mark.usefixtures("restore_logging")
-
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -87,7 +85,7 @@ def test_images_that_stream_give_the_same_model_also_after_an_interruption(
     assert [path.name[:7] for path in (tmp_path / "streamed/cache").glob("*/")] == ["stream-"]
 
 
-def test_a_study_streams_what_its_trials_do_not_look_at(photos: Path, tmp_path: Path, short_timing: None) -> None:
+def test_a_study_streams_what_its_trials_do_not_look_at(photos: Path, tmp_path: Path) -> None:
     small = "--model test_resnet --img-size 64 --budget params=60% --no-base-bounds --proxy-images 6 --batch-size 8 -q"
     less = "--trials 1 --proxy-epochs 1 --refine-epochs 1 --front 1 --teacher-epochs 1 --library-budget 0 --jobs 1"
     none = "--no-baselines --no-onnx"

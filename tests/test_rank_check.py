@@ -24,7 +24,6 @@ from nas_kd.rank_check import main
 from nas_kd.results.rank_rows import FILE, RankCheck, read_check
 from nas_kd.study import main as study
 
-pytestmark = pytest.mark.usefixtures("short_timing", "restore_logging")
 BASE = (
     "--model test_resnet --img-size 32 --teacher-epochs 1 --train-images 100 --budget macs=40%"
     " --space width=0.5/1,conv=standard/depthwise --no-search-stages"  # a library of few entries

@@ -25,8 +25,6 @@ from nas_kd.structure import main
 SMALL = "--model test_resnet --img-size 32 --train-images 120 --teacher-epochs 1 --refine-epochs 1 --learn-epochs 2"
 SMALL += " --batch-size 32 --views 2 --no-onnx -q"
 
-pytestmark = pytest.mark.usefixtures("short_timing")
-
 
 def command(out: Path, *more: str) -> list[str]:
     return [*SMALL.split(), "--out", str(out), *more]

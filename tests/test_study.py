@@ -29,7 +29,6 @@ from safetensors.torch import load_file, save_file
 import nas_kd
 from nas_kd.study import main
 
-pytestmark = pytest.mark.usefixtures("short_timing", "restore_logging")
 SMALL = (
     "--model test_resnet --img-size 32 --teacher-epochs 1 --proxy-epochs 1 --refine-epochs 1 --train-images 120"
     " --no-onnx --space width=0.25/0.5/1,kernel,conv=standard/depthwise --no-search-stages"  # a library of few entries

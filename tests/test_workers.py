@@ -29,7 +29,6 @@ from nas_kd.study import main
 from nas_kd.worker import main as work
 
 pytestmark = [
-    pytest.mark.usefixtures("short_timing", "restore_logging"),
     pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),  # optuna: the gRPC proxy
     pytest.mark.filterwarnings("ignore:Heartbeat of storage:UserWarning"),  # optuna: ask without optimize
 ]

@@ -31,7 +31,6 @@ from nas_kd.results.refine import Refined
 from nas_kd.training.loop import train
 from nas_kd.training.recipe import Recipe
 
-pytestmark = pytest.mark.usefixtures("short_timing", "restore_logging")
 SIZE = (1, 32, 32)
 PLAIN = Augmentation(shift=0, flip=False)
 SMALL = (
