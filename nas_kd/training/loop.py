@@ -267,9 +267,12 @@ class _Stepper:
 
     def measured(self, measure: Callable[[nn.Module], float]) -> float:
         """The accuracy of the network to evaluate."""
-        if self.is_large:  # else what steps have freed adds to what looks need
-            give_back()
-        return measure(self.averaged())
+        if not self.is_large:
+            return measure(self.averaged())
+        give_back()  # else what steps have freed adds to what looks need, and the other way round
+        accuracy = measure(self.averaged())
+        give_back()
+        return accuracy
 
     def adopt_average(self) -> None:
         """Gives the network the weights of its moving average, if there is one."""
