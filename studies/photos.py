@@ -96,7 +96,8 @@ class Study:
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 (one study lives as long as the process)
     def views(self, count: int = VIEWS, mixed: str = "") -> Views:
-        teacher, arm, started = self.teacher, f"views {count} {mixed}".strip(), time.process_time()
+        teacher, started = self.teacher, time.process_time()
+        arm = "views" if (count, mixed) == (VIEWS, "") else f"views {count} {mixed}".strip()
         mixing = Mixing(num_classes=self.ground.splits.num_classes, **json.loads(mixed)) if mixed else None
         spec = ViewSpec(count=count, augmentation=self.ground.augmentation, seed=self.arguments.seed, mixing=mixing)
         views = build_views(self.ground.splits.train, teacher, spec, self.ground.cache)
