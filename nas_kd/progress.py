@@ -23,6 +23,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from nas_kd.data.memory import give_back
+
 _PIPE_WIDTH = 400  # columns: nothing is cut where no terminal sets a width
 _ROUNDING = 1e-6  # of a step
 _QUIET_SECONDS = 5.0  # between two plain lines of one stage
@@ -66,6 +68,7 @@ class Stages:
     @contextmanager
     def stage(self, name: str, total: float = 1) -> Iterator[Advance]:
         """One stage of `total` steps; the block calls what it gets after each step, with a few words on it."""
+        give_back()
         started = self.clock()
         show = self._bar if self.console.is_terminal and not self.quiet else self._lines
         with show(name, total) as advance:
@@ -75,6 +78,7 @@ class Stages:
     @contextmanager
     def board(self, name: str, total: int) -> Iterator[Board]:
         """A stage on which several workers are: a `Board` to tell who does what, beside the steps."""
+        give_back()
         started = self.clock()
         if self.console.is_terminal and not self.quiet:
             with self._progress() as progress:

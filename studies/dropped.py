@@ -35,7 +35,7 @@ def report(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     study = Study(arguments)
     space, library, _ = study.library(SPACE)
-    base, calibration = measure(study.teacher, study.size).macs, study.views.sample(CALIBRATION)
+    base, calibration = measure(study.teacher, study.size).macs, study.views().sample(CALIBRATION)
     print("| MACs | factor | dropped | as assembled: validation | KL there |\n|---|---|---|---|---|")
     for share in arguments.shares:
         for factor in arguments.factors:

@@ -9,6 +9,9 @@ solution on the damages of the library, nothing searched; `torch-pruning` the me
 validation. Learning rates are chosen on validation images for both. Last, torch-pruning gets as many epochs more as pay
 for the library that ours needs. Each row is one line of `--rows` and is not measured again. The test images are looked
 at for every row and decide nothing; `--page` prints a table of all rows as Markdown.
+
+`--views`, `--mixup` and `--mixup-prob` say what both train on, `--recipe` how, in fields of `training.recipe.Recipe`:
+`--recipe distill_weight=1 temperature=2`. Without `--methods` ours is trained alone.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pruned import METHODS, prune
@@ -30,6 +34,7 @@ from nas_kd import Space
 from nas_kd.budget import Budget
 from nas_kd.costs.verification import measure
 from nas_kd.data.images import AugmentedImages
+from nas_kd.data.mixing import Mixing
 from nas_kd.library.building import LibrarySpec, build_library
 from nas_kd.library.library import Library
 from nas_kd.preparation.job import TRANSFER_LR
@@ -44,7 +49,7 @@ from nas_kd.training.views import Views, ViewSpec, build_views
 
 OURS = "ours"
 PRUNED = {str(method): method for method in METHODS}
-VIEWS = 10  # of every image; longer trainings see them again
+VIEWS = 10  # of every image by default; longer trainings see them again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,11 +62,15 @@ class Run:
     lr: float
     space: str = "width,kernel,conv"
     recipe: str = ""  # further fields of it, as JSON
+    views: int = VIEWS
+    mixing: str = ""  # fields of it, as JSON
 
     @property
     def name(self) -> str:
         space = "" if self.arm != OURS or self.space == "width,kernel,conv" else f" {self.space}"
-        return f"{self.arm}{space} {self.recipe}".strip() + f", {self.share} %, {self.epochs} epochs at {self.lr:g}"
+        seen = "" if self.views == VIEWS else f" {self.views} views"
+        how = f"{self.arm}{space} {self.recipe}".strip() + seen + (self.mixing and f" {self.mixing}")
+        return f"{how}, {self.share} %, {self.epochs} epochs at {self.lr:g}"
 
 
 class Study:
@@ -85,13 +94,15 @@ class Study:
             self.rows.add("teacher", {**scores, "cpu_seconds": round(time.process_time() - started)})
         return network
 
-    @functools.cached_property
-    def views(self) -> Views:
+    @functools.lru_cache(maxsize=1)  # noqa: B019 (one study lives as long as the process)
+    def views(self, count: int = VIEWS, mixed: str = "") -> Views:
         teacher, started = self.teacher, time.process_time()
-        spec = ViewSpec(count=VIEWS, augmentation=self.ground.augmentation, seed=self.arguments.seed)
+        arm = "views" if (count, mixed) == (VIEWS, "") else f"views {count} {mixed}".strip()
+        mixing = Mixing(num_classes=self.ground.splits.num_classes, **json.loads(mixed)) if mixed else None
+        spec = ViewSpec(count=count, augmentation=self.ground.augmentation, seed=self.arguments.seed, mixing=mixing)
         views = build_views(self.ground.splits.train, teacher, spec, self.ground.cache)
-        if not self.rows.has("views"):
-            self.rows.add("views", {"cpu_seconds": round(time.process_time() - started)})
+        if not self.rows.has(arm):
+            self.rows.add(arm, {"cpu_seconds": round(time.process_time() - started)})
         return views
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 (one study lives as long as the process)
@@ -117,7 +128,7 @@ class Study:
         """A network to be trained, and the CPU-seconds that came before; None where there is none within the budget."""
         macs = measure(self.teacher, self.size).macs
         budget = Budget((("macs", run.share / 100 * macs),))
-        calibration = self.views.sample(CALIBRATION)
+        calibration = self.views(run.views, run.mixing).sample(CALIBRATION)
         if run.arm == OURS:
             space, library, before = self.library(run.space)
             started = time.process_time()
@@ -146,7 +157,7 @@ class Study:
         untrained = evaluate(student, self.ground.splits.val)
         if run.epochs:
             recipe = Recipe(epochs=run.epochs, lr=run.lr, seed=self.arguments.seed, **json.loads(run.recipe or "{}"))
-            train(student, self.views, recipe)
+            train(student, self.views(run.views, run.mixing), recipe)
         scores = {"untrained val": untrained, "macs": cost.macs, "params": cost.params}
         scores |= {"cpu_seconds": round(time.process_time() - started), "val KL": self._divergence(student)}
         return {**scores, **self.ground.scores(student)}
@@ -162,12 +173,34 @@ def best(rows: list[Scores]) -> Scores:
     return max(rows, key=lambda row: float(row["val"]))
 
 
+def planned(arguments: argparse.Namespace, share: int) -> Run:
+    """Ours at a share of the MACs, at the first of the rates."""
+    mixing = {"mixup": arguments.mixup, "mixup_prob": arguments.mixup_prob} if arguments.mixup else {}
+    return Run(
+        arm=OURS,
+        share=share,
+        epochs=arguments.epochs,
+        lr=arguments.rates[0],
+        space=arguments.space,
+        recipe=as_json(dict(arguments.recipe)),
+        views=arguments.views,
+        mixing=as_json(mixing),
+    )
+
+
+def as_json(fields: dict[str, Any]) -> str:
+    """The fields in order; nothing where there are none."""
+    return json.dumps(fields, sort_keys=True) if fields else ""
+
+
 def compare(study: Study) -> None:
     """Ours and torch-pruning's best, each at the rate that is best by validation; last at equal compute."""
     arguments = study.arguments
     for share in arguments.shares:
-        plan = Run(arm=OURS, share=share, epochs=arguments.epochs, lr=arguments.rates[0], space=arguments.space)
+        plan = planned(arguments, share)
         ours = best([study.run(dataclasses.replace(plan, lr=lr)) for lr in arguments.rates])
+        if not arguments.methods:
+            continue
         others = [dataclasses.replace(plan, arm=f"torch-pruning {name}") for name in arguments.methods]
         method = best([study.run(run) for run in others])["run"]["arm"]
         theirs = best([study.run(dataclasses.replace(plan, arm=method, lr=lr)) for lr in arguments.rates])
@@ -197,6 +230,15 @@ def page(rows: list[Scores]) -> str:
     return "\n".join(lines)
 
 
+def field(text: str) -> tuple[str, Any]:
+    """A field of a recipe and its value: a number, or a word."""
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
 def parser() -> argparse.ArgumentParser:
     """The arguments of this study, and of those that are built on it."""
     own = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
@@ -209,7 +251,11 @@ def parser() -> argparse.ArgumentParser:
     add("--shares", nargs="+", type=int, default=(50, 30), help="of the teacher's MACs, in percent")
     add("--epochs", type=int, default=6)
     add("--rates", nargs="+", type=float, default=(0.005, 0.02, 0.01), help="learning rates")
-    add("--methods", nargs="+", default=("local l2 whole", "local taylor whole", "global taylor inner"))
+    add("--views", type=int, default=VIEWS, help=f"of every image ({VIEWS})")
+    add("--mixup", type=float, default=0.0, help="mix images, as the product's option of this name does (0)")
+    add("--mixup-prob", type=float, default=1.0, help="the share of the images that is mixed (1)")
+    add("--recipe", nargs="+", type=field, default=(), metavar="FIELD=VALUE", help="what else a training is told")
+    add("--methods", nargs="*", default=("local l2 whole", "local taylor whole", "global taylor inner"))
     return own
 
 

@@ -159,7 +159,7 @@ class _Builder:
         """What passes through frames for the images that their layers are fitted on."""
         most = max(self.recorder.fitted(name) for name in names)
         seen = self.recorder.record(names, slice(0, min(most, self.spec.images)))
-        return {name: passage[: self.recorder.fitted(name)] for name, passage in seen.items()}
+        return {name: passage.first(self.recorder.fitted(name)) for name, passage in seen.items()}
 
     def _record_held(self, names: Sequence[str]) -> dict[str, Passage]:
         """What passes through frames for held out images."""
@@ -194,6 +194,7 @@ class _Builder:
             for name in names:
                 block = self.analysis.block(name)
                 frame = self.recorder.frames[name]
+                give_back()  # the block before was as large
                 reference = reference_of(self.base, self.analysis, frame, seen.pop(name))
                 modules = self._inherit_block(block, reference, held[name])
                 report(self.effort.step("inherit", name, f"{len(made_choices(block))} choices inherited"))

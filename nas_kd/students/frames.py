@@ -222,6 +222,13 @@ class Passage:
             given=tuple(tensor[part] for tensor in self.given),
         )
 
+    def first(self, count: int) -> Passage:
+        """The same of the first images, in memory of their own where there were more."""
+        if count >= len(self):
+            return self
+        copied = [tuple(t[:count].clone() for t in tensors) for tensors in (self.inputs, self.outputs, self.given)]
+        return replace(self, inputs=copied[0], outputs=copied[1], given=copied[2])
+
     @property
     def bytes(self) -> int:
         """The size of all tensors."""

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,9 +30,10 @@ from nas_kd.training.evaluation import (
 from nas_kd.training.losses import student_loss
 from nas_kd.training.ranks import Ranks, current
 from nas_kd.training.recipe import Recipe
+from nas_kd.training.recomputing import recomputing
 from nas_kd.training.resume import Progress, Stateful, restore, store
 from nas_kd.training.step_graph import StepGraphs
-from nas_kd.training.step_memory import kept_bytes, pieces_for, step_bytes
+from nas_kd.training.step_memory import LARGE_STEP, kept_bytes, pieces_for, step_bytes
 
 Criterion = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # outputs, labels, the teacher's logits → mean loss
 _CHECK_STEPS = 50  # between two looks at the loss: each look makes a GPU wait
@@ -145,7 +146,7 @@ def fit(
             progress = progress.after_epoch(_run_epoch(stepper, data, epoch))
             if recipe.evaluates(progress.epoch):
                 if task.measure is not None:
-                    progress = progress.with_accuracy(task.measure(stepper.averaged()))
+                    progress = progress.with_accuracy(stepper.measured(task.measure))
                 store(run.checkpoint, stepper.parts(), recipe, len(data), progress)
                 if task.measure is not None:
                     report(progress.epoch, progress.accuracies[-1][1])
@@ -168,7 +169,7 @@ class _Stepper:
         self.trainable = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         if not self.trainable:
             raise TrainingError("nothing to train: every parameter of the network has requires_grad=False")
-        self.recipe, self.steps, self.pieces = recipe, steps, 1
+        self.recipe, self.steps, self.pieces, self.is_large = recipe, steps, 1, False
         self.mean, self.std, self.device = data.mean, data.std, device_of(self.network)
         self.optimizer = recipe.make_optimizer(self.trainable)
         self.dtype = amp_dtype(self.device) if recipe.amp else None
@@ -183,7 +184,7 @@ class _Stepper:
             self.pieces = ranks.most(self._pieces(data))
 
     def _pieces(self, data: TrainingData) -> int:
-        """In how many pieces batches go, by what one image of them takes of the memory."""
+        """In how many pieces batches go, by what one image of them takes of the memory; notes whether each is large."""
         pixels = normalise(data.batch(0, torch.arange(min(2, len(data)))).pixels, self.mean, self.std, self.device)
         try:
             with eval_mode(self.network):
@@ -191,7 +192,12 @@ class _Stepper:
         except torch.OutOfMemoryError:  # the first step says it
             return 1
         images = math.ceil(min(self.recipe.batch_size, len(data)) / self.ranks.size)
-        return pieces_for(images, each / (2 if self.dtype is not None else 1), step_bytes(self.device))
+        each /= 2 if self.dtype is not None else 1
+        pieces = pieces_for(images, each, step_bytes(self.device))
+        self.is_large = self.device.type == "cpu" and self.ranks.size == 1 and images * each / pieces > LARGE_STEP
+        if self.is_large:
+            give_back()
+        return pieces
 
     def step(self, batch: Batch, step: int, share: float = 1.0) -> Tensor:
         """Descends on one batch, of which this rank has a `share`; its mean loss, still on the device. `step` counts
@@ -232,7 +238,8 @@ class _Stepper:
     def _descend(self, batch: Batch, share: float = 1.0) -> Tensor:
         """Adds the gradients of a batch that is ready, which counts for this share; that share of its mean loss."""
         autocast = torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
-        with autocast, self.ranks.norms_together():
+        lean = recomputing(self.network) if self.is_large else nullcontext()
+        with autocast, self.ranks.norms_together(), lean:
             outputs = self.network(batch.pixels)
         loss = self.criterion(outputs, batch.labels, batch.logits) * share
         torch.autograd.backward(self.scaler.scale(loss))
@@ -257,6 +264,15 @@ class _Stepper:
     def averaged(self) -> nn.Module:
         """The network to evaluate: the moving average where the recipe has one."""
         return self.network if self.average is None else self.average.module
+
+    def measured(self, measure: Callable[[nn.Module], float]) -> float:
+        """The accuracy of the network to evaluate."""
+        if not self.is_large:
+            return measure(self.averaged())
+        give_back()  # else what steps have freed adds to what looks need, and the other way round
+        accuracy = measure(self.averaged())
+        give_back()
+        return accuracy
 
     def adopt_average(self) -> None:
         """Gives the network the weights of its moving average, if there is one."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 STEP_BYTES = 1152 << 20  # that a step on a CPU may keep for its way back
+LARGE_STEP = 512 << 20  # of which less is kept at the price of some hundredths of the time (`recomputing`)
 _LEAST = 32  # images of a piece: batch norms that see fewer cost accuracy, docs/results/photos.md
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nas_kd.data.arrays import Array, ArrayFile, finish, load, writing
 from nas_kd.data.augment import AnyAugmentation, Augmentation
 from nas_kd.data.images import AugmentedImages, Batch, Images
+from nas_kd.data.memory import give_back
 from nas_kd.data.mixing import Mixing
 from nas_kd.errors import DataError, TrainingError
 from nas_kd.training.evaluation import CALIBRATION, predict_logits
@@ -223,6 +224,7 @@ def _build(train: Images, teacher: nn.Module | None, spec: ViewSpec, path: Path,
                     images = Images(batch.pixels, batch.classes, train.mean, train.std)
                     files["logits"].write(_half(predict_logits(teacher, images)))
                 made += len(batch.classes)
+                give_back()
                 if made % count == 0:
                     report(f"{made // count} of {spec.count} views of {count} images")
         finish(draft, files)
