@@ -137,9 +137,13 @@ class Helpers:
             LocalWorker([str(self.folder), "--device", device], shared, module="nas_kd.pipeline.sharing")
             for device in devices[len(self.others) :]
         ]
-        for other in self.others:
-            if not other.pid or other.code() is not None:
-                other.start()
+        for other in tuple(self.others):
+            try:
+                if not other.pid or other.code() is not None:
+                    other.start()
+            except OSError as error:  # no memory for it, or too many processes
+                self.others.remove(other)
+                _logger.warning("there is no process beside this one: %s", error.strerror or error)
 
     def stop(self) -> None:
         """Ends them all."""

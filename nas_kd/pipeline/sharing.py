@@ -54,6 +54,8 @@ def refine_all(
     pending = [wanted for wanted in plan if not is_refined(job, wanted, materials)]
     count = _for_models(job, pending)
     if are_shared(job, pending, materials):
+        if helpers is not None:
+            helpers.stop()
         train_with_workers(job, pending, materials, count, advance)
     elif count > 1:
         with contextlib.nullcontext(helpers) if helpers else helping(job) as others, _part_of_threads(count):

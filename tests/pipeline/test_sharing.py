@@ -193,3 +193,19 @@ def test_what_a_process_that_dies_leaves_is_trained_here(
         assert len(refine_all(job, plan, materials, lambda words, steps=1, /: None)) == 2
     assert "ended (out of memory)" in caplog.text
     assert all(is_refined(job, wanted, materials) for wanted in plan)
+
+
+def test_a_process_that_cannot_begin_is_done_without(
+    study: tuple[Job, Materials],
+    blocks: Given,
+    alone: Library,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(helpers, "_WORTH", 0.0)
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    shutil.rmtree(study[0].cache / alone.folder.name, ignore_errors=True)
+    with helping(study[0]) as others, caplog.at_level(logging.WARNING):
+        library = build_shared(others, blocks, [])
+    assert "there is no process beside this one: No such file" in caplog.text
+    assert_same(library, alone)
