@@ -142,6 +142,7 @@ class Helpers:
                 if not other.pid or other.code() is not None:
                     other.start()
             except OSError as error:  # no memory for it, or too many processes
+                other.wait(0)
                 self.others.remove(other)
                 _logger.warning("there is no process beside this one: %s", error.strerror or error)
 

@@ -68,15 +68,20 @@ def _digest_of(base: TeacherResult, teacher: TeacherResult) -> str:
     return base.digest if teacher is base else f"{base.digest}-{teacher.digest}"
 
 
-def gather(job: Job, stages: Stages, sharing: Sharing | None = None) -> Materials:
-    """Images, the teacher, its logits on augmented views, and the library, which `sharing` shares out: everything that
-    is paid for once. Raises StudyError as soon as one of them is seen not to be that of the study that goes on."""
+def gather(job: Job, stages: Stages) -> Materials:
+    """What `collect` gives, after a word on what is to come."""
+    tell_plan(job, stages)
+    return collect(job, stages)
+
+
+def tell_plan(job: Job, stages: Stages) -> None:
+    """Says what the study does and about how long that takes."""
     stages.say(plan_line(job, _teacher_epochs(job, job.train_images), refine_epochs(job, job.train_images)))
-    return collect(job, stages, sharing)
 
 
 def collect(job: Job, stages: Stages, sharing: Sharing | None = None) -> Materials:
-    """What `gather` gives, without a word on what is to come."""
+    """Images, the teacher, its logits on augmented views, and the library, which `sharing` shares out: everything that
+    is paid for once. Raises StudyError as soon as one of them is seen not to be that of the study that goes on."""
     settings = job.settings
     with stages.stage("data"):
         splits = load_splits(job.data, job.cache)

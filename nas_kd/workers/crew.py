@@ -269,6 +269,7 @@ class LocalWorker:
     def wait(self, seconds: float) -> None:
         """Waits so long for its end, then kills it."""
         if self.process is None:
+            self.errors.close()
             return
         try:
             self.process.wait(seconds)
