@@ -29,7 +29,6 @@ from nas_kd.training.ranks import current
 from nas_kd.workers.crew import LocalWorker, devices_for, environment, stop_all
 
 STUDY, PLAN = "study.json", "plan.json"  # of the folder, and of a stage in it
-_WORTH = 30.0  # predicted seconds of work must be left for another process, which takes ten to begin
 _MOST = 8  # processes unless --jobs asks for more
 _EACH = 2 << 30  # bytes that a process takes
 _POLL = 0.2
@@ -37,10 +36,10 @@ _logger = logging.getLogger(__name__)
 Part = TypeVar("Part")
 
 
-def processes(job: Job, seconds: float, most: int) -> int:
-    """How many processes share work of so many predicted seconds: one where it is soon done or cannot be shared."""
+def processes(job: Job, most: int) -> int:
+    """How many processes share work of so many parts: one where it cannot be shared."""
     settings = job.settings
-    if isinstance(job.storage, InMemoryStorage) or seconds < _WORTH:
+    if isinstance(job.storage, InMemoryStorage):
         return 1
     if current().size > 1:  # torchrun's processes share each training
         return 1

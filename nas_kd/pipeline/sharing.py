@@ -42,6 +42,8 @@ from nas_kd.training.checkpoint import load_exactly
 from nas_kd.training.tensor_files import read_tensors, write_tensors
 
 _LIBRARY, _MODELS = "library", "models"  # the stages
+# predicted seconds must be left of them: another process takes ten to begin, of which a library's are a teacher's
+WORTH = {_LIBRARY: 12.0, _MODELS: 30.0}
 _TENSORS, _PIXELS = "tensors.safetensors", "pixels of the images"
 
 # models of the results
@@ -73,7 +75,7 @@ def _for_models(job: Job, pending: Sequence[Wanted]) -> int:
         return 1
     epochs = max((wanted.epochs for wanted in pending), default=0)
     seconds = predicted_seconds(job, 0, epochs)["refine"] * len(pending) / refined_models(job.settings)
-    return processes(job, seconds, len(pending))
+    return processes(job, len(pending)) if seconds >= WORTH[_MODELS] else 1
 
 
 def _part_of_threads(count: int) -> contextlib.AbstractContextManager[None]:
@@ -121,8 +123,8 @@ def warm_up(helpers: Helpers) -> None:
 
 def _for_library(job: Job, blocks: int) -> int:
     """How many processes make so many blocks of the library."""
-    seconds = predicted_seconds(job, 0, 0)["library"] if job.device.type == "cpu" else 0.0
-    return processes(job, seconds * blocks / len(job.space.blocks), blocks)
+    seconds = predicted_seconds(job, 0, 0)["library"] * blocks / len(job.space.blocks)
+    return processes(job, blocks) if seconds >= WORTH[_LIBRARY] and job.device.type == "cpu" else 1
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from nas_kd.library.building import LibrarySpec, build_library, open_builder
 from nas_kd.library.effort import Step
 from nas_kd.library.entries import EntryFile
 from nas_kd.library.library import Library
-from nas_kd.pipeline import helpers
+from nas_kd.pipeline import helpers, sharing
 from nas_kd.pipeline.baselines import Wanted, whole_space
 from nas_kd.pipeline.helpers import Claims, Helpers, helping
 from nas_kd.pipeline.refining import is_refined
@@ -120,7 +120,7 @@ def test_another_process_makes_the_same_blocks(
     others: Helpers, blocks: Given, alone: Library, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     told, work = list[str](), Claims.work
-    monkeypatch.setattr(helpers, "_WORTH", 0.0)
+    monkeypatch.setattr(sharing, "WORTH", {"library": 0.0, "models": 0.0})
     # this one makes one block, the other all others
     monkeypatch.setattr(
         Claims, "work", lambda own, parts, do, advance: [*work(own, parts[:1], do, advance), *parts[1:]]
@@ -138,7 +138,7 @@ def test_the_same_process_then_trains_the_same_models(
 ) -> None:
     job, materials = study
     plan, told = plan_of(job, 2), []
-    monkeypatch.setattr(helpers, "_WORTH", 0.0)
+    monkeypatch.setattr(sharing, "WORTH", {"library": 0.0, "models": 0.0})
     with monkeypatch.context() as here, caplog.at_level(logging.WARNING):
         here.setattr(Claims, "work", lambda claims, parts, do, advance: None)  # this one leaves everything to the other
         shared = refine_all(job, plan, materials, lambda words, steps=1, /: told.append(words), others)
@@ -146,7 +146,7 @@ def test_the_same_process_then_trains_the_same_models(
     assert len(told) == sum(wanted.epochs for wanted in plan)  # each by the other
     for path in job.cache.glob("refined-*"):
         path.unlink()
-    monkeypatch.setattr(helpers, "_WORTH", float("inf"))
+    monkeypatch.setattr(sharing, "WORTH", {"models": float("inf")})
     alone = refine_all(job, plan, materials, lambda words, steps=1, /: None)
     for one, other in zip(shared, alone, strict=True):
         assert one.test_accuracy == other.test_accuracy
@@ -164,7 +164,7 @@ def test_blocks_of_a_process_that_is_killed_are_made_here(
             if other.code() is None and list(others.job.cache.glob("library-*/layer*")):
                 os.kill(other.pid, signal.SIGKILL)
 
-    monkeypatch.setattr(helpers, "_WORTH", 0.0)
+    monkeypatch.setattr(sharing, "WORTH", {"library": 0.0, "models": 0.0})
     monkeypatch.setattr(Claims, "listen", listen)
     monkeypatch.setattr(Claims, "work", lambda claims, parts, do, advance: parts)
     with caplog.at_level(logging.WARNING):
@@ -187,7 +187,7 @@ def test_what_a_process_that_dies_leaves_is_trained_here(
             self.command = [sys.executable, "-c", "raise SystemExit('out of memory')"]
             super().start()
 
-    monkeypatch.setattr(helpers, "_WORTH", 0.0)
+    monkeypatch.setattr(sharing, "WORTH", {"library": 0.0, "models": 0.0})
     monkeypatch.setattr(helpers, "LocalWorker", Dying)
     with caplog.at_level(logging.WARNING):
         assert len(refine_all(job, plan, materials, lambda words, steps=1, /: None)) == 2
@@ -202,7 +202,7 @@ def test_a_process_that_cannot_begin_is_done_without(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(helpers, "_WORTH", 0.0)
+    monkeypatch.setattr(sharing, "WORTH", {"library": 0.0, "models": 0.0})
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     shutil.rmtree(study[0].cache / alone.folder.name, ignore_errors=True)
     with helping(study[0]) as others, caplog.at_level(logging.WARNING):
