@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,6 +92,10 @@ class Bench:
         """What is known of an entry that an earlier run has made."""
         kept = entry_file(self.folder, block, index).read()
         return None if kept is None else kept[0]
+
+    def forget(self, names: Collection[str]) -> None:
+        """What is known of some blocks' entries: others have made more of them since."""
+        self.entries = {key: entry for key, entry in self.entries.items() if key[0] not in names}
 
     def keep(self, block: Block, index: int, entry: Entry, tensors: Tensors) -> None:
         """Writes an entry and notes what is known of it."""

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,6 +49,8 @@ _VERSION = 4  # of what the entries hold
 _MODULES_BYTES = 128 << 20  # of a block's entries that stay in memory until their damages are measured
 
 Report = Callable[[str], None]
+Make = Callable[[str, Report], None]
+Share = Callable[[Mapping[str, float], Make, Report], Collection[str]]
 
 
 def build_library(
@@ -67,16 +69,16 @@ def build_library(
     file is made again with a warning. Raises DataError for images that are too few or do not fit the base,
     TrainingError when the base's logits are not finite.
     """
+    return open_builder(base, analysis, images, spec, folder).build(report)
+
+
+def open_builder(base: nn.Module, analysis: Analysis, images: Images, spec: LibrarySpec, folder: Path) -> Builder:
+    """What builds a library, as `build_library` does."""
     base = plain(base)
     _check_base(base, images)
     if spec.anchor:
         anchor_where_foreign(base, images[:CALIBRATION])
-    builder = _Builder(base, analysis, images, spec, folder)
-    report(builder.effort.step("prepare", "", "frames found"))
-    for stage in (builder.rank, builder.inherit, builder.train, builder.measure):
-        stage(report)
-        give_back()
-    return Library(base, analysis, builder.folder, builder.bench.order, builder.bench.entries)
+    return Builder(base, analysis, images, spec, folder)
 
 
 def _check_base(base: nn.Module, images: Images) -> None:
@@ -92,7 +94,7 @@ def _check_base(base: nn.Module, images: Images) -> None:
         )
 
 
-class _Builder:
+class Builder:
     """The state of a library that is being built."""
 
     def __init__(self, base: nn.Module, analysis: Analysis, images: Images, spec: LibrarySpec, folder: Path) -> None:
@@ -148,22 +150,34 @@ class _Builder:
         return {name: steps * self.spec.batch_size for name in frames if name in self.trained}
 
     def _groups(self, counts: Mapping[str, int]) -> Iterator[list[str]]:
-        """Blocks, in the base's order, whose passages for so many images, and those held out, fit the memory."""
+        """Blocks, in this order, whose passages for so many images, and those held out, fit the memory."""
         together = {name: count + self.damages.images for name, count in counts.items()}
         return self.recorder.groups(together, self.spec.max_bytes)
 
-    def _fitted(self) -> dict[str, int]:
-        return {name: self.recorder.fitted(name) for name in self.recorder.frames}
-
-    def _record(self, names: Sequence[str]) -> dict[str, Passage]:
-        """What passes through frames for the images that their layers are fitted on."""
-        most = max(self.recorder.fitted(name) for name in names)
+    def _record(self, counts: Mapping[str, int], names: Sequence[str]) -> dict[str, Passage]:
+        """What passes through frames for so many images."""
+        most = max(counts[name] for name in names)
         seen = self.recorder.record(names, slice(0, min(most, self.spec.images)))
-        return {name: passage.first(self.recorder.fitted(name)) for name, passage in seen.items()}
+        return {name: passage.first(counts[name]) for name, passage in seen.items()}
 
     def _record_held(self, names: Sequence[str]) -> dict[str, Passage]:
         """What passes through frames for held out images."""
         return self.recorder.record(names, max((self.held_out[name] for name in names), key=lambda part: part.stop))
+
+    def build(self, report: Report, share: Share | None = None) -> Library:
+        """Makes what is missing, and returns the library. `share` is given the blocks that lack something, with
+        predicted seconds, and what makes one of them: it may leave blocks to other processes that build in the same
+        folder, and returns those; what they lack in the end is made here."""
+        report(self.effort.step("prepare", "", "frames found"))
+        self.rank(report)
+        names: Collection[str] = list(self.recorder.frames)
+        left = {} if share is None else self.left(names)
+        if share is not None and left:
+            self.make([name for name in names if name not in left], report)
+            names, report = share(left, lambda name, tell: self.make([name], tell), report), lambda words: None
+            self.bench.forget(names)
+        self.make(names, report)
+        return Library(self.base, self.analysis, self.folder, self.bench.order, self.bench.entries)
 
     # which channels matter
 
@@ -174,8 +188,9 @@ class _Builder:
         if kept is not None:
             self.bench.order = kept[1]["order"].numpy()
         order = unit_importance(self.base, self.analysis) if kept is None else self.bench.order
-        for names in self._groups(self._fitted()):
-            seen = self._record(names) if kept is None else {}
+        fitted = {name: self.recorder.fitted(name) for name in self.recorder.frames}
+        for names in self._groups(fitted):
+            seen = self._record(fitted, names) if kept is None else {}
             for name in names:
                 if kept is None:
                     block = self.analysis.block(name)
@@ -184,34 +199,69 @@ class _Builder:
         if kept is None:
             self.bench.order = order
             file.write(Entry(), {"order": torch.from_numpy(order)})
+        give_back()
+
+    # entries
+
+    def left(self, names: Collection[str]) -> dict[str, float]:
+        """The blocks of which something is still to be made, with the seconds that all of it is predicted to take."""
+        stages, seconds = ("inherit", "train", "measure"), self.effort.seconds
+        blocks = [self.analysis.block(name) for name in names]
+        left = [block.name for block in blocks if self._missing(block) or self._due(block) or self._unmeasured(block)]
+        return {name: sum(seconds[stage, name] for stage in stages) for name in left}
+
+    def make(self, names: Collection[str], report: Report) -> None:
+        """What is still to be made of some blocks: every entry in closed form, trained where that is worth it, with
+        its damage."""
+        counts = {name: self._images_of(name) for name in self.left(names)}
+        for name in names:
+            if name not in counts:
+                trained = ["train"] if name in self.trained else []
+                self._tell(self.analysis.block(name), report, "inherit", *trained, "measure")
+        for group in self._groups(counts):
+            seen, held = self._record(counts, group), self._record_held(group)
+            for name in group:
+                give_back()  # the block before was as large
+                self._make(self.analysis.block(name), seen.pop(name), held.pop(name), report)
+            give_back()
+
+    def _images_of(self, name: str) -> int:
+        """How many images pass through a block's frame for its entries."""
+        return max(self.recorder.fitted(name), self._trained_on(name) if name in self.trained else 0)
+
+    def _make(self, block: Block, seen: Passage, held: Passage, report: Report) -> None:
+        modules = self._inherit_block(block, seen[: self.recorder.fitted(block.name)], held)
+        self._tell(block, report, "inherit")
+        if block.name in self.trained:
+            for number in range(len(self.spec.rounds)):
+                self._round(block, number, seen[: self._trained_on(block.name)], held)
+            self._tell(block, report, "train")
+        self._measure(block, held, modules)
+        self._tell(block, report, "measure")
+
+    def _tell(self, block: Block, report: Report, *stages: str) -> None:
+        words = {"inherit": f"{len(made_choices(block))} choices inherited", "train": "choices trained"}
+        for stage in stages:
+            report(self.effort.step(stage, block.name, words.get(stage, "damages measured")))
 
     # closed forms
 
-    def inherit(self, report: Report) -> None:
-        """Every entry in closed form; with its damage, where it is not trained and stays what it is."""
-        for names in self._groups(self._fitted()):
-            seen, held = self._record(names), self._record_held(names)
-            for name in names:
-                block = self.analysis.block(name)
-                frame = self.recorder.frames[name]
-                give_back()  # the block before was as large
-                reference = reference_of(self.base, self.analysis, frame, seen.pop(name))
-                modules = self._inherit_block(block, reference, held[name])
-                report(self.effort.step("inherit", name, f"{len(made_choices(block))} choices inherited"))
-                if name not in self.trained:
-                    self._measure(block, held[name], modules)
-                    report(self.effort.step("measure", name, "damages measured"))
-                del held[name], modules
+    def _missing(self, block: Block) -> list[int]:
+        """The entries that there are none of; what is known of the others is noted."""
+        unknown = [index for index in made_choices(block) if (block.name, index) not in self.bench.entries]
+        found = {(block.name, index): self.bench.read(block, index) for index in unknown}
+        self.bench.entries |= {key: entry for key, entry in found.items() if entry is not None}
+        return [index for (_, index), entry in found.items() if entry is None]
 
-    def _inherit_block(self, block: Block, reference: Reference, held: Passage) -> dict[int, nn.Module]:
+    def _inherit_block(self, block: Block, seen: Passage, held: Passage) -> dict[int, nn.Module]:
         """Makes the entries of a block that there are none of; their frames, where memory allows to keep them."""
+        missing = [index for index in made_choices(block) if (block.name, index) not in self.bench.entries]
+        if not missing:
+            return {}
+        reference = reference_of(self.base, self.analysis, self.recorder.frames[block.name], seen)
         modules = {}
         fits = self.bench.entry_bytes(block) <= _MODULES_BYTES and block.name not in self.trained
-        for index in made_choices(block):
-            entry = self.bench.read(block, index)
-            if entry is not None:
-                self.bench.entries[block.name, index] = entry
-                continue
+        for index in missing:
             module = self._inherit(block, index, reference, held)
             if fits:
                 modules[index] = module
@@ -238,19 +288,6 @@ class _Builder:
 
     # training
 
-    def train(self, report: Report) -> None:
-        """Trains the entries that are worth it, fewer of them in each round."""
-        room = {name: self._trained_on(name) for name in self.recorder.frames}
-        for names in self._groups(room):
-            due = [name for name in names if name in self.trained and self._due(self.analysis.block(name))]
-            seen = self.recorder.record(due, slice(0, max(room[name] for name in due))) if due else {}
-            held = self._record_held(due) if due else {}
-            for name in names:
-                for number in range(len(self.spec.rounds)) if name in due else ():
-                    self._round(self.analysis.block(name), number, seen[name][: room[name]], held[name])
-                if name in self.trained:
-                    report(self.effort.step("train", name, "choices trained"))
-
     def _trained_on(self, name: str) -> int:
         """How many images a block's entries may be trained on: as many as its memory holds, or at least two batches."""
         room = self.spec.max_bytes // max(1, self.recorder.bytes[name]) - self.damages.images
@@ -265,7 +302,8 @@ class _Builder:
 
     def _due(self, block: Block) -> bool:
         """Whether some entry of a block is still to be trained."""
-        return any(self._left(block, number) for number in range(len(self.spec.rounds)))
+        rounds = range(len(self.spec.rounds) if block.name in self.trained else 0)
+        return any(self._left(block, number) for number in rounds)
 
     def _left(self, block: Block, number: int) -> list[int]:
         """The entries that a round still has to train; who is in it was decided by the errors before it."""
@@ -304,18 +342,8 @@ class _Builder:
 
     # damages
 
-    def measure(self, report: Report) -> None:
-        """The KL of the logits with each unbeaten entry swapped in, where it is not known yet."""
-        for group in self._groups(dict.fromkeys(self.recorder.frames, 0)):
-            names = [name for name in group if name in self.trained]
-            left = [name for name in names if self._unmeasured(self.analysis.block(name))]
-            held = self._record_held(left) if left else {}
-            for name in names:
-                if name in held:
-                    self._measure(self.analysis.block(name), held[name], {})
-                report(self.effort.step("measure", name, "damages measured"))
-
     def _unmeasured(self, block: Block) -> list[int]:
+        """The unbeaten entries whose damage is not known yet: the KL of the logits with each swapped in."""
         unbeaten = self.bench.unbeaten(block, sum(self.spec.rounds))
         return [index for index in unbeaten if self.bench.entries[block.name, index].kl is None]
 

@@ -73,19 +73,23 @@ class Recorder:
         return slice(first, first + min(count, self.holdout))
 
     def groups(self, counts: Mapping[str, int], max_bytes: int) -> Iterator[list[str]]:
-        """Blocks, in the base's order, whose passages of so many images each fit `max_bytes` together."""
+        """The blocks of `counts`, in their order, whose passages of so many images each fit `max_bytes` together."""
         group: list[str] = []
-        for name in self.frames:
+        for name in counts:
             if group and sum(self.bytes[other] * counts[other] for other in (*group, name)) > max_bytes:
                 yield group
                 group = []
             group.append(name)
-        yield group
+        if group:
+            yield group
 
     def record(self, names: Sequence[str], part: slice) -> dict[str, Passage]:
-        """What passes through the frames of these blocks for some of the images."""
-        widest = max(self.widest.values())
-        return self._run(names, self.images[part], max(_LEAST_PART, min(256, _PART_BYTES // max(1, widest))))
+        """What passes through the frames of these blocks for some of the images, the same to the bit beside whichever
+        others: the base sees whole batches, whatever of the last one is asked for."""
+        at_once = max(_LEAST_PART, min(256, _PART_BYTES // max(1, *self.widest.values())))
+        count = part.stop - part.start
+        seen = self._run(names, self.images[part.start : part.start + -(-count // at_once) * at_once], at_once)
+        return {name: passage[:count] for name, passage in seen.items()}
 
     @torch.no_grad()
     def _run(self, names: Sequence[str], images: Images, at_once: int) -> dict[str, Passage]:

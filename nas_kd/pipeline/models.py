@@ -21,6 +21,7 @@ from nas_kd.networks.tflite_file import has_interpreter, has_tools
 from nas_kd.pipeline.baselines import Wanted, baselines, whole_models
 from nas_kd.pipeline.choosing import choose_front
 from nas_kd.pipeline.device import TFLITE, write_measured
+from nas_kd.pipeline.helpers import Helpers
 from nas_kd.pipeline.quantisation import Int8Spec, Quantised, quantised_once
 from nas_kd.pipeline.sharing import refine_all
 from nas_kd.preparation.augmenting import fresh_images
@@ -50,7 +51,9 @@ class Model:
     int8: tuple[Quantised, tuple[Path, ...]] | None = None
 
 
-def take_home(job: Job, study: optuna.Study, materials: Materials, stages: Stages) -> list[ModelRow]:
+def take_home(
+    job: Job, study: optuna.Study, materials: Materials, stages: Stages, helpers: Helpers | None = None
+) -> list[ModelRow]:
     """Chooses the front and its baselines, measures latency, refines, tests each once, and exports.
 
     What turns out slower than the budget allows is left out before it is refined.
@@ -60,7 +63,7 @@ def take_home(job: Job, study: optuna.Study, materials: Materials, stages: Stage
     plan = [Wanted(role="front", genotype=genotype, space=job.space, epochs=epochs) for genotype in chosen]
     plan += baselines(job, chosen[0], epochs) if job.settings.baselines else []
     plan = [_for_as_long(job, wanted) for wanted in plan]
-    return make_models(job, plan, materials, stages)
+    return make_models(job, plan, materials, stages, helpers)
 
 
 def _for_as_long(job: Job, wanted: Wanted) -> Wanted:
@@ -72,14 +75,16 @@ def _for_as_long(job: Job, wanted: Wanted) -> Wanted:
     return dataclasses.replace(wanted, epochs=round(wanted.epochs * more_epochs(job.effort, share)))
 
 
-def make_models(job: Job, plan: Sequence[Wanted], materials: Materials, stages: Stages) -> list[ModelRow]:
+def make_models(
+    job: Job, plan: Sequence[Wanted], materials: Materials, stages: Stages, helpers: Helpers | None = None
+) -> list[ModelRow]:
     """Measures the latency of each model of a plan and of the teacher, refines, tests each once, and exports."""
     with stages.stage("latency", 1 + len(plan)) as advance:
         latencies = _latencies(job, plan, advance)
     plan, latencies = _in_time(job, plan, latencies)
     models = [_timed(_teacher_model(job, materials), latencies[0])]
     with stages.stage("refine", sum(wanted.epochs for wanted in plan)) as advance:
-        trained = refine_all(job, plan, materials, advance)
+        trained = refine_all(job, plan, materials, advance, helpers)
         for wanted, latency, refined in zip(plan, latencies[1:], trained, strict=True):
             cost = wanted.space.cost(wanted.genotype)
             model = Model(role=wanted.role, genotype=wanted.genotype, cost=cost, refined=refined)

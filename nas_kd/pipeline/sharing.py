@@ -1,9 +1,4 @@
-"""Models of the results are trained side by side: by this process and others beside it, which share out a plan.
-
-Another process is `python -m nas_kd.pipeline.sharing FOLDER`, which finds in FOLDER what the study is and what is
-planned. Whoever makes the file of a model there first trains it. What nobody finished is trained here in the end, so
-that a process that dies costs time alone.
-"""
+"""What is many is made side by side: blocks of the library and models of the results, by the study and its helpers."""
 
 from __future__ import annotations
 
@@ -11,202 +6,215 @@ import contextlib
 import dataclasses
 import functools
 import json
-import logging
 import os
-import re
+import queue
 import signal
 import sys
-import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 import torch
-from optuna.storages import InMemoryStorage
 from rich.console import Console
+from torch import nn
 
 from nas_kd.arguments.parsing import guarded
 from nas_kd.arguments.study import STORAGE, restore_settings
 from nas_kd.costs.latency import limited_threads
+from nas_kd.data.images import Images
 from nas_kd.genotype import Genotype
+from nas_kd.library.building import Make, Report, Share, open_builder
+from nas_kd.library.effort import Step
+from nas_kd.library.spec import LibrarySpec
 from nas_kd.pipeline.baselines import Wanted, whole_space
 from nas_kd.pipeline.elsewhere import are_shared, forget_models, train_with_workers
+from nas_kd.pipeline.helpers import PLAN, STUDY, Claims, Helpers, done_file, helping, processes
 from nas_kd.pipeline.refining import is_refined, refine_one
 from nas_kd.preparation.estimate import predicted_seconds, refined_models
-from nas_kd.preparation.job import Job, prepare, storage_url
+from nas_kd.preparation.job import Job, prepare
 from nas_kd.preparation.materials import Materials, collect
 from nas_kd.progress import Advance, Stages
 from nas_kd.results.refine import Refined
 from nas_kd.search.signals import follow_parent
 from nas_kd.search.storage import close_storage
-from nas_kd.training.ranks import current
-from nas_kd.workers.crew import LocalWorker, devices_for, environment, stop_all
+from nas_kd.training.checkpoint import load_exactly
+from nas_kd.training.tensor_files import read_tensors, write_tensors
 
-_WORTH = 30.0  # seconds of training must be left for another process, which takes ten to begin
-_MOST = 8  # processes unless --jobs asks for more
-_EACH = 2 << 30  # bytes that a process takes
-_PLAN, _POLL = "plan.json", 0.2
-_logger = logging.getLogger(__name__)
+_LIBRARY, _MODELS = "library", "models"  # the stages
+# predicted seconds must be left of them: another process takes ten to begin, of which a library's are a teacher's
+WORTH = {_LIBRARY: 12.0, _MODELS: 30.0}
+_TENSORS, _PIXELS = "tensors.safetensors", "pixels of the images"
+
+# models of the results
 
 
-def refine_all(job: Job, plan: Sequence[Wanted], materials: Materials, advance: Advance) -> list[Refined]:
+def refine_all(
+    job: Job, plan: Sequence[Wanted], materials: Materials, advance: Advance, helpers: Helpers | None = None
+) -> list[Refined]:
     """Trains each model of a plan, or fetches what was trained before, in as many processes as pay."""
     pending = [wanted for wanted in plan if not is_refined(job, wanted, materials)]
-    count = _processes(job, pending)
+    count = _for_models(job, pending)
     if are_shared(job, pending, materials):
+        if helpers is not None:
+            helpers.stop()
         train_with_workers(job, pending, materials, count, advance)
     elif count > 1:
-        with _others(job, pending, count) as claims:
-            claims.work(lambda wanted, tell: refine_one(job, wanted, materials, tell), advance)
+        with contextlib.nullcontext(helpers) if helpers else helping(job) as others, _part_of_threads(count):
+            dearest = sorted(pending, key=lambda wanted: -wanted.epochs * wanted.space.cost(wanted.genotype).macs)
+            claims = others.share(_MODELS, {"models": [_noted(job, wanted) for wanted in dearest]}, count)
+            claims.work(dearest, lambda wanted, tell: refine_one(job, wanted, materials, tell), advance)
             claims.wait(advance)
     forget_models(job)
     return [refine_one(job, wanted, materials, advance) for wanted in plan]
 
 
-def _processes(job: Job, pending: Sequence[Wanted]) -> int:
-    """How many processes train what is left: one where that is soon done, or where it cannot be shared."""
-    settings = job.settings
-    if isinstance(job.storage, InMemoryStorage) or any(wanted.start is not None for wanted in pending):
-        return 1
-    if current().size > 1:  # torchrun's processes share each of them
+def _for_models(job: Job, pending: Sequence[Wanted]) -> int:
+    """How many processes train what is left."""
+    if any(wanted.start is not None for wanted in pending):
         return 1
     epochs = max((wanted.epochs for wanted in pending), default=0)
-    seconds = predicted_seconds(job, 0, epochs)["refine"] * len(pending) / refined_models(settings)
-    if seconds < _WORTH:
-        return 1
-    if job.device.type == "cuda":
-        places = torch.cuda.device_count() if settings.device in (None, "cuda") else 1
-    else:
-        places = settings.jobs if settings.jobs > 1 else min(_MOST, torch.get_num_threads())
-    return max(1, min(places, len(pending), 1 + _fitting()))
+    seconds = predicted_seconds(job, 0, epochs)["refine"] * len(pending) / refined_models(job.settings)
+    return processes(job, len(pending)) if seconds >= WORTH[_MODELS] else 1
 
 
-def _fitting() -> int:
-    """How many more processes find memory, where the system says how much there is."""
-    try:
-        available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"))
-    except OSError:
-        return _MOST
-    return (int(available[1]) << 10) // _EACH if available else _MOST
+def _part_of_threads(count: int) -> contextlib.AbstractContextManager[None]:
+    return limited_threads(max(1, torch.get_num_threads() // count))
 
 
-@dataclasses.dataclass(kw_only=True, eq=False)
-class Claims:
-    """What is planned, dearest first, in a `folder` in which each model has a file of who trains it and how far it
-    is; `others` are the processes beside this one."""
+def _noted(job: Job, wanted: Wanted) -> Mapping[str, Any]:
+    return {
+        "role": wanted.role,
+        "genotype": wanted.genotype.to_json(),
+        "epochs": wanted.epochs,
+        "whole": wanted.space is not job.space,
+    }
 
-    folder: Path
-    plan: Sequence[Wanted]
-    others: Sequence[LocalWorker] = ()
-    heard: dict[str, int] = dataclasses.field(default_factory=dict)
-    own: set[str] = dataclasses.field(default_factory=set)
 
-    def work(self, train: Callable[[Wanted, Advance], object], advance: Advance) -> None:
-        """Trains what nobody else does, one model after the other."""
-        for number, wanted in enumerate(self.plan):
-            path = self.folder / f"{number}.txt"
-            try:
-                file = path.open("x", encoding="utf-8")
-            except FileExistsError:
-                continue
-            self.own.add(path.name)
-            with file:
-                train(wanted, functools.partial(self._tell, file, advance))
+def _train_models(job: Job, plan: Mapping[str, Any], claims: Claims) -> None:
+    """A helper's part of the models of the results."""
+    materials = collect(job, Stages(Console(stderr=True), quiet=True))
+    whole = whole_space(job) if any(model["whole"] for model in plan["models"]) else None
+    models = [
+        Wanted(
+            role=model["role"],
+            genotype=Genotype.from_json(model["genotype"]),
+            space=whole if model["whole"] and whole is not None else job.space,
+            epochs=model["epochs"],
+        )
+        for model in plan["models"]
+    ]
+    claims.work(models, lambda wanted, tell: refine_one(job, wanted, materials, tell), _ignore)
 
-    def _tell(self, file: TextIO, advance: Advance, words: str, steps: float = 1, /) -> None:
-        file.write(f"{words}\n")
-        file.flush()
-        advance(words, steps)
-        self.listen(advance)
 
-    def listen(self, advance: Advance) -> None:
-        """Tells of what others did since the last time."""
-        for path in self.folder.glob("*.txt"):
-            if path.name in self.own:
-                continue
-            lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-            for words in lines[self.heard.get(path.name, 0) :]:
-                advance(words)
-            self.heard[path.name] = len(lines)
+def _ignore(words: str, steps: float = 1, /) -> None:
+    """The study tells of what its helpers do."""
 
-    def wait(self, advance: Advance) -> None:
-        """Waits for the others to end."""
-        while any(other.code() is None for other in self.others):
-            time.sleep(_POLL)
-            self.listen(advance)
-        for other in self.others:
-            if other.code():
-                _logger.warning("a process beside this one ended (%s): its model is trained here", other.words())
+
+# blocks of the library
+
+
+def warm_up(helpers: Helpers) -> None:
+    """Starts the helpers that a library will want, while a teacher is trained."""
+    job = helpers.job
+    if job.settings.library_budget and not any(job.cache.glob("library-*")):
+        helpers.start(_for_library(job, len(job.space.blocks)))
+
+
+def _for_library(job: Job, blocks: int) -> int:
+    """How many processes make so many blocks of the library."""
+    seconds = predicted_seconds(job, 0, 0)["library"] * blocks / len(job.space.blocks)
+    return processes(job, blocks) if seconds >= WORTH[_LIBRARY] and job.device.type == "cpu" else 1
 
 
 @contextlib.contextmanager
-def _others(job: Job, pending: Sequence[Wanted], count: int) -> Iterator[Claims]:
-    """Starts the other processes; each, this one too, has its share of the threads as long as they run."""
-    with tempfile.TemporaryDirectory(prefix="refining-", dir=job.cache) as draft:
-        folder = Path(draft)
-        plan = sorted(pending, key=lambda wanted: -wanted.epochs * wanted.space.cost(wanted.genotype).macs)
-        _write(job, plan, folder)
-        shared = environment(storage_url(job.settings, job.out), count)
-        devices = devices_for(job.settings.device, count)[1:]
-        others = [
-            LocalWorker([str(folder), "--device", device], shared, module="nas_kd.pipeline.sharing")
-            for device in devices
-        ]
-        try:
-            for other in others:
-                other.start()
-            with limited_threads(max(1, torch.get_num_threads() // count)):
-                yield Claims(folder=folder, plan=plan, others=others)
-        finally:
-            stop_all(others)
+def sharing_library(helpers: Helpers, base: nn.Module, images: Images, spec: LibrarySpec) -> Iterator[Share | None]:
+    """What shares out the blocks of a library while it is built in the block, None where that does not pay. This
+    process has a helper's threads, so that a block is the same whoever makes it."""
+    count = _for_library(helpers.job, len(helpers.job.space.blocks))
+    if count == 1:
+        yield None
+        return
+    with _part_of_threads(count):
+        yield functools.partial(_share_blocks, helpers, count, (base, images, spec))
+    if helpers.job.settings.jobs > 1:  # others run the trials
+        helpers.stop()
 
 
-def _write(job: Job, plan: Sequence[Wanted], folder: Path) -> None:
-    models = [
-        {
-            "role": wanted.role,
-            "genotype": wanted.genotype.to_json(),
-            "epochs": wanted.epochs,
-            "whole": wanted.space is not job.space,
-        }
-        for wanted in plan
-    ]
-    settings = {**dataclasses.asdict(job.settings), "storage": None, "out": str(job.out), "new_study": False}
-    (folder / _PLAN).write_text(json.dumps({"settings": settings, "models": models}), encoding="utf-8")
+def _share_blocks(
+    helpers: Helpers,
+    count: int,
+    given: tuple[nn.Module, Images, LibrarySpec],
+    left: Mapping[str, float],
+    make: Make,
+    report: Report,
+) -> list[str]:
+    """Makes blocks of a library, dearest first, beside others; returns those that these took."""
+    base, images, spec = given
+    blocks = sorted(left, key=lambda name: -left[name])
+    if _for_library(helpers.job, len(blocks)) == 1:
+        for name in blocks:
+            make(name, report)
+        return []
+    write_tensors(helpers.folder / _TENSORS, {**base.state_dict(), _PIXELS: images.pixels})
+    plan = {"blocks": blocks, "spec": dataclasses.asdict(spec), "mean": images.mean, "std": images.std}
+    claims = helpers.share(_LIBRARY, plan, count)
+
+    def advance(words: str, share: float = 0, /) -> None:
+        report(Step(words, share))
+
+    taken = claims.work(blocks, functools.partial(_make_block, make), advance)
+    claims.wait(advance)
+    return taken
 
 
-def share(folder: Path, device: str, storage: str | None) -> None:
-    """Trains models of the plan in a folder until each is somebody's."""
-    kept = json.loads((folder / _PLAN).read_text(encoding="utf-8"))
-    settings = restore_settings({**kept["settings"], "storage": storage, "device": device, "quiet": True})
-    stages = Stages(Console(stderr=True), quiet=True)
-    job = prepare(settings, stages=stages)
+def _make_block(make: Make, name: str, tell: Advance) -> None:
+    make(name, lambda step: tell(step, getattr(step, "share", 0.0)))
+
+
+def _make_blocks(job: Job, plan: Mapping[str, Any], claims: Claims) -> None:
+    """A helper's part of the library, of which it keeps what students need."""
+    path = claims.folder.parent / _TENSORS
+    tensors, _ = read_tensors(path)
+    pixels = tensors.pop(_PIXELS)
+    load_exactly(job.space.base, tensors, path)
+    labels = torch.zeros(len(pixels), dtype=torch.int64)
+    images = Images(pixels, labels, tuple(plan["mean"]), tuple(plan["std"]))
+    spec = LibrarySpec(**{**plan["spec"], "rounds": tuple(plan["spec"]["rounds"])})
+
+    def share(left: Mapping[str, float], make: Make, report: Report) -> tuple[str, ...]:
+        claims.work(plan["blocks"], functools.partial(_make_block, make), _ignore)
+        return ()
+
+    builder = open_builder(job.space.base, job.space.analysis, images, spec, job.cache)
+    job.space.library = builder.build(lambda words: None, share)
+
+
+# a helper
+
+
+def help_study(folder: Path, device: str, storage: str | None, told: Iterable[str]) -> None:
+    """Does its part of each stage that it is told of."""
+    kept = json.loads((folder / STUDY).read_text(encoding="utf-8"))
+    settings = restore_settings({**kept, "storage": storage, "device": device, "quiet": True})
+    job = prepare(settings, stages=Stages(Console(stderr=True), quiet=True))
     try:
-        materials = collect(job, stages)
-        whole = whole_space(job) if any(model["whole"] for model in kept["models"]) else None
-        plan = [
-            Wanted(
-                role=model["role"],
-                genotype=Genotype.from_json(model["genotype"]),
-                space=whole if model["whole"] and whole is not None else job.space,
-                epochs=model["epochs"],
-            )
-            for model in kept["models"]
-        ]
-        claims = Claims(folder=folder, plan=plan)
-        claims.work(lambda wanted, tell: refine_one(job, wanted, materials, tell), lambda words, steps=1, /: None)
+        for stage in told:
+            plan = json.loads((folder / stage / PLAN).read_text(encoding="utf-8"))
+            with limited_threads(plan["threads"]):
+                (_make_blocks if stage == _LIBRARY else _train_models)(job, plan, Claims(folder=folder / stage))
+            done_file(folder / stage, os.getpid()).touch()
     finally:
         close_storage(job.storage)
 
 
 def main(argv: Sequence[str]) -> int:
-    """A process beside the one that runs a study: the folder of the plan, and the device."""
+    """A process beside the one that runs a study: the study's folder, and the device."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    threading.Thread(target=follow_parent, daemon=True).start()
+    told = queue.SimpleQueue[str]()
+    threading.Thread(target=follow_parent, args=(told.put,), daemon=True).start()
     folder, _, device = argv
-    share(Path(folder), device, os.environ.get(STORAGE))
+    help_study(Path(folder), device, os.environ.get(STORAGE), iter(told.get, ""))
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from nas_kd.data.images import AugmentedImages, Images, ImageSet
 from nas_kd.data.splits import Splits, load_splits, with_sample
-from nas_kd.library.building import LibrarySpec, build_library, plan_library
+from nas_kd.library.building import LibrarySpec, Share, open_builder, plan_library
 from nas_kd.library.library import Library
 from nas_kd.preparation.augmenting import augmentation_of, fresh_images
 from nas_kd.preparation.effort import student_share
@@ -40,6 +41,7 @@ from nas_kd.training.teacher import (
 from nas_kd.training.transfer import HeadOrigin
 from nas_kd.training.views import OnlineViews, Views, ViewSpec, build_views, views_bytes
 
+Sharing = Callable[[nn.Module, Images, LibrarySpec], AbstractContextManager[Share | None]]
 _PERCENT = 100  # steps of a stage that says how far it is
 _STEP = 3  # a training step costs about three forward passes
 
@@ -67,14 +69,19 @@ def _digest_of(base: TeacherResult, teacher: TeacherResult) -> str:
 
 
 def gather(job: Job, stages: Stages) -> Materials:
-    """Images, the teacher, and its logits on augmented views: everything that is paid for once. Raises StudyError as
-    soon as one of them is seen not to be that of the study that goes on."""
-    stages.say(plan_line(job, _teacher_epochs(job, job.train_images), refine_epochs(job, job.train_images)))
+    """What `collect` gives, after a word on what is to come."""
+    tell_plan(job, stages)
     return collect(job, stages)
 
 
-def collect(job: Job, stages: Stages) -> Materials:
-    """What `gather` gives, without a word on what is to come."""
+def tell_plan(job: Job, stages: Stages) -> None:
+    """Says what the study does and about how long that takes."""
+    stages.say(plan_line(job, _teacher_epochs(job, job.train_images), refine_epochs(job, job.train_images)))
+
+
+def collect(job: Job, stages: Stages, sharing: Sharing | None = None) -> Materials:
+    """Images, the teacher, its logits on augmented views, and the library, which `sharing` shares out: everything that
+    is paid for once. Raises StudyError as soon as one of them is seen not to be that of the study that goes on."""
     settings = job.settings
     with stages.stage("data"):
         splits = load_splits(job.data, job.cache)
@@ -88,8 +95,8 @@ def collect(job: Job, stages: Stages) -> Materials:
     with stages.stage("views", short + long) as advance:
         proxy_views = _views(job, splits, teacher, short, subset, advance)
         whole = _views(job, splits, teacher, long, splits.train, advance)
-    if settings.library_budget:
-        job.space.library = _library(job, splits, base, stages)
+    if settings.library_budget and job.space.library is None:
+        job.space.library = _library(job, splits, base, stages, sharing)
     return Materials(
         splits=splits, sample=sample, base=base, teacher=teacher, proxy_views=proxy_views, refine_views=whole
     )
@@ -108,7 +115,7 @@ def gather_whole(job: Job, epochs: Callable[[Splits], int], stages: Stages) -> M
     return Materials(splits=splits, sample=splits, base=base, teacher=teacher, proxy_views=views, refine_views=views)
 
 
-def _library(job: Job, splits: Splits, base: TeacherResult, stages: Stages) -> Library:
+def _library(job: Job, splits: Splits, base: TeacherResult, stages: Stages, sharing: Sharing | None) -> Library:
     """The library of the base's blocks, with as many training steps as its share of the study's work allows."""
     size = job.space.input_size[1]
     augmented = AugmentedImages(splits.train, augmentation_of(job.settings, size), job.settings.seed)
@@ -121,7 +128,9 @@ def _library(job: Job, splits: Splits, base: TeacherResult, stages: Stages) -> L
         def report(words: str) -> None:
             advance(words, _PERCENT * getattr(words, "share", 0.0))
 
-        return build_library(base.network, job.space.analysis, images, spec, job.cache, report)
+        with nullcontext() if sharing is None else sharing(base.network, images, spec) as share:
+            builder = open_builder(base.network, job.space.analysis, images, spec, job.cache)
+            return builder.build(report, share)
 
 
 def _library_images(job: Job, splits: Splits) -> float:

@@ -7,10 +7,11 @@ lost patience, comes through anywhere.
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -94,8 +95,9 @@ def _is_main() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-def follow_parent() -> None:
-    """Ends this process as a cluster would when its parent is gone, however that ended: the pipe to it closes."""
-    while os.read(0, 1):  # not sys.stdin, whose lock a thread must not hold when the interpreter ends
-        pass
+def follow_parent(hear: Callable[[str], object] = str) -> None:
+    """Ends this process as a cluster would when its parent is gone, however that ended: the pipe to it closes. What
+    comes through that until then is heard, line by line."""
+    for line in io.FileIO(0, closefd=False):  # not sys.stdin, whose lock a thread must not hold when Python ends
+        hear(line.decode().strip())
     os.kill(os.getpid(), signal.SIGTERM)

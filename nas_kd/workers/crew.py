@@ -235,6 +235,18 @@ class LocalWorker:
             start_new_session=True,  # Ctrl-C in the terminal reaches this process alone, which passes it on
         )
 
+    @property
+    def pid(self) -> int:
+        """The number of its process; 0 before it was started."""
+        return 0 if self.process is None else self.process.pid
+
+    def tell(self, line: str) -> None:
+        """Writes a line to its standard input; one that has ended hears nothing."""
+        if self.process is not None and self.process.stdin is not None:
+            with suppress(OSError):
+                self.process.stdin.write(f"{line}\n".encode())
+                self.process.stdin.flush()
+
     def code(self) -> int | None:
         """Its exit code; None while it runs."""
         return None if self.process is None else self.process.poll()
@@ -257,6 +269,7 @@ class LocalWorker:
     def wait(self, seconds: float) -> None:
         """Waits so long for its end, then kills it."""
         if self.process is None:
+            self.errors.close()
             return
         try:
             self.process.wait(seconds)

@@ -1,0 +1,173 @@
+"""Processes beside a study's own on this machine, and how they share out work with it.
+
+Each is `python -m nas_kd.pipeline.sharing FOLDER`, finds in FOLDER what the study is, is told by its standard input of
+every stage in which there is something to share, and waits in between. Whoever makes the file of a part in the folder
+of a stage first does it. What nobody finished is done by the study in the end, so that a process that dies costs time
+alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import logging
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
+
+import torch
+from optuna.storages import InMemoryStorage
+
+from nas_kd.preparation.job import Job, storage_url
+from nas_kd.progress import Advance
+from nas_kd.training.ranks import current
+from nas_kd.workers.crew import LocalWorker, devices_for, environment, stop_all
+
+STUDY, PLAN = "study.json", "plan.json"  # of the folder, and of a stage in it
+_MOST = 8  # processes unless --jobs asks for more
+_EACH = 2 << 30  # bytes that a process takes
+_POLL = 0.2
+_logger = logging.getLogger(__name__)
+Part = TypeVar("Part")
+
+
+def processes(job: Job, most: int) -> int:
+    """How many processes share work of so many parts: one where it cannot be shared."""
+    settings = job.settings
+    if isinstance(job.storage, InMemoryStorage):
+        return 1
+    if current().size > 1:  # torchrun's processes share each training
+        return 1
+    if job.device.type == "cuda":
+        places = torch.cuda.device_count() if settings.device in (None, "cuda") else 1
+    else:
+        places = settings.jobs if settings.jobs > 1 else min(_MOST, torch.get_num_threads())
+    return max(1, min(places, most, 1 + _fitting()))
+
+
+def _fitting() -> int:
+    """How many more processes find memory, where the system says how much there is."""
+    try:
+        available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"))
+    except OSError:
+        return _MOST
+    return (int(available[1]) << 10) // _EACH if available else _MOST
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class Claims:
+    """A `folder` in which each part of some work has a file of who does it and how far it is; `others` are the
+    processes beside this one."""
+
+    folder: Path
+    others: Sequence[LocalWorker] = ()
+    heard: dict[str, int] = dataclasses.field(default_factory=dict)
+    own: set[str] = dataclasses.field(default_factory=set)
+
+    def work(self, parts: Sequence[Part], do: Callable[[Part, Advance], object], advance: Advance) -> list[Part]:
+        """Does what nobody else does, one part after the other; returns what others have taken."""
+        taken = []
+        for number, part in enumerate(parts):
+            path = self.folder / f"{number}.txt"
+            try:
+                file = path.open("x", encoding="utf-8")
+            except FileExistsError:
+                taken.append(part)
+                continue
+            self.own.add(path.name)
+            with file:
+                do(part, functools.partial(self._tell, file, advance))
+        return taken
+
+    def _tell(self, file: TextIO, advance: Advance, words: str, steps: float = 1, /) -> None:
+        file.write(f"{steps!r} {words}\n")
+        file.flush()
+        advance(words, steps)
+        self.listen(advance)
+
+    def listen(self, advance: Advance) -> None:
+        """Tells of what others did since the last time."""
+        for path in self.folder.glob("*.txt"):
+            if path.name in self.own:
+                continue
+            lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+            for line in lines[self.heard.get(path.name, 0) :]:
+                steps, _, words = line.partition(" ")
+                advance(words, float(steps))
+            self.heard[path.name] = len(lines)
+
+    def wait(self, advance: Advance) -> None:
+        """Waits until the others have done what they took, or have ended."""
+        while any(other.code() is None and not done_file(self.folder, other.pid).exists() for other in self.others):
+            time.sleep(_POLL)
+            self.listen(advance)
+        self.listen(advance)
+        for other in self.others:
+            if other.code() is not None:
+                _logger.warning("a process beside this one ended (%s): what it had taken is done here", other.words())
+
+
+def done_file(folder: Path, process: int) -> Path:
+    """The file by which a process says that it has done all it can of a stage."""
+    return folder / f"{process}.done"
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class Helpers:
+    """The processes beside a study's own, `others`, which begin when they are first wanted."""
+
+    job: Job
+    folder: Path
+    others: list[LocalWorker] = dataclasses.field(default_factory=list)
+
+    def start(self, count: int) -> None:
+        """Starts what `count` processes lack, this one included, and those that have ended."""
+        settings = dataclasses.asdict(self.job.settings)
+        settings |= {"storage": None, "out": str(self.job.out), "new_study": False}
+        (self.folder / STUDY).write_text(json.dumps(settings), encoding="utf-8")
+        shared = environment(storage_url(self.job.settings, self.job.out), count)
+        devices = devices_for(self.job.settings.device, count)[1:]
+        self.others += [
+            LocalWorker([str(self.folder), "--device", device], shared, module="nas_kd.pipeline.sharing")
+            for device in devices[len(self.others) :]
+        ]
+        for other in tuple(self.others):
+            try:
+                if not other.pid or other.code() is not None:
+                    other.start()
+            except OSError as error:  # no memory for it, or too many processes
+                other.wait(0)
+                self.others.remove(other)
+                _logger.warning("there is no process beside this one: %s", error.strerror or error)
+
+    def stop(self) -> None:
+        """Ends them all."""
+        stop_all(self.others)
+        self.others.clear()
+
+    def share(self, stage: str, plan: Mapping[str, Any], count: int) -> Claims:
+        """Tells the helpers what there is to share; each takes as many threads as this process."""
+        self.start(count)
+        folder = self.folder / stage
+        folder.mkdir(exist_ok=True)
+        (folder / PLAN).write_text(json.dumps({**plan, "threads": torch.get_num_threads()}), encoding="utf-8")
+        for other in self.others:
+            other.tell(stage)
+        return Claims(folder=folder, others=self.others)
+
+
+@contextlib.contextmanager
+def helping(job: Job) -> Iterator[Helpers]:
+    """The processes beside a study's own, which end with the block."""
+    job.cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="sharing-", dir=job.cache) as folder:
+        helpers = Helpers(job=job, folder=Path(folder))
+        try:
+            yield helpers
+        finally:
+            helpers.stop()
