@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import signal
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -33,8 +34,9 @@ _LONG = "test_workers test_rank_check test_study test_documents test_elsewhere t
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Files go to pytest-xdist's processes in this order, and not those of most tests first."""
+    """Files go to pytest-xdist's processes in this order, and not those of most tests first; Ctrl-C is heard."""
     config.option.loadscopereorder = False
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs tests in the background ignores Ctrl-C
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -83,14 +83,9 @@ def signalled(out: Path, sent: signal.Signals, count: int) -> Callable[[], int]:
             signal.raise_signal(sent)
 
     def run() -> int:
-        # a shell that runs tests in the background ignores Ctrl-C
-        handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(Records, "__setitem__", noted)
-                return main([*BASE, *SMALL, "--out", str(out)])
-        finally:
-            signal.signal(signal.SIGINT, handler)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Records, "__setitem__", noted)
+            return main([*BASE, *SMALL, "--out", str(out)])
 
     return run
 

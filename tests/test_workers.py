@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import optuna
 import pytest
@@ -45,7 +44,7 @@ def command(out: Path, *more: str) -> list[str]:
     return [*SMALL.split(), *fixed.split(), "--out", str(out), *more]
 
 
-def start(module: str, arguments: list[str], warm: bool = True, **more: Any) -> subprocess.Popen[str]:
+def start(module: str, arguments: list[str], warm: bool = True) -> subprocess.Popen[str]:
     # Ray's tasks give way to others by default, and would starve beside a busy process
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
     return subprocess.Popen(
@@ -54,7 +53,6 @@ def start(module: str, arguments: list[str], warm: bool = True, **more: Any) -> 
         text=True,
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
-        **more,
     )
 
 
@@ -177,12 +175,10 @@ def test_ctrl_c_stops_all_workers_and_the_same_command_goes_on(tmp_path: Path) -
     out = tmp_path / "out"
     url = f"sqlite:///{out / 'study.db'}"
     arguments = command(out, "--proxy-epochs", "6", "--trials", "2", "--jobs", "2")
-    # a shell that runs the tests in the background lets processes ignore Ctrl-C
     process = start(
         "nas_kd.study",
         arguments,
         warm=False,  # a worker that is killed because it does not stop is gone then, and not a moment later
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     worker = stop_a_worker(url, process)
     process.send_signal(signal.SIGINT)

@@ -265,7 +265,6 @@ def test_a_worker_that_is_killed_after_any_write_leaves_a_study_that_goes_on_as_
     assert at > 50
 
 
-@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_after_any_write_leaves_nothing_running_and_loses_nothing(
     memory: InMemoryStorage, new_study: NewStudy, whole: list[Any]
 ) -> None:
@@ -279,14 +278,6 @@ def test_ctrl_c_after_any_write_leaves_nothing_running_and_loses_nothing(
         study.goes_on(whole)
         if not count.came:
             break
-
-
-@pytest.fixture
-def ctrl_c() -> Iterator[None]:
-    """Also where a shell that runs the tests in the background lets processes ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 2])
