@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -449,10 +450,21 @@ def test_cuda_without_a_gpu_is_one_line(tmp_path: Path, capsys: pytest.CaptureFi
     assert "there is no device 'cuda' on this machine" in only_line(capsys.readouterr().err)
 
 
-def test_a_checkpoint_of_four_bytes_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "junk.pth").write_bytes(b"junk")
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"junk", "it is none, or"),
+        (b"hello\n", "it is none, or"),
+        (pickle.dumps(Path()), "holds other objects"),
+        (b"", ""),
+    ],
+)
+def test_a_checkpoint_that_is_none_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, why: str
+) -> None:
+    (tmp_path / "junk.pth").write_bytes(content)
     assert main(command(tmp_path / "out", "--initial-checkpoint", str(tmp_path / "junk.pth"))) == 2
-    assert "cannot read the checkpoint" in only_line(capsys.readouterr().err)
+    assert re.search(rf"cannot read the checkpoint .*{why}.*\)$", only_line(capsys.readouterr().err).strip())
 
 
 def test_an_unreadable_image_is_named_before_any_training(

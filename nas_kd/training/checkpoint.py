@@ -102,13 +102,20 @@ def _read(path: Path) -> Mapping[str, Any]:
             state = load_state_dict(str(path), weights_only=True)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError,
             pickle.UnpicklingError, struct.error, SafetensorError) as error:  # fmt: skip
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"cannot read the checkpoint {path}: it must be safetensors or a torch file of tensors only ({reason})"
+            f"cannot read the checkpoint {path}: it must be safetensors or a torch file of tensors only ({_why(error)})"
         ) from error
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"the checkpoint {path} holds no state dict of tensors (nor one under 'state_dict')")
     return dict(state)
+
+
+def _why(error: Exception) -> str:
+    """A few words: unpickling says which byte it stumbled over, and timm advises what is not safe."""
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    if isinstance(error, (KeyError, pickle.UnpicklingError)) or "weights_only" in first:
+        return "it is none, or holds other objects too"
+    return first
 
 
 def _mismatch(own: Mapping[str, Tensor], state: Mapping[str, Any]) -> str:
