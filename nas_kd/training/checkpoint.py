@@ -113,7 +113,7 @@ def _read(path: Path) -> Mapping[str, Any]:
 def _why(error: Exception) -> str:
     """A few words: unpickling says which byte it stumbled over, and timm advises what is not safe."""
     first = (str(error).splitlines() or [type(error).__name__])[0]
-    if isinstance(error, (KeyError, pickle.UnpicklingError)) or "weights_only" in first:
+    if isinstance(error, (KeyError, struct.error, pickle.UnpicklingError)) or "weights_only" in first:
         return "it is none, or holds other objects too"
     return first
 
