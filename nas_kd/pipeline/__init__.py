@@ -10,12 +10,12 @@ import functools
 from nas_kd.pipeline.helpers import helping
 from nas_kd.pipeline.models import take_home
 from nas_kd.pipeline.search import search
-from nas_kd.pipeline.sharing import sharing_library, warm_up
+from nas_kd.pipeline.sharing import sharing_library
 from nas_kd.pipeline.showcase import show
 from nas_kd.pipeline.summary import summarise
 from nas_kd.preparation.job import Job as Job
 from nas_kd.preparation.job import prepare as prepare
-from nas_kd.preparation.materials import collect, tell_plan
+from nas_kd.preparation.materials import gather
 from nas_kd.progress import Stages
 from nas_kd.results.front import write_front_csv
 from nas_kd.results.report import write_report
@@ -27,9 +27,7 @@ def run(job: Job, stages: Stages) -> StudySummary:
     """Runs every stage, or what is left of them, and writes the results into the output folder. Closes the storage."""
     try:
         with helping(job) as helpers:
-            tell_plan(job, stages)  # which is timed, so before another process begins
-            warm_up(helpers)
-            materials = collect(job, stages, functools.partial(sharing_library, helpers))
+            materials = gather(job, stages, functools.partial(sharing_library, helpers))
             study = search(job, materials, stages)
             models = take_home(job, study, materials, stages, helpers)
         summary = summarise(job, study, models, materials, stages)

@@ -42,8 +42,7 @@ from nas_kd.training.checkpoint import load_exactly
 from nas_kd.training.tensor_files import read_tensors, write_tensors
 
 _LIBRARY, _MODELS = "library", "models"  # the stages
-# predicted seconds must be left of them: another process takes ten to begin, of which a library's are a teacher's
-WORTH = {_LIBRARY: 12.0, _MODELS: 30.0}
+WORTH = {_LIBRARY: 15.0, _MODELS: 30.0}  # predicted seconds must be left of them: another process takes ten to begin
 _TENSORS, _PIXELS = "tensors.safetensors", "pixels of the images"
 
 # models of the results
@@ -114,17 +113,13 @@ def _ignore(words: str, steps: float = 1, /) -> None:
 # blocks of the library
 
 
-def warm_up(helpers: Helpers) -> None:
-    """Starts the helpers that a library will want, while a teacher is trained."""
-    job = helpers.job
-    if job.settings.library_budget and not any(job.cache.glob("library-*")):
-        helpers.start(_for_library(job, len(job.space.blocks)))
-
-
 def _for_library(job: Job, blocks: int) -> int:
     """How many processes make so many blocks of the library."""
-    seconds = predicted_seconds(job, 0, 0)["library"] * blocks / len(job.space.blocks)
-    return processes(job, blocks) if seconds >= WORTH[_LIBRARY] and job.device.type == "cpu" else 1
+    return processes(job, blocks) if _is_worth(job, blocks) and job.device.type == "cpu" else 1
+
+
+def _is_worth(job: Job, blocks: int) -> bool:
+    return predicted_seconds(job, 0, 0)["library"] * blocks / len(job.space.blocks) >= WORTH[_LIBRARY]
 
 
 @contextlib.contextmanager
@@ -152,7 +147,7 @@ def _share_blocks(
     """Makes blocks of a library, dearest first, beside others; returns those that these took."""
     base, images, spec = given
     blocks = sorted(left, key=lambda name: -left[name])
-    if _for_library(helpers.job, len(blocks)) == 1:
+    if not _is_worth(helpers.job, len(blocks)):
         for name in blocks:
             make(name, report)
         return []

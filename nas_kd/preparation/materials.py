@@ -68,15 +68,10 @@ def _digest_of(base: TeacherResult, teacher: TeacherResult) -> str:
     return base.digest if teacher is base else f"{base.digest}-{teacher.digest}"
 
 
-def gather(job: Job, stages: Stages) -> Materials:
-    """What `collect` gives, after a word on what is to come."""
-    tell_plan(job, stages)
-    return collect(job, stages)
-
-
-def tell_plan(job: Job, stages: Stages) -> None:
-    """Says what the study does and about how long that takes."""
+def gather(job: Job, stages: Stages, sharing: Sharing | None = None) -> Materials:
+    """What `collect` gives, after a word on what is to come and about how long it takes."""
     stages.say(plan_line(job, _teacher_epochs(job, job.train_images), refine_epochs(job, job.train_images)))
+    return collect(job, stages, sharing)
 
 
 def collect(job: Job, stages: Stages, sharing: Sharing | None = None) -> Materials:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from nas_kd.library.entries import EntryFile
 from nas_kd.library.library import Library
 from nas_kd.pipeline import helpers, sharing
 from nas_kd.pipeline.baselines import Wanted, whole_space
-from nas_kd.pipeline.helpers import Claims, Helpers, helping
+from nas_kd.pipeline.helpers import Claims, Helpers, done_file, helping
 from nas_kd.pipeline.refining import is_refined
 from nas_kd.pipeline.sharing import refine_all, sharing_library
 from nas_kd.preparation.job import Job, prepare
@@ -38,7 +39,7 @@ from nas_kd.workers import crew
 
 SETTINGS = (
     "--model test_resnet --img-size 32 --budget params=100% --train-images 96 --teacher-epochs 1 --proxy-epochs 1 "
-    "--refine-epochs 2 --views 1 --no-base-bounds --library-budget 0 --jobs 2 -q "
+    "--refine-epochs 2 --views 1 --no-base-bounds --library-budget 0 -q "
     "--space width=0.5/1,conv=standard/depthwise --no-search-stages"
 )
 
@@ -97,10 +98,20 @@ def others(study: tuple[Job, Materials]) -> Iterator[Helpers]:
     assert not list(study[0].cache.glob("sharing-*"))
 
 
+@contextmanager
+def two_threads() -> Iterator[None]:
+    """As on a machine of two cores."""
+    torch.set_num_threads(2)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(1)
+
+
 def build_shared(others: Helpers, given: Given, told: list[str]) -> Library:
     job, (base, images, spec) = others.job, given
     shutil.rmtree(others.folder / "library", ignore_errors=True)
-    with sharing_library(others, *given) as share:
+    with two_threads(), sharing_library(others, *given) as share:
         return open_builder(base, job.space.analysis, images, spec, job.cache).build(told.append, share)
 
 
@@ -128,6 +139,7 @@ def test_another_process_makes_the_same_blocks(
     with caplog.at_level(logging.WARNING):
         library = build_shared(others, blocks, told)
     assert not caplog.records
+    assert done_file(others.folder / "library", others.others[0].pid).exists()
     assert sum(step.share for step in told if isinstance(step, Step)) == pytest.approx(1)
     assert_same(library, alone)
     shutil.rmtree(library.folder)
@@ -141,7 +153,8 @@ def test_the_same_process_then_trains_the_same_models(
     monkeypatch.setattr(sharing, "WORTH", {"library": 0.0, "models": 0.0})
     with monkeypatch.context() as here, caplog.at_level(logging.WARNING):
         here.setattr(Claims, "work", lambda claims, parts, do, advance: None)  # this one leaves everything to the other
-        shared = refine_all(job, plan, materials, lambda words, steps=1, /: told.append(words), others)
+        with two_threads():
+            shared = refine_all(job, plan, materials, lambda words, steps=1, /: told.append(words), others)
     assert not caplog.records
     assert len(told) == sum(wanted.epochs for wanted in plan)  # each by the other
     for path in job.cache.glob("refined-*"):
@@ -189,7 +202,7 @@ def test_what_a_process_that_dies_leaves_is_trained_here(
 
     monkeypatch.setattr(sharing, "WORTH", {"library": 0.0, "models": 0.0})
     monkeypatch.setattr(helpers, "LocalWorker", Dying)
-    with caplog.at_level(logging.WARNING):
+    with two_threads(), caplog.at_level(logging.WARNING):
         assert len(refine_all(job, plan, materials, lambda words, steps=1, /: None)) == 2
     assert "ended (out of memory)" in caplog.text
     assert all(is_refined(job, wanted, materials) for wanted in plan)
