@@ -38,8 +38,10 @@ _OTHERS = "psycopg optuna.storages sqlalchemy.dialects.sqlite sqlalchemy.dialect
 
 @functools.cache
 def warm_python() -> str:
-    """The path of the executable; its server ends with this process. Where there are no pidfds: a cold Python."""
-    if not hasattr(os, "pidfd_open"):
+    """The path of the executable; its server ends with this process. Where a system has no pidfds: a cold Python."""
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (AttributeError, OSError):
         return sys.executable
     folder = tempfile.mkdtemp(prefix="warm-")
     executable, address = Path(folder) / "python", f"{folder}/socket"
