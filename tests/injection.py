@@ -143,8 +143,8 @@ def ended_well(child: int) -> bool:
 
 
 def exit_code(command: Callable[[], int]) -> int:
-    """Runs a command that trains in a process of its own, and not in a fork, in which torch refuses to once another
-    test has trained on several threads; its exit code, or the negative number of the signal that ended it."""
+    """Runs a command that trains in a process of its own, and not in a fork of this one, in which torch refuses to once
+    another test has trained on several threads; its exit code, or the negative number of the signal that ended it."""
     script = "import sys, cloudpickle; sys.exit(cloudpickle.load(sys.stdin.buffer)())"
     return subprocess.run([warm_python(), "-c", script], input=cloudpickle.dumps(command), check=False).returncode
 

@@ -145,7 +145,6 @@ def shared(request: pytest.FixtureRequest, database: str) -> Iterator[str]:
     if request.param == "postgresql":
         yield database
     else:
-        pytest.importorskip("grpc")
         with servers.grpc_proxy(database) as address:
             yield address
 

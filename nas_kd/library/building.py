@@ -248,14 +248,16 @@ class Builder:
 
     def _missing(self, block: Block) -> list[int]:
         """The entries that there are none of; what is known of the others is noted."""
-        unknown = [index for index in made_choices(block) if (block.name, index) not in self.bench.entries]
-        found = {(block.name, index): self.bench.read(block, index) for index in unknown}
+        found = {(block.name, index): self.bench.read(block, index) for index in self._unknown(block)}
         self.bench.entries |= {key: entry for key, entry in found.items() if entry is not None}
         return [index for (_, index), entry in found.items() if entry is None]
 
+    def _unknown(self, block: Block) -> list[int]:
+        return [index for index in made_choices(block) if (block.name, index) not in self.bench.entries]
+
     def _inherit_block(self, block: Block, seen: Passage, held: Passage) -> dict[int, nn.Module]:
         """Makes the entries of a block that there are none of; their frames, where memory allows to keep them."""
-        missing = [index for index in made_choices(block) if (block.name, index) not in self.bench.entries]
+        missing = self._unknown(block)
         if not missing:
             return {}
         reference = reference_of(self.base, self.analysis, self.recorder.frames[block.name], seen)

@@ -35,7 +35,15 @@ from nas_kd.search.storage import storage_errors
 from nas_kd.search.workers import RetryingStudy
 from nas_kd.training.ranks import current
 from nas_kd.training.views import Views, open_views
-from nas_kd.workers.crew import LocalWorker, devices_for, environment, run_to_end, stop_all, worker_arguments
+from nas_kd.workers.crew import (
+    LocalWorker,
+    devices_for,
+    environment,
+    run_to_end,
+    share_of_threads,
+    stop_all,
+    worker_arguments,
+)
 from nas_kd.workers.joining import joined, local_workers
 from nas_kd.workers.kit import Kit, damaged, equip, fetch, locate, read_kit, settings_of, view_files
 from nas_kd.workers.ray_crew import ray_workers
@@ -162,7 +170,7 @@ def _more_processes(job: Job, count: int) -> Iterator[Sequence[LocalWorker]]:
     try:
         for other in others:
             other.start()
-        with limited_threads(max(1, torch.get_num_threads() // count)):
+        with limited_threads(share_of_threads(count)):
             yield others
         for other in others:
             if other.code():

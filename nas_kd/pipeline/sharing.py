@@ -40,6 +40,7 @@ from nas_kd.search.signals import follow_parent
 from nas_kd.search.storage import close_storage
 from nas_kd.training.checkpoint import load_exactly
 from nas_kd.training.tensor_files import read_tensors, write_tensors
+from nas_kd.workers.crew import share_of_threads
 
 _LIBRARY, _MODELS = "library", "models"  # the stages
 WORTH = {_LIBRARY: 15.0, _MODELS: 30.0}  # predicted seconds must be left of them: another process takes ten to begin
@@ -59,7 +60,10 @@ def refine_all(
             helpers.stop()
         train_with_workers(job, pending, materials, count, advance)
     elif count > 1:
-        with contextlib.nullcontext(helpers) if helpers else helping(job) as others, _part_of_threads(count):
+        with (
+            contextlib.nullcontext(helpers) if helpers else helping(job) as others,
+            limited_threads(share_of_threads(count)),
+        ):
             dearest = sorted(pending, key=lambda wanted: -wanted.epochs * wanted.space.cost(wanted.genotype).macs)
             claims = others.share(_MODELS, {"models": [_noted(job, wanted) for wanted in dearest]}, count)
             claims.work(dearest, lambda wanted, tell: refine_one(job, wanted, materials, tell), advance)
@@ -75,10 +79,6 @@ def _for_models(job: Job, pending: Sequence[Wanted]) -> int:
     epochs = max((wanted.epochs for wanted in pending), default=0)
     seconds = predicted_seconds(job, 0, epochs)["refine"] * len(pending) / refined_models(job.settings)
     return processes(job, len(pending)) if seconds >= WORTH[_MODELS] else 1
-
-
-def _part_of_threads(count: int) -> contextlib.AbstractContextManager[None]:
-    return limited_threads(max(1, torch.get_num_threads() // count))
 
 
 def _noted(job: Job, wanted: Wanted) -> Mapping[str, Any]:
@@ -113,8 +113,9 @@ def _ignore(words: str, steps: float = 1, /) -> None:
 # blocks of the library
 
 
-def _for_library(job: Job, blocks: int) -> int:
-    """How many processes make so many blocks of the library."""
+def _for_library(job: Job) -> int:
+    """How many processes make the blocks of the library."""
+    blocks = len(job.space.blocks)
     return processes(job, blocks) if _is_worth(job, blocks) and job.device.type == "cpu" else 1
 
 
@@ -126,11 +127,11 @@ def _is_worth(job: Job, blocks: int) -> bool:
 def sharing_library(helpers: Helpers, base: nn.Module, images: Images, spec: LibrarySpec) -> Iterator[Share | None]:
     """What shares out the blocks of a library while it is built in the block, None where that does not pay. This
     process has a helper's threads, so that a block is the same whoever makes it."""
-    count = _for_library(helpers.job, len(helpers.job.space.blocks))
+    count = _for_library(helpers.job)
     if count == 1:
         yield None
         return
-    with _part_of_threads(count):
+    with limited_threads(share_of_threads(count)):
         yield functools.partial(_share_blocks, helpers, count, (base, images, spec))
     if helpers.job.settings.jobs > 1:  # others run the trials
         helpers.stop()

@@ -104,8 +104,12 @@ def devices_for(device: str | None, jobs: int, gpus: int | None = None) -> list[
 
 def environment(url: str, jobs: int) -> dict[str, str]:
     """The environment of a worker: the storage, whose URL is for no command line, and a share of the threads."""
-    threads = max(1, torch.get_num_threads() // jobs)
-    return {**os.environ, STORAGE: url, "OMP_NUM_THREADS": str(threads)}
+    return {**os.environ, STORAGE: url, "OMP_NUM_THREADS": str(share_of_threads(jobs))}
+
+
+def share_of_threads(count: int) -> int:
+    """The threads of each of so many processes, at least one."""
+    return max(1, torch.get_num_threads() // count)
 
 
 def run_crew(crew: Crew, study: optuna.Study, board: Board, sleep: Callable[[float], None] = time.sleep) -> None:

@@ -35,7 +35,6 @@ def test_torch() -> None:
 
 
 def test_onnx_runtime() -> None:
-    pytest.importorskip("onnxruntime")
     given = {name: subject for name, subject in subjects().items() if name != "two"}
     times = measurer(LatencySpec(runtime="onnx"))(given, QUICK)
     assert list(times) == ["one", "other"]
@@ -49,7 +48,6 @@ def script(folder: Path, text: str) -> str:
 
 
 def test_a_command_of_the_users(tmp_path: Path) -> None:
-    pytest.importorskip("onnx")
     command = script(tmp_path, "import os, sys\nprint('a word first')\nprint(os.path.getsize(sys.argv[1]) / 1000)")
     times = measurer(LatencySpec(command=command))({"one": subjects()["one"]}, QUICK)
     assert 0.5 < times["one"].milliseconds < 100  # a small file
@@ -65,13 +63,11 @@ def test_a_command_of_the_users(tmp_path: Path) -> None:
     ],
 )
 def test_a_command_that_does_not_measure(tmp_path: Path, text: str, message: str) -> None:
-    pytest.importorskip("onnx")
     with pytest.raises(NasKdError, match=message):
         measurer(LatencySpec(command=script(tmp_path, text)))({"one": subjects()["one"]}, QUICK)
 
 
 def test_a_command_that_is_not_there() -> None:
-    pytest.importorskip("onnx")
     with pytest.raises(NasKdError, match="cannot be run"):
         measurer(LatencySpec(command="no-such-command-anywhere"))({"one": subjects()["one"]}, QUICK)
 

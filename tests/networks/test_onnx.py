@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import timm
 import torch
@@ -36,8 +37,6 @@ def mixed_student() -> nn.Module:
 
 
 def test_students_of_all_kinds_give_the_same_outputs_for_any_number_of_images(tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript")
-    pytest.importorskip("onnxruntime")
     student = mixed_student()
     write_model(student, SIZE, tmp_path / "model.onnx")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx"]  # the weights are inside
@@ -69,8 +68,6 @@ def exporters(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 def test_the_quicker_exporter_writes_what_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxruntime")
     used = exporters(monkeypatch)
     write_model(mixed_student(), SIZE, tmp_path / "model.onnx")
     assert used == [False]
@@ -90,7 +87,6 @@ def test_the_quicker_exporter_writes_what_it_can(tmp_path: Path, monkeypatch: py
 def test_without_a_runtime_to_compare_the_newer_exporter_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("onnxscript")
     find, used = importlib.util.find_spec, exporters(monkeypatch)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find(name))
     write_model(Counting(), SIZE, tmp_path / "model.onnx")
@@ -98,7 +94,6 @@ def test_without_a_runtime_to_compare_the_newer_exporter_writes(
 
 
 def test_what_is_timed_is_written_without_onnxscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("onnx")
     student, find = mixed_student(), importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
     write_onnx(student, (torch.randn(1, *SIZE),), tmp_path / "model.onnx")
@@ -111,8 +106,6 @@ def test_a_missing_package_says_how_to_get_it() -> None:
 
 
 def test_a_file_that_refuses_other_images_is_named(tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript")
-    pytest.importorskip("onnxruntime")
     student = mixed_student()
     write_model(student, SIZE, tmp_path / "model.onnx")
     with pytest.raises(ModelError, match="ONNX Runtime cannot run a network: "):
@@ -120,8 +113,6 @@ def test_a_file_that_refuses_other_images_is_named(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_exported_is_named(tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript")
-
     class Odd(nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             raise RuntimeError("this one refuses")

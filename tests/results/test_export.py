@@ -447,8 +447,6 @@ class TestDamage:
 def test_onnx_beside_the_weights_is_written_once(
     networks: dict[str, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("onnxscript")
-    pytest.importorskip("onnxruntime")
     card = Card(input_size=(3, 32, 32))
     folder = export(networks["test_resnet"], tmp_path / "model", card, onnx=True)
     written = (folder / "model.onnx").read_bytes()
