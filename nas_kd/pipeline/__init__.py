@@ -28,7 +28,7 @@ def run(job: Job, stages: Stages) -> StudySummary:
     try:
         with helping(job) as helpers:
             materials = gather(job, stages, functools.partial(sharing_library, helpers))
-            study = search(job, materials, stages)
+            study = search(job, materials, stages, helpers)
             models = take_home(job, study, materials, stages, helpers)
         summary = summarise(job, study, models, materials, stages)
         show(job, study, summary)

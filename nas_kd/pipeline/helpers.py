@@ -1,6 +1,6 @@
 """Processes beside a study's own on this machine, and how they share out work with it.
 
-Each is `python -m nas_kd.pipeline.sharing FOLDER`, finds in FOLDER what the study is, is told by its standard input of
+Each is `python -m nas_kd.pipeline.helper FOLDER`, finds in FOLDER what the study is, is told by its standard input of
 every stage in which there is something to share, and waits in between. Whoever makes the file of a part in the folder
 of a stage first does it. What nobody finished is done by the study in the end, so that a process that dies costs time
 alone.
@@ -26,6 +26,7 @@ from optuna.storages import InMemoryStorage
 from nas_kd.preparation.job import Job, storage_url
 from nas_kd.progress import Advance
 from nas_kd.training.ranks import current
+from nas_kd.training.resume import replace_file
 from nas_kd.workers.crew import LocalWorker, devices_for, environment, stop_all
 
 STUDY, PLAN = "study.json", "plan.json"  # of the folder, and of a stage in it
@@ -68,21 +69,38 @@ class Claims:
     others: Sequence[LocalWorker] = ()
     heard: dict[str, int] = dataclasses.field(default_factory=dict)
     own: set[str] = dataclasses.field(default_factory=set)
+    ended: set[int] = dataclasses.field(default_factory=set)
 
     def work(self, parts: Sequence[Part], do: Callable[[Part, Advance], object], advance: Advance) -> list[Part]:
         """Does what nobody else does, one part after the other; returns what others have taken."""
-        taken = []
-        for number, part in enumerate(parts):
-            path = self.folder / f"{number}.txt"
-            try:
-                file = path.open("x", encoding="utf-8")
-            except FileExistsError:
-                taken.append(part)
-                continue
-            self.own.add(path.name)
-            with file:
-                do(part, functools.partial(self._tell, file, advance))
-        return taken
+        return [
+            part for number, part in enumerate(parts) if not self.take(number, functools.partial(do, part), advance)
+        ]
+
+    def take(self, number: int, do: Callable[[Advance], object], advance: Advance) -> bool:
+        """Does a part, unless somebody took it before; returns whether it did."""
+        path, started = self.folder / f"{number}.txt", time.monotonic()
+        try:
+            file = path.open("x", encoding="utf-8")
+        except FileExistsError:
+            return False
+        self.own.add(path.name)
+        with file:
+            do(functools.partial(self._tell, file, advance))
+        seconds = repr(time.monotonic() - started)
+        replace_file(self._made(number), lambda draft: draft.write_text(seconds, encoding="utf-8"))
+        return True
+
+    def seconds(self, number: int) -> float | None:
+        """What a part took, as soon as it is made; 0 where those who may have taken it have all ended."""
+        self.listen(pass_over)
+        made = self._made(number)
+        if made.exists():
+            return float(made.read_text(encoding="utf-8"))
+        return 0.0 if all(other.code() is not None for other in self.others) else None
+
+    def _made(self, number: int) -> Path:
+        return self.folder / f"{number}.made"
 
     def _tell(self, file: TextIO, advance: Advance, words: str, steps: float = 1, /) -> None:
         file.write(f"{steps!r} {words}\n")
@@ -91,7 +109,11 @@ class Claims:
         self.listen(advance)
 
     def listen(self, advance: Advance) -> None:
-        """Tells of what others did since the last time."""
+        """Tells of what others did since the last time, and of those that have ended, which should go on."""
+        for other in self.others:
+            if other.code() is not None and other.pid not in self.ended:
+                self.ended.add(other.pid)
+                _logger.warning("a process beside this one ended (%s): what it had taken is done here", other.words())
         for path in self.folder.glob("*.txt"):
             if path.name in self.own:
                 continue
@@ -107,9 +129,10 @@ class Claims:
             time.sleep(_POLL)
             self.listen(advance)
         self.listen(advance)
-        for other in self.others:
-            if other.code() is not None:
-                _logger.warning("a process beside this one ended (%s): what it had taken is done here", other.words())
+
+
+def pass_over(words: str, steps: float = 1, /) -> None:
+    """Tells nobody how far a part is: a helper writes it down alone, the study says it."""
 
 
 def done_file(folder: Path, process: int) -> Path:
@@ -133,7 +156,7 @@ class Helpers:
         shared = environment(storage_url(self.job.settings, self.job.out), count)
         devices = devices_for(self.job.settings.device, count)[1:]
         self.others += [
-            LocalWorker([str(self.folder), "--device", device], shared, module="nas_kd.pipeline.sharing")
+            LocalWorker([str(self.folder), "--device", device], shared, module="nas_kd.pipeline.helper")
             for device in devices[len(self.others) :]
         ]
         for other in tuple(self.others):

@@ -6,14 +6,16 @@ from typing import Any
 
 import optuna
 
+from nas_kd.pipeline.ahead import proxy_of, training_ahead
 from nas_kd.pipeline.elsewhere import expect_models
+from nas_kd.pipeline.helpers import Helpers
 from nas_kd.pipeline.showcase import announce
 from nas_kd.preparation.cycles import note_cycles
 from nas_kd.preparation.effort import note_effort
-from nas_kd.preparation.job import Job, choices_made, proxy_recipe_of
+from nas_kd.preparation.job import Job, choices_made
 from nas_kd.preparation.latency import note_latency
 from nas_kd.preparation.materials import Materials
-from nas_kd.progress import Stages
+from nas_kd.progress import Board, Stages
 from nas_kd.search.budgets import note_budget
 from nas_kd.search.rungs import make_pruner
 from nas_kd.search.sampler import make_sampler
@@ -26,9 +28,9 @@ from nas_kd.workers.crew import advance_by, crew_of, run_crew
 from nas_kd.workers.kit import checkpoints, publish
 
 
-def search(job: Job, materials: Materials, stages: Stages) -> optuna.Study:
-    """Trains proxies of genotypes within the budget until `--trials` of them have been trained: here, or by `--jobs`
-    processes; workers may join on other machines."""
+def search(job: Job, materials: Materials, stages: Stages, helpers: Helpers | None = None) -> optuna.Study:
+    """Trains proxies of genotypes within the budget until `--trials` of them have been trained: here, beside helpers at
+    first, or by `--jobs` processes; workers may join on other machines."""
     settings = job.settings
     with storage_errors(f"use the study {settings.name!r} in its storage"):
         study = _open(job, materials)
@@ -45,18 +47,17 @@ def search(job: Job, materials: Materials, stages: Stages) -> optuna.Study:
             if settings.jobs > 1:
                 run_crew(crew_of(settings, job.out, kit), study, board)
             else:
-                proxy = Proxy(
-                    views=materials.proxy_views,
-                    val=materials.sample.val,
-                    recipe=proxy_recipe_of(settings),
-                    device=str(job.device),
-                    checkpoints=checkpoints(kit, job.cache),
-                )
-                limits = Limits(target=lambda: settings.trials, grace=settings.grace_period)
-                objective = Objective(job.space, proxy, front_pruning=settings.pruner == "front")
-                work(study, objective, limits, lambda trial: advance_by(board, trial))
+                _run_here(job, study, proxy_of(job, materials, checkpoints(kit, job.cache)), board, helpers)
             settle(study, settings.grace_period)
     return study
+
+
+def _run_here(job: Job, study: optuna.Study, proxy: Proxy, board: Board, helpers: Helpers | None) -> None:
+    settings = job.settings
+    limits = Limits(target=lambda: settings.trials, grace=settings.grace_period)
+    with training_ahead(helpers, study, proxy) as begin:
+        objective = Objective(job.space, proxy, front_pruning=settings.pruner == "front", begin=begin)
+        work(study, objective, limits, lambda trial: advance_by(board, trial))
 
 
 def _open(job: Job, materials: Materials) -> optuna.Study:

@@ -1,26 +1,16 @@
-"""What is many is made side by side: blocks of the library and models of the results, by the study and its helpers."""
+"""What is many is made side by side by the study and its helpers: blocks of the library, models of the results."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import functools
-import json
-import os
-import queue
-import signal
-import sys
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import nn
 
-from nas_kd.arguments.parsing import guarded
-from nas_kd.arguments.study import STORAGE, restore_settings
 from nas_kd.costs.latency import limited_threads
 from nas_kd.data.images import Images
 from nas_kd.genotype import Genotype
@@ -29,21 +19,19 @@ from nas_kd.library.effort import Step
 from nas_kd.library.spec import LibrarySpec
 from nas_kd.pipeline.baselines import Wanted, whole_space
 from nas_kd.pipeline.elsewhere import are_shared, forget_models, train_with_workers
-from nas_kd.pipeline.helpers import PLAN, STUDY, Claims, Helpers, done_file, helping, processes
+from nas_kd.pipeline.helpers import Claims, Helpers, helping, pass_over, processes
 from nas_kd.pipeline.refining import is_refined, refine_one
 from nas_kd.preparation.estimate import predicted_seconds, refined_models
-from nas_kd.preparation.job import Job, prepare
-from nas_kd.preparation.materials import Materials, collect
-from nas_kd.progress import Advance, Stages
+from nas_kd.preparation.job import Job
+from nas_kd.preparation.materials import Materials
+from nas_kd.progress import Advance
 from nas_kd.results.refine import Refined
-from nas_kd.search.signals import follow_parent
-from nas_kd.search.storage import close_storage
 from nas_kd.training.checkpoint import load_exactly
 from nas_kd.training.tensor_files import read_tensors, write_tensors
 from nas_kd.workers.crew import share_of_threads
 
-_LIBRARY, _MODELS = "library", "models"  # the stages
-WORTH = {_LIBRARY: 15.0, _MODELS: 30.0}  # predicted seconds must be left of them: another process takes ten to begin
+LIBRARY, MODELS = "library", "models"  # the stages
+WORTH = {LIBRARY: 15.0, MODELS: 30.0}  # predicted seconds must be left of them: another process takes ten to begin
 _TENSORS, _PIXELS = "tensors.safetensors", "pixels of the images"
 
 # models of the results
@@ -65,7 +53,7 @@ def refine_all(
             limited_threads(share_of_threads(count)),
         ):
             dearest = sorted(pending, key=lambda wanted: -wanted.epochs * wanted.space.cost(wanted.genotype).macs)
-            claims = others.share(_MODELS, {"models": [_noted(job, wanted) for wanted in dearest]}, count)
+            claims = others.share(MODELS, {"models": [_noted(job, wanted) for wanted in dearest]}, count)
             claims.work(dearest, lambda wanted, tell: refine_one(job, wanted, materials, tell), advance)
             claims.wait(advance)
     forget_models(job)
@@ -78,7 +66,7 @@ def _for_models(job: Job, pending: Sequence[Wanted]) -> int:
         return 1
     epochs = max((wanted.epochs for wanted in pending), default=0)
     seconds = predicted_seconds(job, 0, epochs)["refine"] * len(pending) / refined_models(job.settings)
-    return processes(job, len(pending)) if seconds >= WORTH[_MODELS] else 1
+    return processes(job, len(pending)) if seconds >= WORTH[MODELS] else 1
 
 
 def _noted(job: Job, wanted: Wanted) -> Mapping[str, Any]:
@@ -90,9 +78,8 @@ def _noted(job: Job, wanted: Wanted) -> Mapping[str, Any]:
     }
 
 
-def _train_models(job: Job, plan: Mapping[str, Any], claims: Claims) -> None:
+def train_models(job: Job, materials: Materials, plan: Mapping[str, Any], claims: Claims) -> None:
     """A helper's part of the models of the results."""
-    materials = collect(job, Stages(Console(stderr=True), quiet=True))
     whole = whole_space(job) if any(model["whole"] for model in plan["models"]) else None
     models = [
         Wanted(
@@ -103,11 +90,7 @@ def _train_models(job: Job, plan: Mapping[str, Any], claims: Claims) -> None:
         )
         for model in plan["models"]
     ]
-    claims.work(models, lambda wanted, tell: refine_one(job, wanted, materials, tell), _ignore)
-
-
-def _ignore(words: str, steps: float = 1, /) -> None:
-    """The study tells of what its helpers do."""
+    claims.work(models, lambda wanted, tell: refine_one(job, wanted, materials, tell), pass_over)
 
 
 # blocks of the library
@@ -120,7 +103,7 @@ def _for_library(job: Job) -> int:
 
 
 def _is_worth(job: Job, blocks: int) -> bool:
-    return predicted_seconds(job, 0, 0)["library"] * blocks / len(job.space.blocks) >= WORTH[_LIBRARY]
+    return predicted_seconds(job, 0, 0)["library"] * blocks / len(job.space.blocks) >= WORTH[LIBRARY]
 
 
 @contextlib.contextmanager
@@ -154,7 +137,7 @@ def _share_blocks(
         return []
     write_tensors(helpers.folder / _TENSORS, {**base.state_dict(), _PIXELS: images.pixels})
     plan = {"blocks": blocks, "spec": dataclasses.asdict(spec), "mean": images.mean, "std": images.std}
-    claims = helpers.share(_LIBRARY, plan, count)
+    claims = helpers.share(LIBRARY, plan, count)
 
     def advance(words: str, share: float = 0, /) -> None:
         report(Step(words, share))
@@ -168,7 +151,7 @@ def _make_block(make: Make, name: str, tell: Advance) -> None:
     make(name, lambda step: tell(step, getattr(step, "share", 0.0)))
 
 
-def _make_blocks(job: Job, plan: Mapping[str, Any], claims: Claims) -> None:
+def make_blocks(job: Job, plan: Mapping[str, Any], claims: Claims) -> None:
     """A helper's part of the library, of which it keeps what students need."""
     path = claims.folder.parent / _TENSORS
     tensors, _ = read_tensors(path)
@@ -179,40 +162,8 @@ def _make_blocks(job: Job, plan: Mapping[str, Any], claims: Claims) -> None:
     spec = LibrarySpec(**{**plan["spec"], "rounds": tuple(plan["spec"]["rounds"])})
 
     def share(left: Mapping[str, float], make: Make, report: Report) -> tuple[str, ...]:
-        claims.work(plan["blocks"], functools.partial(_make_block, make), _ignore)
+        claims.work(plan["blocks"], functools.partial(_make_block, make), pass_over)
         return ()
 
     builder = open_builder(job.space.base, job.space.analysis, images, spec, job.cache)
     job.space.library = builder.build(lambda words: None, share)
-
-
-# a helper
-
-
-def help_study(folder: Path, device: str, storage: str | None, told: Iterable[str]) -> None:
-    """Does its part of each stage that it is told of."""
-    kept = json.loads((folder / STUDY).read_text(encoding="utf-8"))
-    settings = restore_settings({**kept, "storage": storage, "device": device, "quiet": True})
-    job = prepare(settings, stages=Stages(Console(stderr=True), quiet=True))
-    try:
-        for stage in told:
-            plan = json.loads((folder / stage / PLAN).read_text(encoding="utf-8"))
-            with limited_threads(plan["threads"]):
-                (_make_blocks if stage == _LIBRARY else _train_models)(job, plan, Claims(folder=folder / stage))
-            done_file(folder / stage, os.getpid()).touch()
-    finally:
-        close_storage(job.storage)
-
-
-def main(argv: Sequence[str]) -> int:
-    """A process beside the one that runs a study: the study's folder, and the device."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    told = queue.SimpleQueue[str]()
-    threading.Thread(target=follow_parent, args=(told.put,), daemon=True).start()
-    folder, _, device = argv
-    help_study(Path(folder), device, os.environ.get(STORAGE), iter(told.get, ""))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(guarded(main, None))

@@ -17,32 +17,50 @@ _logger = logging.getLogger(__name__)
 class Records:
     """Records by key, each written to the disk as it comes; the last line of a killed run may be torn and is ignored.
 
-    Several processes may append to one file. Raises OutputError when the file cannot be read or written.
+    Several processes may append to one file: what one has written the others find when they look for it, and of two
+    records with one key the first counts. Raises OutputError when the file cannot be read or written.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._known: dict[str, Record] = {}
-        try:
-            text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-        except OSError as error:
-            raise OutputError(f"cannot read {path}: {error.strerror or error}") from error
-        self._torn = bool(text) and not text.endswith("\n")
-        for number, line in enumerate(text.splitlines(), 1):
-            self._read(line, number)
+        self._lines = self._bytes = 0  # of the file that were read
+        rest = self._catch_up()
+        if rest:  # torn, or whole but for its end
+            self._read(rest)
+        self._bytes += len(rest)
+        self._torn = bool(rest)
 
-    def _read(self, line: str, number: int) -> None:
+    def _catch_up(self) -> bytes:
+        """Reads the lines that came since the last time; returns what follows them."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._bytes)
+                lines, end, rest = file.read().rpartition(b"\n")
+        except FileNotFoundError:
+            return b""
+        except OSError as error:
+            raise OutputError(f"cannot read {self.path}: {error.strerror or error}") from error
+        self._bytes += len(lines) + len(end)
+        for line in lines.split(b"\n") if end else ():
+            self._read(line)
+        return rest
+
+    def _read(self, line: bytes) -> None:
+        self._lines += 1
         try:
             entry = json.loads(line)
-            self._known[entry["key"]] = entry["record"]
+            self._known.setdefault(entry["key"], entry["record"])
         except (ValueError, KeyError, TypeError):
             if line.strip():
-                _logger.warning("line %d of %s is damaged: what it held is done again", number, self.path)
+                _logger.warning("line %d of %s is damaged: what it held is done again", self._lines, self.path)
 
     def __getitem__(self, key: str) -> Record:
         return self._known[key]
 
     def __contains__(self, key: str) -> bool:
+        if key not in self._known:
+            self._catch_up()
         return key in self._known
 
     def values(self) -> tuple[Record, ...]:
@@ -50,6 +68,8 @@ class Records:
         return tuple(self._known.values())
 
     def __setitem__(self, key: str, record: Record) -> None:
+        if key in self:  # another process was faster
+            return
         line = json.dumps({"key": key, "record": record}, separators=(",", ":")) + "\n"
         try:
             with self.path.open("a", encoding="utf-8") as file:
@@ -59,4 +79,4 @@ class Records:
         except OSError as error:
             raise OutputError(f"cannot write {self.path}: {error.strerror or error}") from error
         self._torn = False
-        self._known[key] = record
+        self._known[key] = record  # read again with the next lines, it changes nothing

@@ -33,7 +33,7 @@ from nas_kd.search.space import Space
 from nas_kd.search.storage import Direction
 from nas_kd.search.workers import WORKER, worker_name
 from nas_kd.training.evaluation import CALIBRATION, LOOK_CALIBRATION, evaluate, recalibrate
-from nas_kd.training.loop import Run, fit, student_task
+from nas_kd.training.loop import Run, fit, ignore, student_task
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.views import OnlineViews, Views
 
@@ -85,13 +85,53 @@ class Proxy:
         recalibrate(student, self.views.sample(LOOK_CALIBRATION))
         return evaluate(student, self.val)
 
+    @property
+    def in_rungs(self) -> Recipe:
+        """The recipe, with a look at every rung."""
+        return dataclasses.replace(self.recipe, eval_epochs=rung_epochs(self.recipe.epochs))
+
+    def checkpoint(self, genotype: Genotype) -> Path | None:
+        """The file that keeps the state of a genotype's training, if any does."""
+        return None if self.checkpoints is None else self.checkpoints / f"{genotype.digest}.resume"
+
+    def train(
+        self,
+        student: nn.Module,
+        macs: int,
+        *,
+        checkpoint: Path | None,
+        threads: int | None = None,
+        report: Callable[[int, float], None] = ignore,
+    ) -> float:
+        """Trains a student, from where its checkpoint left it, on so many `threads` (None: all that there are, one for
+        a student that is small on a CPU); `report` is told its score at each rung. Returns the last."""
+        is_small = self.device == "cpu" and macs * self.recipe.batch_size < _SMALL
+        with limited_threads(1 if is_small else threads):
+            task = student_task(self.prepare(student), self.in_rungs, self.score)
+            run = Run(checkpoint=checkpoint, again=True)
+            return fit(task, self.views, self.in_rungs, report=report, run=run).accuracy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Begun:
+    """What was done for a trial before it came to train: `seconds` of training; it goes on with so many `threads`."""
+
+    seconds: float = 0.0
+    threads: int | None = None
+
+
+def begin_here(genotype: Genotype) -> Begun:
+    """Nothing was done before."""
+    return Begun()
+
 
 class Objective:
     """Called with a trial, gives its score and costs; for `study.optimize` of a study with `DIRECTIONS`, where trials
     stop at rungs at which they are behind, if there is a `front_pruning`. In a study with one objective it gives the
     score alone, and the study's own pruner decides.
 
-    What it writes and reads of the study is never interrupted by a signal, its training is.
+    What it writes and reads of the study is never interrupted by a signal, its training is. `begin` is called before
+    each training, and waits for whoever is at it.
     """
 
     def __init__(
@@ -100,11 +140,11 @@ class Objective:
         proxy: Proxy,
         *,
         front_pruning: bool = True,
+        begin: Callable[[Genotype], Begun] = begin_here,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.space, self.proxy, self.front_pruning, self.clock = space, proxy, front_pruning, clock
-        rungs = rung_epochs(proxy.recipe.epochs)
-        self.recipe = dataclasses.replace(proxy.recipe, eval_epochs=rungs)
+        self.begin = begin
 
     def __call__(self, trial: optuna.Trial) -> tuple[float, ...]:
         with held():
@@ -115,11 +155,11 @@ class Objective:
             known = claim(trial, genotype.digest, sleep=_sleep)
             if known is not None:
                 return _reuse(trial, known)
-        started = self.clock()
+        begun, started = self.begin(genotype), self.clock()
         with self._checkpoint(genotype) as checkpoint:
-            score = self._train(trial, genotype, cost, Run(checkpoint=checkpoint, again=True))
+            score = self._train(trial, genotype, cost, checkpoint, begun.threads)
         with held():
-            trial.set_user_attr("seconds", round(self.clock() - started, 3))
+            trial.set_user_attr("seconds", round(begun.seconds + self.clock() - started, 3))
             trial.set_constraint(RUNG, 0.0)
         kinds = kinds_of(self.space.budget)
         return (score,) if _is_single(trial) else (score, *(float(cost[kind]) for kind in kinds))
@@ -127,8 +167,7 @@ class Objective:
     @contextmanager
     def _checkpoint(self, genotype: Genotype) -> Iterator[Path | None]:
         """Where the trial's state is kept; a trial that ends needs it no more, one that is interrupted does."""
-        folder = self.proxy.checkpoints
-        path = None if folder is None else folder / f"{genotype.digest}.resume"
+        path = self.proxy.checkpoint(genotype)
         try:
             yield path
         except optuna.TrialPruned:
@@ -136,10 +175,14 @@ class Objective:
             raise
         _remove(path)
 
-    def _train(self, trial: optuna.Trial, genotype: Genotype, cost: Cost, run: Run) -> float:
+    def _train(
+        self, trial: optuna.Trial, genotype: Genotype, cost: Cost, checkpoint: Path | None, threads: int | None
+    ) -> float:
         """The score; of a trial that goes on, what it has at its rungs is looked at first, and may be all there is."""
 
         def report(epoch: int, accuracy: float) -> None:
+            if epoch in dict(noted):
+                return
             with held():
                 trial.set_user_attr(f"rung/{epoch}", accuracy)
                 self._look(trial, epoch, RungScore(cost=cost, score=accuracy))
@@ -148,21 +191,14 @@ class Objective:
         for epoch, accuracy in noted:
             with held():
                 self._look(trial, epoch, RungScore(cost=cost, score=accuracy))
-        if noted and noted[-1][0] == self.recipe.epochs:
+        if noted and noted[-1][0] == self.proxy.recipe.epochs:
             return noted[-1][1]
-        student = self.proxy.prepare(self.space.student(genotype))
+        student = self.space.student(genotype)
         try:
-            task = student_task(student, self.recipe, self.proxy.score)
-            with limited_threads(self._threads(cost)):
-                return fit(task, self.proxy.views, self.recipe, report=report, run=run).accuracy
+            return self.proxy.train(student, cost.macs, checkpoint=checkpoint, threads=threads, report=report)
         except TrainingError as error:
             _note_end(trial, str(error), 1.0)
             raise optuna.TrialPruned(str(error)) from error
-
-    def _threads(self, cost: Cost) -> int | None:
-        """One thread for a student that is small on a CPU, the same on every machine; None: those that there are."""
-        is_small = self.proxy.device == "cpu" and cost.macs * self.recipe.batch_size < _SMALL
-        return 1 if is_small else None
 
     def _look(self, trial: optuna.Trial, epoch: int, own: RungScore) -> None:
         """Raises optuna.TrialPruned for a trial that is to stop at this rung."""
@@ -171,7 +207,7 @@ class Objective:
     def _look_at_front(self, trial: optuna.Trial, epoch: int, own: RungScore) -> None:
         """Stops a trial that is behind; with a constraint, which is what samplers learn from where nothing can be
         reported."""
-        if epoch >= self.recipe.epochs or not self.front_pruning:
+        if epoch >= self.proxy.recipe.epochs or not self.front_pruning:
             return
         kinds = kinds_of(self.space.budget)
         behind = deficit(own, _rung_scores(trial, epoch, kinds), kinds=kinds)
@@ -186,7 +222,7 @@ class Objective:
         if epoch in frozen.intermediate_values:
             return
         trial.report(own.score, epoch)
-        if epoch < self.recipe.epochs and trial.should_prune():
+        if epoch < self.proxy.recipe.epochs and trial.should_prune():
             reason = f"stopped after epoch {epoch} by Optuna's {type(trial.study.pruner).__name__}"
             _note_end(trial, reason, 0.0)
             raise optuna.TrialPruned(reason)

@@ -61,10 +61,14 @@ def may_be_retried(trial: FrozenTrial, *, died: bool = True) -> bool:
     return bool(_point(trial)) and _retries(trial, died) <= MAX_RETRIES
 
 
+def queued_point(trial: FrozenTrial) -> dict[str, Any]:
+    """The parameters that a trial was queued with; empty for one that was proposed."""
+    return dict(trial.system_attrs.get("fixed_params", {}))
+
+
 def _point(trial: FrozenTrial) -> dict[str, Any]:
     """What a trial was to do: as queued, or as proposed once all of it is noted; half of a proposal is none."""
-    queued: dict[str, Any] | None = trial.system_attrs.get("fixed_params")
-    return queued or (trial.params if GENOTYPE in trial.user_attrs else {})
+    return queued_point(trial) or (trial.params if GENOTYPE in trial.user_attrs else {})
 
 
 def _retries(trial: FrozenTrial, died: bool) -> int:

@@ -61,8 +61,9 @@ class TrainResult:
 class Run:
     """Where and how a training runs, as opposed to its recipe: the file it resumes from, and the clock in seconds.
 
-    With `again` a resumed training first reports the last accuracy of its state: it may have been killed before that
-    was heard. One that is `shared` goes over all processes that torchrun started (`ranks`).
+    With `again` a resumed training first reports the accuracies of its state: it may have been killed before the last
+    was heard, or have been another process's. One that is `shared` goes over all processes that torchrun started
+    (`ranks`).
     """
 
     checkpoint: Path | None = None
@@ -140,8 +141,8 @@ def fit(
     ):
         data = _resident(data, device)
         progress = _in_step(ranks, restore(run.checkpoint, stepper.parts(), recipe, len(data)), stepper.parts())
-        if run.again and progress.accuracies:
-            report(*progress.accuracies[-1])
+        for epoch, accuracy in progress.accuracies if run.again else ():
+            report(epoch, accuracy)
         for epoch in range(progress.epoch, recipe.epochs):
             progress = progress.after_epoch(_run_epoch(stepper, data, epoch))
             if recipe.evaluates(progress.epoch):

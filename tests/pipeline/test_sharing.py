@@ -1,4 +1,4 @@
-"""Models of the results that are trained in several processes."""
+"""Blocks of the library, what a search begins with and models of the results, each made by several processes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import optuna
 import pytest
+import timm
 import torch
+from optuna.trial import TrialState
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -25,38 +29,48 @@ from nas_kd.library.building import LibrarySpec, build_library, open_builder
 from nas_kd.library.effort import Step
 from nas_kd.library.entries import EntryFile
 from nas_kd.library.library import Library
-from nas_kd.pipeline import helpers, sharing
+from nas_kd.pipeline import ahead, helpers, sharing
 from nas_kd.pipeline.baselines import Wanted, whole_space
 from nas_kd.pipeline.helpers import Claims, Helpers, done_file, helping
 from nas_kd.pipeline.refining import is_refined
+from nas_kd.pipeline.search import search
 from nas_kd.pipeline.sharing import refine_all, sharing_library
 from nas_kd.preparation.job import Job, prepare
 from nas_kd.preparation.materials import Materials, gather
 from nas_kd.progress import Advance, Stages
 from nas_kd.results.refine import Refined
 from nas_kd.search.storage import close_storage
+from nas_kd.training import loop
 from nas_kd.workers import crew
 
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 SETTINGS = (
-    "--model test_resnet --img-size 32 --budget params=100% --train-images 96 --teacher-epochs 1 --proxy-epochs 1 "
-    "--refine-epochs 2 --views 1 --no-base-bounds --library-budget 0 -q "
-    "--space width=0.5/1,conv=standard/depthwise --no-search-stages"
+    "--model test_resnet --img-size 32 --budget params=60% --train-images 96 --teacher-epochs 1 "
+    "--proxy-epochs 2 --refine-epochs 2 --views 1 --no-base-bounds --library-budget 0 --trials 9 -q "
+    "--space width=0.25/0.5/1,conv=standard/depthwise --no-search-stages"
 )
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Job, Materials]]:
+    """Of a base with weights from elsewhere: what these were decides which teacher is the study's."""
     out = tmp_path_factory.mktemp("study")
-    job = prepare(parse_study([*SETTINGS.split(), "--out", str(out)]))
-    yield job, gather(job, Stages(Console(stderr=True), quiet=True))
+    weights = out / "weights.pth"
+    torch.save(timm.create_model("test_resnet", in_chans=1, num_classes=7).state_dict(), weights)
+    job = prepare(parse_study([*SETTINGS.split(), "--out", str(out), "--initial-checkpoint", str(weights)]))
+    yield job, gather(job, QUIET)
     close_storage(job.storage)
+
+
+QUIET = Stages(Console(stderr=True), quiet=True)
+NOTHING = {"library": 0.0, "models": 0.0}  # seconds that must be left
 
 
 def plan_of(job: Job, epochs: int) -> list[Wanted]:
     whole = whole_space(job)
     assert whole is not None
     return [
-        Wanted(role="front", genotype=job.space.analysis.identity, space=job.space, epochs=epochs),
+        Wanted(role="front", genotype=job.space.table.cheapest("params"), space=job.space, epochs=epochs),
         Wanted(role="uniform", genotype=Genotype.from_json(narrowest(whole)), space=whole, epochs=epochs),
     ]
 
@@ -131,7 +145,7 @@ def test_another_process_makes_the_same_blocks(
     others: Helpers, blocks: Given, alone: Library, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     told, work = list[str](), Claims.work
-    monkeypatch.setattr(sharing, "WORTH", {"library": 0.0, "models": 0.0})
+    monkeypatch.setattr(sharing, "WORTH", NOTHING)
     # this one makes one block, the other all others
     monkeypatch.setattr(
         Claims, "work", lambda own, parts, do, advance: [*work(own, parts[:1], do, advance), *parts[1:]]
@@ -142,17 +156,21 @@ def test_another_process_makes_the_same_blocks(
     assert done_file(others.folder / "library", others.others[0].pid).exists()
     assert sum(step.share for step in told if isinstance(step, Step)) == pytest.approx(1)
     assert_same(library, alone)
-    shutil.rmtree(library.folder)
 
 
 def test_the_same_process_then_trains_the_same_models(
-    study: tuple[Job, Materials], others: Helpers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    study: tuple[Job, Materials],
+    others: Helpers,
+    alone: Library,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     job, materials = study
+    monkeypatch.setattr(job.space, "library", alone)  # as the other has it
     plan, told = plan_of(job, 2), []
-    monkeypatch.setattr(sharing, "WORTH", {"library": 0.0, "models": 0.0})
-    with monkeypatch.context() as here, caplog.at_level(logging.WARNING):
-        here.setattr(Claims, "work", lambda claims, parts, do, advance: None)  # this one leaves everything to the other
+    monkeypatch.setattr(sharing, "WORTH", NOTHING)
+    with monkeypatch.context() as context, caplog.at_level(logging.WARNING):
+        context.setattr(Claims, "work", lambda claims, parts, do, advance: None)  # the other does it all
         with two_threads():
             shared = refine_all(job, plan, materials, lambda words, steps=1, /: told.append(words), others)
     assert not caplog.records
@@ -160,10 +178,81 @@ def test_the_same_process_then_trains_the_same_models(
     for path in job.cache.glob("refined-*"):
         path.unlink()
     monkeypatch.setattr(sharing, "WORTH", {"models": float("inf")})
-    alone = refine_all(job, plan, materials, lambda words, steps=1, /: None)
-    for one, other in zip(shared, alone, strict=True):
+    here = refine_all(job, plan, materials, lambda words, steps=1, /: None)
+    for one, other in zip(shared, here, strict=True):
         assert one.test_accuracy == other.test_accuracy
         assert all((state(one)[name] == tensor).all() for name, tensor in state(other).items())
+
+
+def search_anew(job: Job, materials: Materials, others: Helpers | None) -> list[tuple[Any, ...]]:
+    """What there is to say of the trials of a search, but for times."""
+    found = []
+    for trial in search(job, materials, QUIET, others).trials:
+        assert trial.state == TrialState.PRUNED or trial.user_attrs["seconds"] > 0.01
+        noted = {key: own for key, own in trial.user_attrs.items() if key != "seconds"}
+        found.append((trial.state, trial.params, trial.values and trial.values[0], noted))
+    optuna.delete_study(study_name=job.settings.name, storage=job.storage)
+    return found
+
+
+@pytest.fixture
+def trained_here(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The epochs that this process has trained."""
+    epochs, run_epoch = list[int](), loop._run_epoch
+
+    def counted(stepper: Any, data: Any, epoch: int) -> float:
+        epochs.append(epoch)
+        return run_epoch(stepper, data, epoch)
+
+    monkeypatch.setattr(loop, "_run_epoch", counted)
+    return epochs
+
+
+def test_trials_come_to_the_same_whoever_trained_their_students(
+    study: tuple[Job, Materials],
+    others: Helpers,
+    alone: Library,
+    trained_here: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job, materials = study
+    monkeypatch.setattr(job.space, "library", alone)  # as the other has it
+    for name in ("WORTH", "BEGIN"):
+        monkeypatch.setattr(ahead, name, 0.0)
+    here, take = search_anew(job, materials, None), Claims.take
+    once = len(trained_here)
+
+    def first_alone(claims: Claims, number: int, do: Any, advance: Advance) -> bool:
+        return number == 0 and take(claims, number, do, advance)  # the other process takes all others
+
+    monkeypatch.setattr(Claims, "take", first_alone)
+    with two_threads():
+        assert search_anew(job, materials, others) == here
+    epochs = [sum(key.startswith("rung/") for key in noted) for *_, noted in here if "source" in noted]
+    assert 3 < len(epochs) < len(here)
+    assert len(trained_here) - once <= once - sum(epochs[1:])  # the other may take the first, too
+    assert not list(job.cache.glob("trials-*/*.resume"))
+
+
+def test_students_of_a_process_that_dies_are_trained_by_their_trials(
+    study: tuple[Job, Materials], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, materials = study
+
+    class Dying(crew.LocalWorker):
+        def start(self) -> None:
+            for number in (1, 2):
+                Path(self.command[3], ahead.STAGE, f"{number}.txt").touch()
+            self.command = [sys.executable, "-c", "raise SystemExit('out of memory')"]
+            super().start()
+
+    here = search_anew(job, materials, None)
+    for name in ("WORTH", "BEGIN"):
+        monkeypatch.setattr(ahead, name, 0.0)
+    monkeypatch.setattr(helpers, "LocalWorker", Dying)
+    with two_threads(), helping(job) as dying:
+        (dying.folder / ahead.STAGE).mkdir()
+        assert search_anew(job, materials, dying) == here
 
 
 def test_blocks_of_a_process_that_is_killed_are_made_here(
@@ -177,9 +266,10 @@ def test_blocks_of_a_process_that_is_killed_are_made_here(
             if other.code() is None and list(others.job.cache.glob("library-*/layer*")):
                 os.kill(other.pid, signal.SIGKILL)
 
-    monkeypatch.setattr(sharing, "WORTH", {"library": 0.0, "models": 0.0})
+    monkeypatch.setattr(sharing, "WORTH", NOTHING)
     monkeypatch.setattr(Claims, "listen", listen)
     monkeypatch.setattr(Claims, "work", lambda claims, parts, do, advance: parts)
+    shutil.rmtree(others.job.cache / alone.folder.name)
     with caplog.at_level(logging.WARNING):
         library = build_shared(others, blocks, [])
     assert "ended (SIGKILL)" in caplog.text
@@ -200,7 +290,7 @@ def test_what_a_process_that_dies_leaves_is_trained_here(
             self.command = [sys.executable, "-c", "raise SystemExit('out of memory')"]
             super().start()
 
-    monkeypatch.setattr(sharing, "WORTH", {"library": 0.0, "models": 0.0})
+    monkeypatch.setattr(sharing, "WORTH", NOTHING)
     monkeypatch.setattr(helpers, "LocalWorker", Dying)
     with two_threads(), caplog.at_level(logging.WARNING):
         assert len(refine_all(job, plan, materials, lambda words, steps=1, /: None)) == 2
@@ -215,7 +305,7 @@ def test_a_process_that_cannot_begin_is_done_without(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(sharing, "WORTH", {"library": 0.0, "models": 0.0})
+    monkeypatch.setattr(sharing, "WORTH", NOTHING)
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     shutil.rmtree(study[0].cache / alone.folder.name, ignore_errors=True)
     with helping(study[0]) as others, caplog.at_level(logging.WARNING):

@@ -44,6 +44,23 @@ def test_two_writers_share_a_file(tmp_path: Path) -> None:
     assert (again["a"]["n"], again["b"]["n"]) == (1, 2)
 
 
+def test_what_another_process_wrote_is_found_and_the_first_counts(tmp_path: Path) -> None:
+    one, other = Records(tmp_path / "records.jsonl"), Records(tmp_path / "records.jsonl")
+    one["a"] = {"n": 1}
+    assert "a" in other
+    assert other["a"] == {"n": 1}
+    one["b"] = {"n": 2}
+    other["b"] = {"n": 3}
+    assert other["b"] == {"n": 2}
+    assert "c" not in one
+    (tmp_path / "records.jsonl").write_bytes((tmp_path / "records.jsonl").read_bytes() + b'{"key": "d", "rec')
+    assert "d" not in one  # not written to its end yet
+    again = Records(tmp_path / "records.jsonl")
+    again["d"] = {"n": 4}
+    assert [Records(tmp_path / "records.jsonl")[key]["n"] for key in "abd"] == [1, 2, 4]
+    assert "d" in other
+
+
 def test_a_file_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(OutputError, match=r"cannot read .*folder"):

@@ -1,0 +1,85 @@
+"""A process beside the one that runs a study: `python -m nas_kd.pipeline.helper FOLDER --device DEVICE`."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from nas_kd.arguments.parsing import guarded
+from nas_kd.arguments.study import STORAGE, restore_settings
+from nas_kd.costs.latency import limited_threads
+from nas_kd.pipeline import ahead, sharing
+from nas_kd.pipeline.helpers import PLAN, STUDY, Claims, done_file
+from nas_kd.preparation.job import Job, prepare
+from nas_kd.preparation.materials import Materials, collect
+from nas_kd.progress import Stages
+from nas_kd.search.signals import follow_parent
+from nas_kd.search.storage import close_storage
+
+
+class Helper:
+    """What a helper keeps from stage to stage: its own job, and its materials once they are wanted."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        # blocks are made of the trained base; materials begin, as the study's did, with the base as it was created
+        self._created = {name: tensor.clone() for name, tensor in job.space.base.state_dict().items()}
+
+    @functools.cached_property
+    def materials(self) -> Materials:
+        """What the study has made until now, from its cache."""
+        self.job.space.base.load_state_dict(self._created)
+        return collect(self.job, _quiet())
+
+    def do(self, stage: str, plan: Mapping[str, Any], claims: Claims) -> None:
+        """Does its part of a stage."""
+        with limited_threads(plan["threads"]):
+            if stage == sharing.LIBRARY:
+                sharing.make_blocks(self.job, plan, claims)
+            elif stage == ahead.STAGE:
+                ahead.train_queued(self.job, self.materials, plan, claims)
+            else:
+                sharing.train_models(self.job, self.materials, plan, claims)
+
+
+def help_study(folder: Path, device: str, storage: str | None, told: Iterable[str]) -> None:
+    """Does its part of each stage that it is told of."""
+    kept = json.loads((folder / STUDY).read_text(encoding="utf-8"))
+    settings = restore_settings({**kept, "storage": storage, "device": device, "quiet": True})
+    job = prepare(settings, stages=_quiet())
+    try:
+        helper = Helper(job)
+        for stage in told:
+            plan = json.loads((folder / stage / PLAN).read_text(encoding="utf-8"))
+            helper.do(stage, plan, Claims(folder=folder / stage))
+            done_file(folder / stage, os.getpid()).touch()
+    finally:
+        close_storage(job.storage)
+
+
+def _quiet() -> Stages:
+    return Stages(Console(stderr=True), quiet=True)
+
+
+def main(argv: Sequence[str]) -> int:
+    """A helper of the study whose folder is named, on a device."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    told = queue.SimpleQueue[str]()
+    threading.Thread(target=follow_parent, args=(told.put,), daemon=True).start()
+    folder, _, device = argv
+    help_study(Path(folder), device, os.environ.get(STORAGE), iter(told.get, ""))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, None))
