@@ -14,6 +14,7 @@ import functools
 import json
 import logging
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,11 +26,13 @@ from optuna.storages import InMemoryStorage
 
 from nas_kd.preparation.job import Job, storage_url
 from nas_kd.progress import Advance
+from nas_kd.search.workers import is_gone, worker_name
 from nas_kd.training.ranks import current
 from nas_kd.training.resume import replace_file
 from nas_kd.workers.crew import LocalWorker, devices_for, environment, stop_all
 
 STUDY, PLAN = "study.json", "plan.json"  # of the folder, and of a stage in it
+_PREFIX, _OWNER = "sharing-", "owner.txt"
 _MOST = 8  # processes unless --jobs asks for more
 _EACH = 2 << 30  # bytes that a process takes
 _POLL = 0.2
@@ -188,9 +191,18 @@ class Helpers:
 def helping(job: Job) -> Iterator[Helpers]:
     """The processes beside a study's own, which end with the block."""
     job.cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="sharing-", dir=job.cache) as folder:
+    _clear(job.cache)
+    with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=job.cache) as folder:
+        (Path(folder) / _OWNER).write_text(worker_name(), encoding="utf-8")
         helpers = Helpers(job=job, folder=Path(folder))
         try:
             yield helpers
         finally:
             helpers.stop()
+
+
+def _clear(cache: Path) -> None:
+    """Removes what studies left here that were killed."""
+    for owner in cache.glob(f"{_PREFIX}*/{_OWNER}"):
+        if is_gone(owner.read_text(encoding="utf-8")):
+            shutil.rmtree(owner.parent, ignore_errors=True)

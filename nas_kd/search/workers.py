@@ -180,7 +180,12 @@ def _worker(trial: FrozenTrial) -> str:
 
 
 def _is_dead(trial: FrozenTrial) -> bool:
-    machine, _, process = _worker(trial).rpartition(":")
+    return is_gone(_worker(trial))
+
+
+def is_gone(worker: str) -> bool:
+    """Whether a process of this name was one of this machine, and is no more."""
+    machine, _, process = worker.rpartition(":")
     if os.name != "posix" or machine != _machine():
         return False
     try:

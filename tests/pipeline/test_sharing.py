@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ from nas_kd.preparation.materials import Materials, gather
 from nas_kd.progress import Advance, Stages
 from nas_kd.results.refine import Refined
 from nas_kd.search.storage import close_storage
+from nas_kd.search.workers import worker_name
 from nas_kd.training import loop
 from nas_kd.workers import crew
 
@@ -296,6 +298,19 @@ def test_what_a_process_that_dies_leaves_is_trained_here(
         assert len(refine_all(job, plan, materials, lambda words, steps=1, /: None)) == 2
     assert "ended (out of memory)" in caplog.text
     assert all(is_refined(job, wanted, materials) for wanted in plan)
+
+
+def test_what_a_killed_study_left_is_cleared(study: tuple[Job, Materials]) -> None:
+    job, machine = study[0], worker_name().rpartition(":")[0]
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for name, owner in (("sharing-dead", ended.pid), ("sharing-alive", os.getppid())):
+        (job.cache / name).mkdir()
+        (job.cache / name / "owner.txt").write_text(f"{machine}:{owner}")
+    with helping(job):
+        assert not (job.cache / "sharing-dead").exists()
+    (left,) = job.cache.glob("sharing-*")
+    shutil.rmtree(left)
 
 
 def test_a_process_that_cannot_begin_is_done_without(
