@@ -20,8 +20,10 @@ from nas_kd.training.evaluation import LOOK_CALIBRATION, memory_layout, suits_ch
 
 _BASELINES = 3  # that are refined beside the front
 PROBE = 0.4  # of an epoch does it take to anchor a network from elsewhere and to fit its head
-_LOOK_SECONDS = 0.5  # that one pass may take while the machine is timed
+_LOOK_SECONDS = 1.2  # that one pass may take while the machine is timed: few images would fit into caches
 _FIT, _DAMAGE = 0.04, 0.4  # that a pass through a frame, and one through the base, take for a library at most
+_LAYER_SECONDS = 3e-4  # that a layer takes in a training step besides its arithmetic
+_TRIAL_SECONDS = 1.0  # for its proposal, for timing and building its student
 _KINDS = ("teacher", "views", "library", "search", "refine")
 
 
@@ -76,10 +78,11 @@ def predicted_seconds(job: Job, teacher_epochs: int, refine_epochs: int) -> Mapp
     entries = sum(len(made_choices(block)) for block in job.space.blocks)
     once = min(_FIT, MOST_IMAGES * each / len(job.space.blocks))
     library = entries * (ENTRY + PASSES * once + UNBEATEN * (ENTRY + min(_DAMAGE, MOST_IMAGES * each) / 2))
-    student = student_share(job.space)
+    student, small = student_share(job.space), _LAYER_SECONDS * _layers(job.space.base) / settings.batch_size
     trial = student * (settings.proxy_epochs * proxy * step + each * (val + LOOK_CALIBRATION))
+    trial += settings.proxy_epochs * proxy * small + _TRIAL_SECONDS
     more = 1.0 if settings.refine_epochs else more_epochs(job.effort, student)
-    model = more * refine_epochs * student * (images * step + val * each)
+    model = more * refine_epochs * (student * (images * step + val * each) + images * small)
     transfer = PROBE * images * step if job.transferred else 0.0
     return {
         "teacher": teacher_epochs * (images * step + val * each) + transfer,
@@ -88,6 +91,10 @@ def predicted_seconds(job: Job, teacher_epochs: int, refine_epochs: int) -> Mapp
         "search": settings.trials * trial,
         "refine": refined_models(settings) * model,
     }
+
+
+def _layers(network: nn.Module) -> int:
+    return sum(not any(module.children()) for module in network.modules())
 
 
 def plan_line(job: Job, teacher_epochs: int, refine_epochs: int) -> str:

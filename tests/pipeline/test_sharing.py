@@ -143,18 +143,21 @@ def assert_same(library: Library, alone: Library) -> None:
         assert replace(entry, seconds=0.0) == replace(alone.entries[key], seconds=0.0)
 
 
-def test_another_process_makes_the_same_blocks(
-    others: Helpers, blocks: Given, alone: Library, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.fixture(scope="module")
+def shared(others: Helpers, blocks: Given) -> tuple[Library, list[str]]:
+    """A library of which this process makes one block, the other all others, and what is said meanwhile. The other has
+    it from then on."""
     told, work = list[str](), Claims.work
-    monkeypatch.setattr(sharing, "WORTH", NOTHING)
-    # this one makes one block, the other all others
-    monkeypatch.setattr(
-        Claims, "work", lambda own, parts, do, advance: [*work(own, parts[:1], do, advance), *parts[1:]]
-    )
-    with caplog.at_level(logging.WARNING):
-        library = build_shared(others, blocks, told)
-    assert not caplog.records
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharing, "WORTH", NOTHING)
+        patch.setattr(Claims, "work", lambda own, parts, do, advance: [*work(own, parts[:1], do, advance), *parts[1:]])
+        return build_shared(others, blocks, told), told
+
+
+def test_another_process_makes_the_same_blocks(
+    shared: tuple[Library, list[str]], others: Helpers, alone: Library
+) -> None:
+    library, told = shared
     assert done_file(others.folder / "library", others.others[0].pid).exists()
     assert sum(step.share for step in told if isinstance(step, Step)) == pytest.approx(1)
     assert_same(library, alone)
@@ -163,25 +166,25 @@ def test_another_process_makes_the_same_blocks(
 def test_the_same_process_then_trains_the_same_models(
     study: tuple[Job, Materials],
     others: Helpers,
-    alone: Library,
+    shared: tuple[Library, list[str]],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     job, materials = study
-    monkeypatch.setattr(job.space, "library", alone)  # as the other has it
+    monkeypatch.setattr(job.space, "library", shared[0])  # as the other has it
     plan, told = plan_of(job, 2), []
     monkeypatch.setattr(sharing, "WORTH", NOTHING)
     with monkeypatch.context() as context, caplog.at_level(logging.WARNING):
         context.setattr(Claims, "work", lambda claims, parts, do, advance: None)  # the other does it all
         with two_threads():
-            shared = refine_all(job, plan, materials, lambda words, steps=1, /: told.append(words), others)
+            beside = refine_all(job, plan, materials, lambda words, steps=1, /: told.append(words), others)
     assert not caplog.records
     assert len(told) == sum(wanted.epochs for wanted in plan)  # each by the other
     for path in job.cache.glob("refined-*"):
         path.unlink()
     monkeypatch.setattr(sharing, "WORTH", {"models": float("inf")})
     here = refine_all(job, plan, materials, lambda words, steps=1, /: None)
-    for one, other in zip(shared, here, strict=True):
+    for one, other in zip(beside, here, strict=True):
         assert one.test_accuracy == other.test_accuracy
         assert all((state(one)[name] == tensor).all() for name, tensor in state(other).items())
 
@@ -213,12 +216,12 @@ def trained_here(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_trials_come_to_the_same_whoever_trained_their_students(
     study: tuple[Job, Materials],
     others: Helpers,
-    alone: Library,
+    shared: tuple[Library, list[str]],
     trained_here: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     job, materials = study
-    monkeypatch.setattr(job.space, "library", alone)  # as the other has it
+    monkeypatch.setattr(job.space, "library", shared[0])  # as the other has it
     for name in ("WORTH", "BEGIN"):
         monkeypatch.setattr(ahead, name, 0.0)
     here, take = search_anew(job, materials, None), Claims.take
@@ -271,7 +274,7 @@ def test_blocks_of_a_process_that_is_killed_are_made_here(
     monkeypatch.setattr(sharing, "WORTH", NOTHING)
     monkeypatch.setattr(Claims, "listen", listen)
     monkeypatch.setattr(Claims, "work", lambda claims, parts, do, advance: parts)
-    shutil.rmtree(others.job.cache / alone.folder.name)
+    shutil.rmtree(others.job.cache / alone.folder.name, ignore_errors=True)
     with caplog.at_level(logging.WARNING):
         library = build_shared(others, blocks, [])
     assert "ended (SIGKILL)" in caplog.text
@@ -309,8 +312,7 @@ def test_what_a_killed_study_left_is_cleared(study: tuple[Job, Materials]) -> No
         (job.cache / name / "owner.txt").write_text(f"{machine}:{owner}")
     with helping(job):
         assert not (job.cache / "sharing-dead").exists()
-    (left,) = job.cache.glob("sharing-*")
-    shutil.rmtree(left)
+    shutil.rmtree(job.cache / "sharing-alive")
 
 
 def test_a_process_that_cannot_begin_is_done_without(
