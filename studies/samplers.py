@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import logging
 import math
@@ -21,7 +22,7 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from torch import nn
 
 from nas_kd.arguments.study import parse_study
 from nas_kd.budget import Cost
+from nas_kd.genotype import Genotype
 from nas_kd.preparation.job import make_base
 from nas_kd.preparation.opening import make_space
 from nas_kd.search.rungs import RungScore, deficit
@@ -43,7 +45,9 @@ from nas_kd.search.starts import mixed_starts
 
 TABLE = Path("docs/results/samplers_table.json")
 COUNTS, ASKS = (30, 60, 120), 3000
+EARLY = (14, 20, 30)
 SHORT = COUNTS[:2]  # of all but random search: at 120 they have seen most of the table
+EARLY = (14, 20, 30)  # a study has 20 trials by default
 OURS, RANDOM = "knapsack", "random within budget"
 SAMPLERS = (RANDOM, "nsgaii", "nsgaiii", "tpe", OURS)
 Row = tuple[int, ...]  # the position of each block's choice
@@ -162,16 +166,26 @@ class Search:
         return [r for (r, _, stop), s in zip(self.trained, spent, strict=True) if s <= trainings + 1e-9 and not stop]
 
 
-def search(problem: Problem, name: str, seed: int, *, warm: bool, pruning: bool, trainings: int) -> Search:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class How:
+    """`warm`: with the command's starts; `pruning`: trials are stopped at rungs; so many are proposed `together`."""
+
+    warm: bool
+    pruning: bool
+    together: int = 1
+
+
+def search(problem: Problem, name: str, seed: int, how: How, trainings: int) -> Search:
     """A study of this problem until so many whole trainings were spent."""
     sampler = make(name, problem, seed)
     study = optuna.create_study(directions=["maximize", *["minimize" for _ in problem.costs]], sampler=sampler)
-    if warm:
-        for genotype in mixed_starts(problem.space.table, problem.space.budget, 8, problem.damages):
-            study.enqueue_trial(problem.space.point(genotype))
+    if how.warm:
+        queue(study, problem, mixed_starts(problem.space.table, problem.space.budget, 8, problem.damages))
     found, known = Search(), {}
     while sum(share for _, share, _ in found.trained) < trainings - 1e-9 and found.asks < ASKS:
         started = time.process_time()
+        if how.together > 1 and not study.get_trials(states=(TrialState.WAITING,)):
+            queue(study, problem, list(itertools.islice(sampler.propose(study), how.together)))
         trial = study.ask()
         genotype = problem.space.suggest_genotype(trial)
         found.seconds += time.process_time() - started
@@ -186,7 +200,7 @@ def search(problem: Problem, name: str, seed: int, *, warm: bool, pruning: bool,
             found.repeated += 1
             share, behind = known[row]
         else:
-            share, behind = known[row] = train(problem, row, known if pruning else {})
+            share, behind = known[row] = train(problem, row, known if how.pruning else {})
             found.trained.append((row, share, behind > 0))
         for epoch, score in zip(problem.rungs, problem.scores[row], strict=True):
             if epoch <= share * problem.rungs[-1]:
@@ -197,6 +211,11 @@ def search(problem: Problem, name: str, seed: int, *, warm: bool, pruning: bool,
         else:
             study.tell(trial, problem.values(row))
     return found
+
+
+def queue(study: optuna.Study, problem: Problem, genotypes: Iterable[Genotype]) -> None:
+    for genotype in genotypes:
+        study.enqueue_trial(problem.space.point(genotype))
 
 
 def train(problem: Problem, row: Row, peers: Mapping[Row, tuple[float, float]]) -> tuple[float, float]:
@@ -243,10 +262,10 @@ class Result:
         return statistics.mean(map(what, self.searches))
 
 
-def compare(problem: Problem, name: str, seeds: int, *, warm: bool, pruning: bool, counts: tuple[int, ...]) -> Result:
-    searches = [search(problem, name, seed, warm=warm, pruning=pruning, trainings=counts[-1]) for seed in range(seeds)]
+def compare(problem: Problem, name: str, seeds: int, how: How, counts: tuple[int, ...]) -> Result:
+    searches = [search(problem, name, seed, how, counts[-1]) for seed in range(seeds)]
     quality = {count: [problem.quality(found.after(count)) for found in searches] for count in counts}
-    return Result(name=name, warm=warm, quality=quality, searches=searches)
+    return Result(name=name, warm=how.warm, quality=quality, searches=searches)
 
 
 def comparison(problem: Problem, seeds: int) -> Iterator[str]:
@@ -264,7 +283,7 @@ def comparison(problem: Problem, seeds: int) -> Iterator[str]:
     for warm in (False, True):
         for name in SAMPLERS:
             counted = COUNTS if name == RANDOM and not warm else SHORT
-            result = compare(problem, name, seeds, warm=warm, pruning=False, counts=counted)
+            result = compare(problem, name, seeds, How(warm=warm, pruning=False), counted)
             results[name, warm] = result
             cells = " | ".join(result.cell(count) for count in COUNTS)
             facts = [result.mean_of(lambda s: len(s.trained)), *map(result.mean_of, (over_of, repeated_of))]
@@ -304,17 +323,28 @@ def stopping(problem: Problem, seeds: int) -> Iterator[str]:
     yield f"|---|---|{'---|' * len(SHORT)}---|---|"
     for name in (RANDOM, "tpe", OURS):
         for pruning in (False, True):
-            result = compare(problem, name, seeds, warm=True, pruning=pruning, counts=SHORT)
+            result = compare(problem, name, seeds, How(warm=True, pruning=pruning), SHORT)
             cells = " | ".join(result.cell(count) for count in SHORT)
             stopped = result.mean_of(lambda s: sum(stop for _, _, stop in s.trained))
             ended = result.mean_of(lambda s: len(s.trained)) - stopped
             yield f"| {name} | {'at rungs' if pruning else 'none'} | {cells} | {ended:.0f} | {stopped:.0f} |"
 
 
+def together(problem: Problem, seeds: int) -> Iterator[str]:
+    """What it costs to propose several at a time, each as if those before it were in training."""
+    yield "\n### Several proposals at a time (with starts, stopping at rungs)\n"
+    yield f"| proposals at a time | {' | '.join(f'after {count}' for count in EARLY)} |"
+    yield f"|---|{'---|' * len(EARLY)}"
+    for count in (1, 2, 4, 8):
+        result = compare(problem, OURS, seeds, How(warm=True, pruning=True, together=count), EARLY)
+        yield f"| {count} | {' | '.join(result.cell(trainings) for trainings in EARLY)} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--table", type=Path, default=TABLE)
+    parser.add_argument("--part", choices=("comparison", "stopping", "together"), help="this one alone")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     optuna.logging.set_verbosity(logging.ERROR)
@@ -328,9 +358,11 @@ def main() -> None:
     print(
         f"Means over seeds ± standard error; at most {ASKS:,} proposals. `cold`: no starts; starts are the command's."
     )
+    parts = {"comparison": comparison, "stopping": stopping, "together": together}
     command, alone = load(arguments.table, ("params", "macs")), load(arguments.table, ("macs",))
-    for part, problem in ((comparison, command), (stopping, command), (comparison, alone)):
-        for line in part(problem, arguments.seeds):
+    todo = (("comparison", command), ("stopping", command), ("together", command), ("comparison", alone))
+    for part, problem in todo:
+        for line in parts[part](problem, arguments.seeds) if arguments.part in (None, part) else ():
             print(line, flush=True)
 
 

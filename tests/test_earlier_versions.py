@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import gzip
+import re
 import sqlite3
 from pathlib import Path
 
 import optuna
+from rich.console import Console
 
+from nas_kd.arguments.study import parse_study
+from nas_kd.preparation.job import prepare
+from nas_kd.preparation.materials import gather
+from nas_kd.progress import Stages
+from nas_kd.search.storage import close_storage
 from nas_kd.study import main
 
-STUDY = Path(__file__).parent / "golden" / "study.sql.gz"  # of 2 trials, by the version before 2026-11-26
+GOLDEN = Path(__file__).parent / "golden" / "study.sql.gz"  # of 2 trials, by the version before 2026-11-26
+STUDY_TEXT = gzip.decompress(GOLDEN.read_bytes()).decode()
 ARGUMENTS = (
     "--model test_resnet --in-chans 1 --img-size 32 --budget params=60% --train-images 100 --teacher-epochs 1 "
     "--proxy-epochs 1 --refine-epochs 1 --front 1 --views 1 --library-budget 0 --no-onnx --no-baselines -q"
@@ -23,9 +31,19 @@ def trained(path: Path) -> dict[str, list[float]]:
     return {trial.user_attrs["digest"]: trial.values for trial in trials if trial.values}
 
 
+def teacher_of(out: Path) -> str:
+    """The digest of the teacher that these arguments train on this machine: another torch rounds otherwise."""
+    job = prepare(parse_study([*ARGUMENTS, "--out", str(out)]))
+    try:
+        return gather(job, Stages(Console(stderr=True), quiet=True)).digest
+    finally:
+        close_storage(job.storage)
+
+
 def test_a_study_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
+    here, (there,) = teacher_of(tmp_path / "another"), set(re.findall(r'"teacher": "(\w+)"', STUDY_TEXT))
     with sqlite3.connect(tmp_path / "study.db") as database:
-        database.executescript(gzip.decompress(STUDY.read_bytes()).decode())
+        database.executescript(STUDY_TEXT.replace(there, here))
     database.close()
     before = trained(tmp_path / "study.db")
     assert len(before) == 2

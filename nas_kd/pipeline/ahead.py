@@ -1,7 +1,8 @@
-"""The students that a search begins with are trained side by side, ahead of their trials.
+"""Trials in rounds: what is queued in a study is trained side by side, each student ahead of its trial.
 
-Which they are is known before the first trial, what the others are is not. Each is trained by the study or by a helper,
-up to its last rung; its trial then goes on from the state that was kept, as after a kill, and decides as it would have.
+A search begins with genotypes that are known before the first trial; then so many are proposed at a time, each as if
+those before it were in training. A student is trained by the study or by a helper, up to its last rung; its trial then
+goes on from the state that was kept, as after a kill, and decides as it would have.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import optuna
 from optuna.trial import TrialState
 from torch import nn
 
+from nas_kd.arguments.study import Settings
 from nas_kd.costs.latency import limited_threads
 from nas_kd.errors import TrainingError
 from nas_kd.genotype import Genotype
@@ -26,14 +29,19 @@ from nas_kd.preparation.estimate import predicted_seconds
 from nas_kd.preparation.job import Job, proxy_recipe_of
 from nas_kd.preparation.materials import Materials
 from nas_kd.progress import Advance
+from nas_kd.search.sampler import KnapsackSampler
 from nas_kd.search.space import Space
-from nas_kd.search.trials import Begun, Proxy, begin_here
+from nas_kd.search.trials import Begun, Proxy, begin_here, count_trained
 from nas_kd.search.workers import queued_point
 from nas_kd.workers.crew import share_of_threads
 
 STAGE = "trials"
-WORTH, BEGIN = 2.0, 15.0  # predicted seconds must be left of them, more where a helper has to begin first
+ROUND = 8  # that are proposed at a time, or one for each process: docs/results/samplers.md
+WORTH, BEGIN = 2.0, 15.0  # predicted seconds must be left of the search, more where a helper has to begin first
+_ASKS = 3  # proposals at most for each that is wanted
 _POLL = 0.05
+
+Begin = Callable[[Genotype], Begun]
 
 
 def proxy_of(job: Job, materials: Materials, checkpoints: Path) -> Proxy:
@@ -78,23 +86,67 @@ class Ahead:
         return functools.partial(train_ahead, self.space, self.proxy, genotype, self.threads)
 
 
-@contextlib.contextmanager
-def training_ahead(helpers: Helpers | None, study: optuna.Study, proxy: Proxy) -> Iterator[Any]:
-    """Inside the block helpers train what is queued in a study, where that pays; what the block gets is for an
-    `Objective` to begin with."""
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Rounds:
+    """The rounds of a study's search that `count` processes share."""
+
+    helpers: Helpers
+    study: optuna.Study
+    proxy: Proxy
+    count: int
+
+    def __iter__(self) -> Iterator[tuple[Begin, int]]:
+        """For each round what trials begin with, and how many of them train: those that are queued, else proposed now;
+        until the study has as many as it wants, or a round brought none."""
+        before = -1
+        while before < (trained := count_trained(self.study)) < self.settings.trials:
+            before = trained
+            missing = self.settings.trials - trained
+            queued = (_queued(self.job, self.study) or self._propose(min(missing, max(ROUND, self.count))))[:missing]
+            yield self._share(queued, number=trained), len(queued) or missing
+
+    @property
+    def job(self) -> Job:
+        return self.helpers.job
+
+    @property
+    def settings(self) -> Settings:
+        return self.job.settings
+
+    def _propose(self, count: int) -> list[Genotype]:
+        """Queues the next genotypes, measured where the budget bounds what is measured: now, before processes are busy;
+        a slow one is queued, too, to be told of."""
+        sampler, space = self.study.sampler, self.job.space
+        if not isinstance(sampler, KnapsackSampler):
+            return []
+        found = list[Genotype]()
+        for genotype in itertools.islice(sampler.propose(self.study), _ASKS * count):
+            self.study.enqueue_trial(space.point(genotype))
+            if self.job.budget.admits(space.confirmed_cost(genotype)):
+                found.append(genotype)
+            if len(found) == count:
+                break
+        return found
+
+    def _share(self, queued: Sequence[Genotype], number: int) -> Begin:
+        if len(queued) < 2:
+            return begin_here
+        threads = share_of_threads(self.count)
+        plan = {"genotypes": [own.to_json() for own in queued], "checkpoints": str(self.proxy.checkpoints)}
+        with limited_threads(threads):
+            claims = self.helpers.share(f"{STAGE}-{number}", plan, self.count)
+        ahead = Ahead(space=self.job.space, proxy=self.proxy, claims=claims, queued=queued, threads=threads)
+        return ahead.begin
+
+
+def rounds_of(helpers: Helpers | None, study: optuna.Study, proxy: Proxy) -> Rounds | None:
+    """The rounds of a search; None where one process does it all, one trial after the other."""
     if helpers is None:
-        yield begin_here
-        return
-    job, queued = helpers.job, _queued(helpers.job, study)
-    count = processes(job, len(queued)) if _is_worth(helpers, len(queued)) else 1
-    if count == 1:
-        yield begin_here
-        return
-    threads = share_of_threads(count)
-    plan = {"genotypes": [own.to_json() for own in queued], "checkpoints": str(proxy.checkpoints)}
-    with limited_threads(threads):
-        claims = helpers.share(STAGE, plan, count)
-    yield Ahead(space=job.space, proxy=proxy, claims=claims, queued=queued, threads=threads).begin
+        return None
+    trials = helpers.job.settings.trials - count_trained(study)
+    seconds = predicted_seconds(helpers.job, 0, 0)["search"] * trials / helpers.job.settings.trials
+    count = processes(helpers.job, trials) if seconds >= (WORTH if helpers.others else BEGIN) else 1
+    return None if count == 1 else Rounds(helpers=helpers, study=study, proxy=proxy, count=count)
 
 
 def _queued(job: Job, study: optuna.Study) -> list[Genotype]:
@@ -103,11 +155,6 @@ def _queued(job: Job, study: optuna.Study) -> list[Genotype]:
     whole = (point for point in points if point.keys() == job.space.distributions.keys())
     found = dict.fromkeys(job.space.genotype(point) for point in whole)
     return [own for own in found if job.budget.admits(job.space.cost(own))]
-
-
-def _is_worth(helpers: Helpers, count: int) -> bool:
-    seconds = predicted_seconds(helpers.job, 0, 0)["search"] * count / helpers.job.settings.trials
-    return seconds >= (WORTH if helpers.others else BEGIN)
 
 
 def train_queued(job: Job, materials: Materials, plan: Mapping[str, Any], claims: Claims) -> None:

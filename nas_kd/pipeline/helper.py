@@ -46,7 +46,7 @@ class Helper:
         with limited_threads(plan["threads"]):
             if stage == sharing.LIBRARY:
                 sharing.make_blocks(self.job, plan, claims)
-            elif stage == ahead.STAGE:
+            elif stage.startswith(ahead.STAGE):
                 ahead.train_queued(self.job, self.materials, plan, claims)
             else:
                 sharing.train_models(self.job, self.materials, plan, claims)

@@ -6,7 +6,7 @@ from typing import Any
 
 import optuna
 
-from nas_kd.pipeline.ahead import proxy_of, training_ahead
+from nas_kd.pipeline.ahead import Begin, proxy_of, rounds_of
 from nas_kd.pipeline.elsewhere import expect_models
 from nas_kd.pipeline.helpers import Helpers
 from nas_kd.pipeline.showcase import announce
@@ -21,7 +21,7 @@ from nas_kd.search.rungs import make_pruner
 from nas_kd.search.sampler import make_sampler
 from nas_kd.search.space import STARTS
 from nas_kd.search.storage import open_study, storage_errors
-from nas_kd.search.trials import Objective, Proxy, count_trained, objectives
+from nas_kd.search.trials import Objective, Proxy, begin_here, count_trained, objectives
 from nas_kd.search.work import Limits, settle, work
 from nas_kd.search.workers import retry_dead_trials, retry_lost_trials
 from nas_kd.workers.crew import advance_by, crew_of, run_crew
@@ -53,11 +53,17 @@ def search(job: Job, materials: Materials, stages: Stages, helpers: Helpers | No
 
 
 def _run_here(job: Job, study: optuna.Study, proxy: Proxy, board: Board, helpers: Helpers | None) -> None:
+    """Runs trials until the study has what it wants: in rounds that helpers share, and what these leave alone."""
     settings = job.settings
-    limits = Limits(target=lambda: settings.trials, grace=settings.grace_period)
-    with training_ahead(helpers, study, proxy) as begin:
+
+    def run(begin: Begin, target: int) -> None:
+        limits = Limits(target=lambda: target, grace=settings.grace_period)
         objective = Objective(job.space, proxy, front_pruning=settings.pruner == "front", begin=begin)
         work(study, objective, limits, lambda trial: advance_by(board, trial))
+
+    for begin, count in rounds_of(helpers, study, proxy) or ():
+        run(begin, count_trained(study) + count)
+    run(begin_here, settings.trials)
 
 
 def _open(job: Job, materials: Materials) -> optuna.Study:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from nas_kd.budget import KINDS, Budget, kinds_of
 from nas_kd.errors import GenotypeError
+from nas_kd.genotype import Genotype
 from nas_kd.search.additive import features_of
 from nas_kd.search.budgets import noted_cost
 from nas_kd.search.own_sampler import make_own_sampler
@@ -79,6 +81,18 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial, search_space: Mapping[str, BaseDistribution]
     ) -> dict[str, Any]:
         """The parameters of the next genotype: within the budget, and new to the study where one can be found."""
+        return self.space.point(self._proposed(study, trial.number, ()))
+
+    def propose(self, study: optuna.Study) -> Iterator[Genotype]:
+        """The next genotypes, without end, for trials that run at the same time: each as if those before it were in
+        training, by what is known when it is asked for."""
+        proposed: list[Genotype] = []
+        for number in itertools.count(len(study.get_trials(deepcopy=False))):
+            proposed.append(self._proposed(study, number, proposed))
+            yield proposed[-1]
+
+    def _proposed(self, study: optuna.Study, number: int, beside: Sequence[Genotype]) -> Genotype:
+        """The genotype of the trial of this number, while others train that are no trials yet."""
         self.space.recall_latencies(study)
         trials = undisturbed(study.get_trials(deepcopy=False))
         had = [(other, row) for other in trials if (row := self._row(other)) is not None]
@@ -89,10 +103,10 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
             kinds=self._objectives(had, len(study.directions) - 1),
         )
         # a trial's own stream: a resumed study goes on as an uninterrupted one would have, which has none that failed
-        failed = sum(other.state == TrialState.FAIL for other in trials if other.number < trial.number)
-        generator = np.random.default_rng([self._seed, trial.number - failed])
-        proposal = Proposer(wanted, self._features, self._seen(had), generator).propose()
-        return self.space.point(self.space.table.genotype(proposal))
+        failed = sum(other.state == TrialState.FAIL for other in trials if other.number < number)
+        generator = np.random.default_rng([self._seed, number - failed])
+        seen = self._seen(had, [self.space.table.indices(genotype) for genotype in beside])
+        return self.space.table.genotype(Proposer(wanted, self._features, seen, generator).propose())
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -127,18 +141,19 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
             return None
         return self.space.table.indices(genotype)
 
-    def _seen(self, had: Sequence[_Trained]) -> Seen:
-        """What is known of the study's genotypes."""
+    def _seen(self, had: Sequence[_Trained], beside: Sequence[NDArray[np.int64]]) -> Seen:
+        """What is known of the study's genotypes, and of those that train beside them."""
         expected = expected_scores([trial for trial, _ in had])
         ended = [(trial.values[0], row) for trial, row in had if trial.state == TrialState.COMPLETE]
         stopped = [(expected[trial.number], row) for trial, row in had if trial.number in expected]
+        kept = [row for trial, row in had if not self._was_refused(trial)]
         return Seen(
             ended=self._table([row for _, row in ended]),
             scores=np.array([score for score, _ in ended], dtype=np.float64),
             stopped=self._table([row for _, row in stopped]),
             expected=np.array([score for score, _ in stopped], dtype=np.float64),
-            running=self._table([row for trial, row in had if trial.state == TrialState.RUNNING]),
-            known=frozenset(row.tobytes() for trial, row in had if not self._was_refused(trial)),
+            running=self._table([*(row for trial, row in had if trial.state == TrialState.RUNNING), *beside]),
+            known=frozenset(row.tobytes() for row in (*kept, *beside)),
         )
 
     def _table(self, rows: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:

@@ -113,6 +113,20 @@ def test_what_others_train_is_not_proposed_again(
     assert not set(found) & {tight.genotype(t.params) for t in study.get_trials() if t.state.is_finished()}
 
 
+def test_proposals_for_the_same_time_are_new_and_begin_as_a_trial_would(tight: Space[nn.Module]) -> None:
+    study = optuna.create_study(directions=["maximize", "minimize", "minimize"], sampler=KnapsackSampler(tight, seed=0))
+    search_on(study, tight, additive_truth(tight, 0), 10)
+    before = {tight.genotype(trial.params) for trial in study.get_trials()}
+    sampler = KnapsackSampler(tight, seed=0)
+    found = list(itertools.islice(sampler.propose(study), 6))
+    assert tight.budget is not None
+    assert all(tight.budget.admits(tight.cost(genotype)) for genotype in found)
+    assert len(set(found)) == len(found)
+    assert not set(found) & before
+    assert list(itertools.islice(sampler.propose(study), 6)) == found
+    assert tight.genotype(study.ask(dict(tight.distributions)).params) == found[0]
+
+
 @pytest.mark.parametrize(
     ("values", "kinds"),
     [
