@@ -21,6 +21,7 @@ from optuna.trial import TrialState
 from torch import nn
 
 from nas_kd.arguments.study import Settings
+from nas_kd.budget import MEASURED
 from nas_kd.costs.latency import limited_threads
 from nas_kd.errors import TrainingError
 from nas_kd.genotype import Genotype
@@ -116,14 +117,17 @@ class Rounds:
     def _propose(self, count: int) -> list[Genotype]:
         """Queues the next genotypes, measured where the budget bounds what is measured: now, before processes are busy;
         a slow one is queued, too, to be told of."""
-        sampler, space = self.study.sampler, self.job.space
+        sampler, space, budget = self.study.sampler, self.job.space, self.job.budget
         if not isinstance(sampler, KnapsackSampler):
             return []
-        found = list[Genotype]()
-        for genotype in itertools.islice(sampler.propose(self.study), _ASKS * count):
-            self.study.enqueue_trial(space.point(genotype))
-            if self.job.budget.admits(space.confirmed_cost(genotype)):
-                found.append(genotype)
+        # a bound that was asked for is near what is proposed: each measurement corrects what the next is proposed by
+        one_by_one = any(kind in budget and kind not in budget.fixed for kind in MEASURED)
+        found, proposals = list[Genotype](), itertools.islice(sampler.propose(self.study), _ASKS * count)
+        while some := list(itertools.islice(proposals, 1 if one_by_one else count - len(found))):
+            space.confirm(some)
+            for genotype in some:
+                self.study.enqueue_trial(space.point(genotype))
+            found += [genotype for genotype in some if budget.admits(space.cost(genotype))]
             if len(found) == count:
                 break
         return found

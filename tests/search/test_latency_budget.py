@@ -103,6 +103,17 @@ def test_what_is_slower_than_expected_is_solved_again_until_it_is_within() -> No
     assert 0.9 * bound < Jagged().milliseconds(space.student(start)) * 1e6 <= bound
 
 
+def test_students_are_measured_together() -> None:
+    space = make_space("latency=150ms,macs=50%")
+    assert space.latency is not None
+    students = {space.table.cheapest(kind) for kind in ("params", "macs", "peak_memory")}
+    space.confirm(students)
+    measured = space.latency.meter.measured
+    assert all(space.latency.known(student) is not None for student in students)
+    assert all(space.confirmed_cost(student) == space.cost(student) for student in students)
+    assert space.latency.meter.measured == measured
+
+
 def test_a_share_is_of_the_measured_base() -> None:
     space = make_space("latency=50%")
     assert space.budget is not None
