@@ -45,7 +45,6 @@ from nas_kd.search.starts import mixed_starts
 
 TABLE = Path("docs/results/samplers_table.json")
 COUNTS, ASKS = (30, 60, 120), 3000
-EARLY = (14, 20, 30)
 SHORT = COUNTS[:2]  # of all but random search: at 120 they have seen most of the table
 EARLY = (14, 20, 30)  # a study has 20 trials by default
 OURS, RANDOM = "knapsack", "random within budget"

@@ -20,7 +20,6 @@ import optuna
 from optuna.trial import TrialState
 from torch import nn
 
-from nas_kd.arguments.study import Settings
 from nas_kd.budget import MEASURED
 from nas_kd.costs.latency import limited_threads
 from nas_kd.errors import TrainingError
@@ -99,20 +98,15 @@ class Rounds:
     def __iter__(self) -> Iterator[tuple[Begin, int]]:
         """For each round what trials begin with, and how many of them train: those that are queued, else proposed now;
         until the study has as many as it wants, or a round brought none."""
-        before = -1
-        while before < (trained := count_trained(self.study)) < self.settings.trials:
-            before = trained
-            missing = self.settings.trials - trained
+        before, trials = -1, self.job.settings.trials
+        while before < (trained := count_trained(self.study)) < trials:
+            before, missing = trained, trials - trained
             queued = (_queued(self.job, self.study) or self._propose(min(missing, max(ROUND, self.count))))[:missing]
             yield self._share(queued, number=trained), len(queued) or missing
 
     @property
     def job(self) -> Job:
         return self.helpers.job
-
-    @property
-    def settings(self) -> Settings:
-        return self.job.settings
 
     def _propose(self, count: int) -> list[Genotype]:
         """Queues the next genotypes, measured where the budget bounds what is measured: now, before processes are busy;
@@ -163,16 +157,15 @@ def _queued(job: Job, study: optuna.Study) -> list[Genotype]:
 
 def train_queued(job: Job, materials: Materials, plan: Mapping[str, Any], claims: Claims) -> None:
     """A helper's part of what is queued."""
-    threads = plan["threads"]
     proxy = proxy_of(job, materials, Path(plan["checkpoints"]))
 
     def train(genotype: Genotype, tell: Advance) -> None:
-        train_ahead(job.space, proxy, genotype, threads, tell)
+        train_ahead(job.space, proxy, genotype, None, tell)  # it has a helper's threads already
 
     claims.work([Genotype.from_json(own) for own in plan["genotypes"]], train, pass_over)
 
 
-def train_ahead(space: Space[nn.Module], proxy: Proxy, genotype: Genotype, threads: int, tell: Advance) -> None:
+def train_ahead(space: Space[nn.Module], proxy: Proxy, genotype: Genotype, threads: int | None, tell: Advance) -> None:
     """Trains the student of a genotype to its last rung, and keeps its state for its trial."""
     checkpoint = proxy.checkpoint(genotype)
     # one that cannot be trained is told of by its trial

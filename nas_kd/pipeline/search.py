@@ -29,8 +29,8 @@ from nas_kd.workers.kit import checkpoints, publish
 
 
 def search(job: Job, materials: Materials, stages: Stages, helpers: Helpers | None = None) -> optuna.Study:
-    """Trains proxies of genotypes within the budget until `--trials` of them have been trained: here, beside helpers at
-    first, or by `--jobs` processes; workers may join on other machines."""
+    """Trains proxies of genotypes within the budget until `--trials` of them have been trained: here, in rounds
+    beside helpers, or by `--jobs` processes; workers may join on other machines."""
     settings = job.settings
     with storage_errors(f"use the study {settings.name!r} in its storage"):
         study = _open(job, materials)

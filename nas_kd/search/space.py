@@ -272,12 +272,8 @@ class Space(MeasuredCosts, Generic[Network]):
     def confirmed_cost(self, genotype: Genotype) -> Cost:
         """The cost of a genotype, its latency and cycles measured on the whole student where the budget bounds them
         and nothing else rules it out."""
-        cost = self.cost(genotype)
-        for kind in self._measured_in(self.budget):
-            if self.budget is None or not self.budget.admits(cost):
-                break
-            cost = dataclasses.replace(cost, **{kind: self._measure(kind, genotype)[0]})
-        return cost
+        self.confirm([genotype])
+        return self.cost(genotype)
 
     def confirm(self, genotypes: Iterable[Genotype]) -> None:
         """Measures whole students turn by turn, as `confirmed_cost` does one: together they take less."""

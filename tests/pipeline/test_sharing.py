@@ -51,6 +51,8 @@ SETTINGS = (
     "--proxy-epochs 2 --refine-epochs 2 --views 1 --no-base-bounds --library-budget 0 --trials 11 -q "
     "--space width=0.25/0.5/1,conv=standard/depthwise --no-search-stages"
 )
+QUIET = Stages(Console(stderr=True), quiet=True)
+NOTHING = {"library": 0.0, "models": 0.0}  # seconds that must be left
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +64,6 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Job, Mater
     job = prepare(parse_study([*SETTINGS.split(), "--out", str(out), "--initial-checkpoint", str(weights)]))
     yield job, gather(job, QUIET)
     close_storage(job.storage)
-
-
-QUIET = Stages(Console(stderr=True), quiet=True)
-NOTHING = {"library": 0.0, "models": 0.0}  # seconds that must be left
 
 
 def plan_of(job: Job, epochs: int) -> list[Wanted]:
