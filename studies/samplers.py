@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import itertools
 import json
 import logging
 import math
@@ -184,7 +183,7 @@ def search(problem: Problem, name: str, seed: int, how: How, trainings: int) -> 
     while sum(share for _, share, _ in found.trained) < trainings - 1e-9 and found.asks < ASKS:
         started = time.process_time()
         if how.together > 1 and not study.get_trials(states=(TrialState.WAITING,)):
-            queue(study, problem, list(itertools.islice(sampler.propose(study), how.together)))
+            queue(study, problem, sampler.propose(study, how.together))
         trial = study.ask()
         genotype = problem.space.suggest_genotype(trial)
         found.seconds += time.process_time() - started

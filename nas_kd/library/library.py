@@ -15,9 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nas_kd.analysis.structure import Analysis, Block
+from nas_kd.analysis.labels import Axes, Labels
+from nas_kd.analysis.structure import Analysis, Block, Site, is_replaced
 from nas_kd.analysis.trace import named_tensors
-from nas_kd.genotype import Choice
+from nas_kd.genotype import Choice, group_count
 from nas_kd.library.entries import Entry, EntryFile, Tensors
 from nas_kd.students.frames import swapped
 from nas_kd.students.inheritance import cut, inherit_student, resize_kernel
@@ -82,10 +83,11 @@ class Library:
         mask = self.analysis.keep_mask(genotype, self.order)
         tensors = named_tensors(student)
         entries = list(self._entries_of(genotype))
+        axes = {**self.analysis.trace.axes, **replaced_axes(self.analysis, genotype)}
         for is_own in (False, True):  # what two blocks' entries hold both comes from the block that it belongs to
             for block, kept, own in entries:
                 chosen = {name: t for name, t in kept.items() if name.startswith(f"{block.name}.") == is_own}
-                _overlay(tensors, chosen, self.analysis, own, mask)
+                _overlay(tensors, chosen, axes, own, mask)
         return student
 
     def _entries_of(self, genotype: Mapping[str, Choice]) -> Iterator[tuple[Block, Tensors, NDArray[np.bool_]]]:
@@ -102,14 +104,13 @@ class Library:
 def _overlay(
     student: Mapping[str, Tensor],
     entry: Tensors,
-    analysis: Analysis,
+    axes: Mapping[str, Axes],
     own: NDArray[np.bool_],
     mask: NDArray[np.bool_],
 ) -> None:
     """Copies the tensors of an entry, which kept the labels `own`, into a student that keeps fewer, `mask`.
 
-    Where a neighbour narrows what a replacement reads, the whole replacement stays as it was inherited."""
-    axes = analysis.trace.axes
+    Where a neighbour narrows what groups of a replacement read, the whole replacement stays as it was inherited."""
     fitted = {name: cut(tensor, axes.get(name, ()), mask, had=own) for name, tensor in entry.items() if name in student}
     fitted = {
         name: _grown(tensor, student[name].shape[-1]) if tensor.ndim == 4 else tensor for name, tensor in fitted.items()
@@ -118,6 +119,32 @@ def _overlay(
     for name, tensor in fitted.items():
         if _layer(name) not in misfits:
             student[name].copy_(tensor)
+
+
+def replaced_axes(analysis: Analysis, genotype: Mapping[str, Choice]) -> dict[str, Axes]:
+    """The labels of the dimensions of what took the place of convolutions, by the names of its tensors. What groups
+    read has none: their inputs are theirs only together."""
+    axes: dict[str, Axes] = {}
+    for block in analysis.blocks:
+        for site in block.sites:
+            if is_replaced(site, genotype[block.name]):
+                parts = _parts(site, str(genotype[block.name].conv))
+                axes |= {f"{site.module}.{name}": own for name, own in parts.items()}
+    return axes
+
+
+def _parts(site: Site, kind: str) -> dict[str, Axes]:
+    if site.spec.channelwise:
+        return {"taps": (site.outputs,), "bias": (site.outputs,)}
+    spatial: Labels | None = site.outputs if kind == "blueprint" else site.inputs
+    spatial = None if group_count(kind) else spatial
+    return {
+        "spatial.weight": (spatial,),
+        "spatial.taps": (spatial,),
+        "spatial.bias": (spatial,),
+        "pointwise.weight": (site.outputs, site.inputs),
+        "pointwise.bias": (site.outputs,),
+    }
 
 
 def _grown(weight: Tensor, kernel_size: int) -> Tensor:

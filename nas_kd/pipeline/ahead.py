@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -42,6 +40,7 @@ _ASKS = 3  # proposals at most for each that is wanted
 _POLL = 0.05
 
 Begin = Callable[[Genotype], Begun]
+Scores = list[tuple[int, float]]  # by epoch, at rungs
 
 
 def proxy_of(job: Job, materials: Materials, checkpoints: Path) -> Proxy:
@@ -73,17 +72,18 @@ class Ahead:
         number = self.queued.index(genotype)
         if self.claims.take(number, lambda tell: None, pass_over):
             return Begun(threads=self.threads)
-        while (seconds := self.claims.seconds(number)) is None:
+        while (made := self.claims.made(number)) is None:
             if not self._train_one():
                 time.sleep(_POLL)
-        return Begun(threads=self.threads, seconds=seconds)
+        scores = tuple((int(epoch), float(score)) for epoch, score in made.note or ())
+        return Begun(threads=self.threads, seconds=made.seconds, scores=scores)
 
     def _train_one(self) -> bool:
         """Trains one that nobody has taken, if there is one."""
         return any(self.claims.take(number, self._training(own), pass_over) for number, own in enumerate(self.queued))
 
-    def _training(self, genotype: Genotype) -> functools.partial[None]:
-        return functools.partial(train_ahead, self.space, self.proxy, genotype, self.threads)
+    def _training(self, genotype: Genotype) -> Callable[[Advance], Scores]:
+        return lambda tell: train_ahead(self.space, self.proxy, genotype, self.threads)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -116,14 +116,14 @@ class Rounds:
             return []
         # a bound that was asked for is near what is proposed: each measurement corrects what the next is proposed by
         one_by_one = any(kind in budget and kind not in budget.fixed for kind in MEASURED)
-        found, proposals = list[Genotype](), itertools.islice(sampler.propose(self.study), _ASKS * count)
-        while some := list(itertools.islice(proposals, 1 if one_by_one else count - len(found))):
+        found, proposed = list[Genotype](), list[Genotype]()
+        while len(found) < count and len(proposed) < _ASKS * count:
+            some = sampler.propose(self.study, 1 if one_by_one else count - len(found), proposed)
             space.confirm(some)
             for genotype in some:
                 self.study.enqueue_trial(space.point(genotype))
+            proposed += some
             found += [genotype for genotype in some if budget.admits(space.cost(genotype))]
-            if len(found) == count:
-                break
         return found
 
     def _share(self, queued: Sequence[Genotype], number: int) -> Begin:
@@ -159,15 +159,22 @@ def train_queued(job: Job, materials: Materials, plan: Mapping[str, Any], claims
     """A helper's part of what is queued."""
     proxy = proxy_of(job, materials, Path(plan["checkpoints"]))
 
-    def train(genotype: Genotype, tell: Advance) -> None:
-        train_ahead(job.space, proxy, genotype, None, tell)  # it has a helper's threads already
+    def train(genotype: Genotype, tell: Advance) -> Scores:
+        return train_ahead(job.space, proxy, genotype, None)  # it has a helper's threads already
 
     claims.work([Genotype.from_json(own) for own in plan["genotypes"]], train, pass_over)
 
 
-def train_ahead(space: Space[nn.Module], proxy: Proxy, genotype: Genotype, threads: int | None, tell: Advance) -> None:
-    """Trains the student of a genotype to its last rung, and keeps its state for its trial."""
-    checkpoint = proxy.checkpoint(genotype)
-    # one that cannot be trained is told of by its trial
+def train_ahead(space: Space[nn.Module], proxy: Proxy, genotype: Genotype, threads: int | None) -> Scores:
+    """Trains the student of a genotype to its last rung, and keeps its state, with which its trial goes on after a
+    kill. Returns its scores at its rungs; they end early where it cannot be trained, which its trial tells of."""
+    scores: Scores = []
     with contextlib.suppress(TrainingError):
-        proxy.train(space.student(genotype), space.cost(genotype).macs, checkpoint=checkpoint, threads=threads)
+        proxy.train(
+            space.student(genotype),
+            space.cost(genotype).macs,
+            checkpoint=proxy.checkpoint(genotype),
+            threads=threads,
+            report=lambda epoch, score: scores.append((epoch, score)),
+        )
+    return scores

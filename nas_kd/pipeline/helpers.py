@@ -63,6 +63,14 @@ def _fitting() -> int:
     return (int(available[1]) << 10) // _EACH if available else _MOST
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Made:
+    """Of a part that is done: what it took, and what there is to know of it (a JSON value)."""
+
+    seconds: float = 0.0
+    note: Any = None
+
+
 @dataclasses.dataclass(kw_only=True, eq=False)
 class Claims:
     """A `folder` in which each part of some work has a file of who does it and how far it is; `others` are the
@@ -74,13 +82,14 @@ class Claims:
     own: set[str] = dataclasses.field(default_factory=set)
     ended: set[int] = dataclasses.field(default_factory=set)
 
-    def work(self, parts: Sequence[Part], do: Callable[[Part, Advance], object], advance: Advance) -> list[Part]:
-        """Does what nobody else does, one part after the other; returns what others have taken."""
+    def work(self, parts: Sequence[Part], do: Callable[[Part, Advance], Any], advance: Advance) -> list[Part]:
+        """Does what nobody else does, one part after the other; returns what others have taken. What `do` returns, a
+        JSON value, is noted."""
         return [
             part for number, part in enumerate(parts) if not self.take(number, functools.partial(do, part), advance)
         ]
 
-    def take(self, number: int, do: Callable[[Advance], object], advance: Advance) -> bool:
+    def take(self, number: int, do: Callable[[Advance], Any], advance: Advance) -> bool:
         """Does a part, unless somebody took it before; returns whether it did."""
         path, started = self.folder / f"{number}.txt", time.monotonic()
         try:
@@ -89,20 +98,20 @@ class Claims:
             return False
         self.own.add(path.name)
         with file:
-            do(functools.partial(self._tell, file, advance))
-        seconds = repr(time.monotonic() - started)
-        replace_file(self._made(number), lambda draft: draft.write_text(seconds, encoding="utf-8"))
+            note = do(functools.partial(self._tell, file, advance))
+        text = json.dumps([time.monotonic() - started, note])
+        replace_file(self._made_file(number), lambda draft: draft.write_text(text, encoding="utf-8"))
         return True
 
-    def seconds(self, number: int) -> float | None:
-        """What a part took, as soon as it is made; 0 where those who may have taken it have all ended."""
+    def made(self, number: int) -> Made | None:
+        """A part, as soon as it is done; an empty one where those who may have taken it have all ended."""
         self.listen(pass_over)
-        made = self._made(number)
-        if made.exists():
-            return float(made.read_text(encoding="utf-8"))
-        return 0.0 if all(other.code() is not None for other in self.others) else None
+        path = self._made_file(number)
+        if path.exists():
+            return Made(*json.loads(path.read_text(encoding="utf-8")))
+        return Made() if all(other.code() is not None for other in self.others) else None
 
-    def _made(self, number: int) -> Path:
+    def _made_file(self, number: int) -> Path:
         return self.folder / f"{number}.made"
 
     def _tell(self, file: TextIO, advance: Advance, words: str, steps: float = 1, /) -> None:

@@ -54,7 +54,7 @@ def refine_all(
         ):
             dearest = sorted(pending, key=lambda wanted: -wanted.epochs * wanted.space.cost(wanted.genotype).macs)
             claims = others.share(MODELS, {"models": [_noted(job, wanted) for wanted in dearest]}, count)
-            claims.work(dearest, lambda wanted, tell: refine_one(job, wanted, materials, tell), advance)
+            claims.work(dearest, functools.partial(_refine, job, materials), advance)
             claims.wait(advance)
     forget_models(job)
     return [refine_one(job, wanted, materials, advance) for wanted in plan]
@@ -90,7 +90,11 @@ def train_models(job: Job, materials: Materials, plan: Mapping[str, Any], claims
         )
         for model in plan["models"]
     ]
-    claims.work(models, lambda wanted, tell: refine_one(job, wanted, materials, tell), pass_over)
+    claims.work(models, functools.partial(_refine, job, materials), pass_over)
+
+
+def _refine(job: Job, materials: Materials, wanted: Wanted, tell: Advance) -> None:
+    refine_one(job, wanted, materials, tell)
 
 
 # blocks of the library

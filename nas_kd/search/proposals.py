@@ -7,7 +7,7 @@ crossed, and then whatever lies around the best of them.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,9 +56,23 @@ class Seen:
     running: Rows
     known: frozenset[bytes]
 
+    def beside(self, rows: Rows) -> Seen:
+        """The same while these are in training, too."""
+        known = self.known | {row.tobytes() for row in rows}
+        return replace(self, running=np.concatenate([self.running, rows]), known=known)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Sought:
+    """What a proposal is looked for by: a draw of the score, and the knapsack's `solution` on it."""
+
+    belief: Belief
+    solution: NDArray[np.int64]
+
 
 class Proposer:
-    """Proposes one genotype after what a study has `seen`."""
+    """Proposes one genotype after what a study has `seen`, in two steps: what is to be sought, which takes the longest
+    and does not depend on what else is in training, and then the genotype."""
 
     def __init__(self, wanted: Wanted, features: Features, seen: Seen, generator: np.random.Generator) -> None:
         self.wanted, self.features, self.seen, self.generator = wanted, features, seen, generator
@@ -70,16 +84,23 @@ class Proposer:
         self.bounds = self._draw_bounds()
         self.front = holders(self.bounds, self.scores, self.costs)
 
-    def propose(self) -> NDArray[np.int64]:
-        """A genotype within the budget, and new to the study where one can be found."""
-        front = self.rows[self.front]
-        if len(front) and self.generator.random() < _MUTATIONS:
-            return self._new(self.generator.choice(front))
+    def seek(self) -> Sought | None:
+        """What is to be sought; None for a proposal that varies the front at random."""
+        if len(self.rows[self.front]) and self.generator.random() < _MUTATIONS:
+            return None
         scored = np.concatenate([self.seen.ended, self.seen.stopped])
         model = fit(self.features, scored, np.concatenate([self.seen.scores, self.seen.expected]))
         belief = model.draw(self.generator, boldness=self.generator.random() ** 2)
+        return Sought(belief=belief, solution=self._solve(belief))
+
+    def propose(self, sought: Sought | None, beside: Rows) -> NDArray[np.int64]:
+        """A genotype within the budget, and new to the study and to what is proposed `beside` it where one can be
+        found."""
+        self.seen, front = self.seen.beside(beside), self.rows[self.front]
+        if sought is None:
+            return self._new(self.generator.choice(front))
+        belief, solution = sought.belief, sought.solution
         goals = self._goals(belief)
-        solution = self._solve(belief)
         parents = np.concatenate([solution[None], front])
         pool = np.concatenate([solution[None], vary(self.table, parents, _VARIED, self.generator)])
         best = self._best(pool, belief, goals)

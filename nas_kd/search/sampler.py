@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -81,18 +82,23 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial, search_space: Mapping[str, BaseDistribution]
     ) -> dict[str, Any]:
         """The parameters of the next genotype: within the budget, and new to the study where one can be found."""
-        return self.space.point(self._proposed(study, trial.number, ()))
+        proposer = self._proposer(study, trial.number)
+        return self.space.point(self.space.table.genotype(proposer.propose(proposer.seek(), self._table(()))))
 
-    def propose(self, study: optuna.Study) -> Iterator[Genotype]:
-        """The next genotypes, without end, for trials that run at the same time: each as if those before it were in
-        training, by what is known when it is asked for."""
-        proposed: list[Genotype] = []
-        for number in itertools.count(len(study.get_trials(deepcopy=False))):
-            proposed.append(self._proposed(study, number, proposed))
-            yield proposed[-1]
+    def propose(self, study: optuna.Study, count: int, beside: Sequence[Genotype] = ()) -> list[Genotype]:
+        """The next genotypes, for trials that run at the same time: each as if those before it, and those `beside` it,
+        were in training. What is sought is solved for several at a time, as the solver lets go of Python."""
+        table, first = self.space.table, len(study.get_trials(deepcopy=False))
+        proposers = [self._proposer(study, first + number) for number in range(count)]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            sought = list(pool.map(Proposer.seek, proposers))
+        rows = [table.indices(genotype) for genotype in beside]
+        for proposer, own in zip(proposers, sought, strict=True):
+            rows.append(proposer.propose(own, self._table(rows)))
+        return [table.genotype(row) for row in rows[len(beside) :]]
 
-    def _proposed(self, study: optuna.Study, number: int, beside: Sequence[Genotype]) -> Genotype:
-        """The genotype of the trial of this number, while others train that are no trials yet."""
+    def _proposer(self, study: optuna.Study, number: int) -> Proposer:
+        """What proposes the genotype of the trial of this number."""
         self.space.recall_latencies(study)
         trials = undisturbed(study.get_trials(deepcopy=False))
         had = [(other, row) for other in trials if (row := self._row(other)) is not None]
@@ -105,8 +111,7 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
         # a trial's own stream: a resumed study goes on as an uninterrupted one would have, which has none that failed
         failed = sum(other.state == TrialState.FAIL for other in trials if other.number < number)
         generator = np.random.default_rng([self._seed, number - failed])
-        seen = self._seen(had, [self.space.table.indices(genotype) for genotype in beside])
-        return self.space.table.genotype(Proposer(wanted, self._features, seen, generator).propose())
+        return Proposer(wanted, self._features, self._seen(had), generator)
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -141,8 +146,8 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
             return None
         return self.space.table.indices(genotype)
 
-    def _seen(self, had: Sequence[_Trained], beside: Sequence[NDArray[np.int64]]) -> Seen:
-        """What is known of the study's genotypes, and of those that train beside them."""
+    def _seen(self, had: Sequence[_Trained]) -> Seen:
+        """What is known of the study's genotypes."""
         expected = expected_scores([trial for trial, _ in had])
         ended = [(trial.values[0], row) for trial, row in had if trial.state == TrialState.COMPLETE]
         stopped = [(expected[trial.number], row) for trial, row in had if trial.number in expected]
@@ -152,8 +157,8 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
             scores=np.array([score for score, _ in ended], dtype=np.float64),
             stopped=self._table([row for _, row in stopped]),
             expected=np.array([score for score, _ in stopped], dtype=np.float64),
-            running=self._table([*(row for trial, row in had if trial.state == TrialState.RUNNING), *beside]),
-            known=frozenset(row.tobytes() for row in (*kept, *beside)),
+            running=self._table([row for trial, row in had if trial.state == TrialState.RUNNING]),
+            known=frozenset(row.tobytes() for row in kept),
         )
 
     def _table(self, rows: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:

@@ -114,10 +114,12 @@ class Proxy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Begun:
-    """What was done for a trial before it came to train: `seconds` of training; it goes on with so many `threads`."""
+    """What was done for a trial before it came to train: `seconds` of training, and the `scores` (epoch, score) at
+    rungs that this gave; it goes on with so many `threads`."""
 
     seconds: float = 0.0
     threads: int | None = None
+    scores: tuple[tuple[int, float], ...] = ()
 
 
 def begin_here(genotype: Genotype) -> Begun:
@@ -157,7 +159,7 @@ class Objective:
                 return _reuse(trial, known)
         begun, started = self.begin(genotype), self.clock()
         with self._checkpoint(genotype) as checkpoint:
-            score = self._train(trial, genotype, cost, checkpoint, begun.threads)
+            score = self._train(trial, genotype, cost, checkpoint, begun)
         with held():
             trial.set_user_attr("seconds", round(begun.seconds + self.clock() - started, 3))
             trial.set_constraint(RUNG, 0.0)
@@ -176,26 +178,30 @@ class Objective:
         _remove(path)
 
     def _train(
-        self, trial: optuna.Trial, genotype: Genotype, cost: Cost, checkpoint: Path | None, threads: int | None
+        self, trial: optuna.Trial, genotype: Genotype, cost: Cost, checkpoint: Path | None, begun: Begun
     ) -> float:
-        """The score; of a trial that goes on, what it has at its rungs is looked at first, and may be all there is."""
+        """The score; of a trial that goes on, what it has at its rungs is looked at first, and may be all there is: no
+        student is built then."""
 
         def report(epoch: int, accuracy: float) -> None:
-            if epoch in dict(noted):
+            if epoch in scores:
                 return
+            scores[epoch] = accuracy
             with held():
                 trial.set_user_attr(f"rung/{epoch}", accuracy)
                 self._look(trial, epoch, RungScore(cost=cost, score=accuracy))
 
-        noted = rung_scores(trial.user_attrs)
-        for epoch, accuracy in noted:
+        scores = dict(rung_scores(trial.user_attrs))
+        for epoch, accuracy in tuple(scores.items()):
             with held():
                 self._look(trial, epoch, RungScore(cost=cost, score=accuracy))
-        if noted and noted[-1][0] == self.proxy.recipe.epochs:
-            return noted[-1][1]
+        for epoch, accuracy in begun.scores:
+            report(epoch, accuracy)
+        if self.proxy.recipe.epochs in scores:
+            return scores[self.proxy.recipe.epochs]
         student = self.space.student(genotype)
         try:
-            return self.proxy.train(student, cost.macs, checkpoint=checkpoint, threads=threads, report=report)
+            return self.proxy.train(student, cost.macs, checkpoint=checkpoint, threads=begun.threads, report=report)
         except TrainingError as error:
             _note_end(trial, str(error), 1.0)
             raise optuna.TrialPruned(str(error)) from error

@@ -118,12 +118,18 @@ def test_proposals_for_the_same_time_are_new_and_begin_as_a_trial_would(tight: S
     search_on(study, tight, additive_truth(tight, 0), 10)
     before = {tight.genotype(trial.params) for trial in study.get_trials()}
     sampler = KnapsackSampler(tight, seed=0)
-    found = list(itertools.islice(sampler.propose(study), 6))
+    found = sampler.propose(study, 6)
     assert tight.budget is not None
     assert all(tight.budget.admits(tight.cost(genotype)) for genotype in found)
     assert len(set(found)) == len(found)
     assert not set(found) & before
-    assert list(itertools.islice(sampler.propose(study), 6)) == found
+    one_by_one = list[Genotype]()
+    for _ in found:
+        one_by_one += sampler.propose(study, 1, one_by_one)
+        study.enqueue_trial(tight.point(one_by_one[-1]))
+    assert one_by_one == found
+    study = optuna.create_study(directions=["maximize", "minimize", "minimize"], sampler=KnapsackSampler(tight, seed=0))
+    search_on(study, tight, additive_truth(tight, 0), 10)
     assert tight.genotype(study.ask(dict(tight.distributions)).params) == found[0]
 
 
