@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.sparse
@@ -84,7 +85,7 @@ def solve(
             result = milp(
                 objective,
                 integrality=problem.integrality(),
-                bounds=Bounds(0, 1),
+                bounds=Bounds(0, problem.useful(damages or (), bounds)),
                 constraints=[*constraints, *(problem.within_memory(kind, bound) for kind, bound in bounds.items())],
                 options={"time_limit": left, **({"mip_rel_gap": gap} if gap else {})},
             )
@@ -184,6 +185,34 @@ class _Problem:
         whole = np.zeros(self.size, dtype=np.int64)
         whole[: self.choices] = 1
         return whole
+
+    def useful(self, damages: Sequence[NDArray[np.float64]], bounds: Mapping[str, float]) -> NDArray[np.float64]:
+        """What variables may be at most: 0 for a choice that another of its block is as good as, in damage, in each
+        cost beside whatever others have, at each moment of memory. Without these it takes half of the time."""
+        most = np.ones(self.size)
+        for block, start in enumerate(self.starts):
+            as_good = np.ones((len(self.table.blocks[block].choices),) * 2, dtype=bool)  # the first as the second
+            for worth in (*(own[:, None] for own in damages[block : block + 1]), *self._amounts(block, bounds)):
+                as_good &= (worth[:, None] <= worth[None]).all(axis=-1)
+            better = as_good & (~as_good.T | np.triu(np.ones_like(as_good), k=1))  # of equals the first stays
+            most[start : start + len(better)] = ~better.any(axis=0)
+        return most
+
+    def _amounts(self, block: int, bounds: Mapping[str, float]) -> Iterator[NDArray[Any]]:
+        """All that constraints hold of a block, each choices × whatever it stands beside."""
+        for kind in self.kinds:
+            yield self.table.single[kind][block][:, None]
+            for blocks, matrix in self.table.pairs[kind].items():
+                if block in blocks:
+                    yield np.moveaxis(matrix, blocks.index(block), 0)
+        for kind, memory in self.memories.items():
+            for part in memory.parts:
+                if block in part.blocks:
+                    over = np.moveaxis(part.table > bounds[kind], part.blocks.index(block), 0)
+                    yield over.reshape(len(over), -1)
+            for _, amount in memory.sums:
+                factors = (amount.single, *amount.products)
+                yield from (own[block][:, None] for own in factors if block in own)
 
     def one_choice_each(self) -> LinearConstraint:
         counts = [len(block.choices) for block in self.table.blocks]

@@ -13,6 +13,7 @@ from nas_kd.budget import KINDS, Budget, parse_budget
 from nas_kd.costs import peak_memory as memory
 from nas_kd.costs.cost_table import CostTable, cost_table
 from nas_kd.costs.verification import analyse
+from nas_kd.search import solver
 from nas_kd.search.options import parse_options, restrict
 from nas_kd.search.solver import solve
 from nas_kd.search.space import Space
@@ -67,6 +68,15 @@ def test_the_solution_is_the_best_of_all_genotypes_within_the_budget(
     assert reached == pytest.approx(damage[within].min(), abs=1e-3)
 
 
+def test_what_another_choice_is_as_good_as_is_left_out(small: CostTable) -> None:
+    problem = solver._Problem(small, ("params",), {})
+    equal = [np.zeros(len(block.choices)) for block in small.blocks]
+    narrowest = np.concatenate([np.arange(len(block.choices)) == block.narrowest for block in small.blocks])
+    assert list(problem.useful(equal, {})[: problem.choices]) == list(narrowest)
+    hurting = [-np.array(vector, dtype=float) for vector in small.single["macs"]]  # each dearer one is better
+    assert sum(problem.useful(hurting, {})[: problem.choices]) > len(small.blocks)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_smallest_reachable_cost_is_what_the_solver_can_reach_and_no_less(small: CostTable, kind: str) -> None:
     least = small.cost(small.cheapest(kind))[kind]
@@ -77,15 +87,16 @@ def test_the_smallest_reachable_cost_is_what_the_solver_can_reach_and_no_less(sm
     assert solve(small, below) is None
 
 
-def test_dropped_blocks_count_exactly_where_memory_is_a_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dense", [1, memory._DENSE])
+def test_dropped_blocks_count_exactly_however_memory_is_kept(dense: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Budgets at, and a byte below, everything that is reachable, against all genotypes."""
-    monkeypatch.setattr(memory, "_DENSE", 1)  # moments that depend on two blocks or more stay sums, with products
+    monkeypatch.setattr(memory, "_DENSE", dense)  # 1: moments that depend on two blocks or more stay sums of products
     network = nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1), _Bottleneck(), _Bottleneck(), _Bottleneck(), nn.Conv2d(16, 4, 1)
     )
     analysis = analyse(network, (3, 8, 8), open=("width", "stages", "keep"))
     table = cost_table(restrict(analysis, parse_options("width=1/0.5/0.125,keep", search_stages=True)), network)
-    assert any(amount.products for _, amount in table.memory.sums)
+    assert any(amount.products for _, amount in table.memory.sums) == (dense == 1)
     rows = np.array(list(itertools.product(*(range(len(block.choices)) for block in table.blocks))))
     totals = table.many(rows)
     peaks = np.unique(totals["peak_memory"])
