@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from nas_kd.data.memory import keep_some
 from nas_kd.errors import NasKdError
 
 LOCAL = "local-dir:"
@@ -115,6 +116,7 @@ def command_line(command: str, arguments: Sequence[str]) -> str:
 def guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None) -> int:
     """Runs a command and returns its exit code; a mistake of the user's becomes one line and 2, Ctrl-C 130."""
     arguments = sys.argv[1:] if argv is None else argv
+    keep_some()
     try:
         return command(arguments)
     except NasKdError as error:

@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 
 _CONTAINER = Path("/sys/fs/cgroup/memory.max")
+_KEPT, _BLOCK = 128 << 20, 32 << 20  # bytes that the C library keeps free, and from which on a block is the system's
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # as mallopt names them
 
 
 def memory_of_machine() -> int:
@@ -17,6 +19,18 @@ def memory_of_machine() -> int:
     with contextlib.suppress(OSError, ValueError):  # no bound, or another system
         memory = min(memory, int(_CONTAINER.read_text()))
     return memory
+
+
+def keep_some() -> None:
+    """Lets the C library (glibc) keep some of what is freed, for the rest of the process: else each training step
+    fetches most of its memory from the system anew, in a fifth of its time for a ResNet-18 on digits. Who has set the
+    C library up by the environment is left alone."""
+    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return
+    with contextlib.suppress(AttributeError, TypeError, OSError):  # another C library
+        library = ctypes.CDLL(None)
+        library.mallopt(_MMAP_THRESHOLD, _BLOCK)
+        library.mallopt(_TRIM_THRESHOLD, _KEPT)
 
 
 def give_back() -> None:
