@@ -182,7 +182,8 @@ def make_what_they_name(words: list[str], place: Path, monkeypatch: pytest.Monke
         "s3://bucket": str(place / "bucket"),
         "postgresql+psycopg://me@db/nas": f"sqlite:///{place / 'server.db'}",
     }
-    return [names.get(word, word) for word in words]
+    pixels = ["--img-size", "64"] if "--data-dir" in words and "--img-size" not in words else []  # not a network's own
+    return [names.get(word, word) for word in (*words, *pixels)]
 
 
 def inline_commands() -> list[tuple[str, str, str]]:

@@ -29,6 +29,8 @@ _MUCH = 0.5  # of the time may be spent on waiting, once it is as many seconds a
 _SOON = 30.0
 _logger = logging.getLogger(__name__)
 _told: set[str] = set()  # sources whose slowness was said
+# else the garbage collector, where it finds one in a circle, closes the queues by which its processes are told to end
+_at_work: set[_Running] = set()
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -52,16 +54,21 @@ def work_ahead(
         yield from map(work, items)
         return
     running = _Running(_Items(work, items), min(processes, len(items)), source)
-    begun, waited = clock(), 0.0
-    for _ in items:
-        asked = clock()
-        result = running.next()
-        came = clock()
-        waited += came - asked
-        _say_slow(source, waited, came - begun, processes)
-        if isinstance(result, Exception):
-            raise result
-        yield result
+    _at_work.add(running)
+    try:
+        begun, waited = clock(), 0.0
+        for _ in items:
+            asked = clock()
+            result = running.next()
+            came = clock()
+            waited += came - asked
+            _say_slow(source, waited, came - begun, processes)
+            if isinstance(result, Exception):
+                raise result
+            yield result
+    finally:
+        _at_work.remove(running)
+        running.end()
 
 
 def wait_for(future: Future[Out], what: str) -> Out:
@@ -120,7 +127,7 @@ class _Running:
         before, handler = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
         with warnings.catch_warnings():  # of more processes than cores, which wait for a disk; of threads beside a fork
             warnings.simplefilter("ignore")
-            self.loaded = iter(_loader(items, count))
+            self.loaded: Any = iter(_loader(items, count))
         self.processes = [child for child in multiprocessing.active_children() if child not in before]
         if handler is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, handler)  # torch's raises wherever the main thread is, in a trial's notes too
@@ -141,6 +148,10 @@ class _Running:
             if waited >= patience:
                 patience *= 2
                 _say_nothing_came(self.source, waited)
+
+    def end(self) -> None:
+        """Ends the processes, also where an exception that somebody keeps holds on to this."""
+        self.loaded.__del__()
 
     def _check(self) -> None:
         dead = [process for process in self.processes if not process.is_alive()]

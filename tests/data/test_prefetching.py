@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
 import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,38 @@ def test_who_stops_listening_leaves_no_process() -> None:
     assert len(multiprocessing.active_children()) == len(before) + 2
     ahead.close()  # type: ignore[attr-defined]
     assert multiprocessing.active_children() == before
+
+
+@pytest.fixture
+def ended_by_force(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
+    """The processes that did not end by themselves within torch's five seconds."""
+    ended = list[int | None]()
+    monkeypatch.setattr(BaseProcess, "terminate", lambda process: ended.append(process.pid))
+    return ended
+
+
+def test_who_is_forgotten_in_a_circle_has_its_processes_end(ended_by_force: list[int | None]) -> None:
+    before = multiprocessing.active_children()
+    ahead = work_ahead(numbers, range(100), processes=2, source="here")
+    assert next(ahead)[0] == 0
+    circle: list[object] = [ahead]
+    circle.append(circle)
+    del ahead, circle
+    gc.collect()
+    assert multiprocessing.active_children() == before
+    assert not ended_by_force
+
+
+def test_an_error_that_is_kept_keeps_no_process(ended_by_force: list[int | None]) -> None:
+    before = multiprocessing.active_children()
+    with pytest.raises(DataError) as kept:
+        list(work_ahead(broken, range(100), processes=2, source="here"))
+    assert multiprocessing.active_children() == before
+    circle: list[object] = [kept]
+    circle.append(circle)
+    del kept, circle
+    gc.collect()
+    assert not ended_by_force
 
 
 def test_one_item_needs_no_process() -> None:
