@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,12 @@ import numpy as np
 import pytest
 from injection import exit_code
 
+from nas_kd.costs.latency import limited_threads
+from nas_kd.genotype import Genotype
+from nas_kd.pipeline.helpers import Claims
 from nas_kd.preparation.records import Records
-from nas_kd.rank_check import main
+from nas_kd.progress import Advance
+from nas_kd.rank_check import main, measuring
 from nas_kd.results.rank_rows import FILE, RankCheck, read_check
 from nas_kd.study import main as study
 
@@ -197,6 +201,45 @@ def test_a_killed_check_goes_on_where_it_was(finished: tuple[Path, str, str], pr
     # one seed decides everything but the seconds
     for ours, first in zip(result(out).groups[0].scores, result(finished[0]).groups[0].scores, strict=True):
         assert (ours.name, ours.values, ours.tau) == (first.name, first.values, first.tau) or math.isnan(ours.tau)
+
+
+@pytest.fixture
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on two cores, where another process pays."""
+    monkeypatch.setattr(measuring, "WORTH", 0.0)
+    with limited_threads(2):
+        yield
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_another_process_measures_the_same(
+    finished: tuple[Path, str, str], prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, mine = measuring.Measuring.one, list[Genotype]()
+
+    def noted(own: measuring.Measuring, genotype: Genotype, tell: Advance) -> None:
+        mine.append(genotype)
+        one(own, genotype, tell)
+
+    monkeypatch.setattr(measuring.Measuring, "one", noted)
+    monkeypatch.setattr(Claims, "work", lambda claims, parts, do, advance: list(parts))  # the other takes them all
+    assert main([*BASE, *SMALL, "--out", str(prepared), "-q"]) == 0
+    assert len(mine) == 1
+    assert set(records(prepared).values()) == {1}
+    for ours, first in zip(result(prepared).groups[0].scores, result(finished[0]).groups[0].scores, strict=True):
+        assert (ours.name, ours.values) == (first.name, first.values) or math.isnan(ours.tau)
+    assert not list(prepared.glob("cache/sharing-*"))
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_what_a_process_that_ends_had_taken_is_measured_here(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(measuring, "HELPER", "nas_kd.rank_check.nowhere")
+    monkeypatch.setattr(Claims, "work", lambda claims, parts, do, advance: list(parts))
+    assert main([*BASE, *SMALL, "--out", str(prepared)]) == 0
+    assert capsys.readouterr().err.count("a process beside this one ended") == 1
+    assert set(records(prepared).values()) == {1}
 
 
 def test_ctrl_c_says_that_nothing_is_lost(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:

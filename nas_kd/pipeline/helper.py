@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -9,17 +10,18 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from nas_kd.arguments.parsing import guarded
-from nas_kd.arguments.study import STORAGE, restore_settings
+from nas_kd.arguments.study import STORAGE, Settings, restore_settings
 from nas_kd.costs.latency import limited_threads
 from nas_kd.pipeline import ahead, sharing
-from nas_kd.pipeline.helpers import PLAN, STUDY, Claims, done_file
+from nas_kd.pipeline.helpers import PLAN, SETTINGS, STUDY, Claims, done_file
 from nas_kd.preparation.job import Job, prepare
 from nas_kd.preparation.materials import Materials, collect
 from nas_kd.progress import Stages
@@ -39,47 +41,62 @@ class Helper:
     def materials(self) -> Materials:
         """What the study has made until now, from its cache."""
         self.job.space.base.load_state_dict(self._created)
-        return collect(self.job, _quiet())
+        return collect(self.job, quiet())
 
     def do(self, stage: str, plan: Mapping[str, Any], claims: Claims) -> None:
         """Does its part of a stage."""
-        with limited_threads(plan["threads"]):
-            if stage == sharing.LIBRARY:
-                sharing.make_blocks(self.job, plan, claims)
-            elif stage.startswith(ahead.STAGE):
-                ahead.train_queued(self.job, self.materials, plan, claims)
-            else:
-                sharing.train_models(self.job, self.materials, plan, claims)
+        if stage == sharing.LIBRARY:
+            sharing.make_blocks(self.job, plan, claims)
+        elif stage.startswith(ahead.STAGE):
+            ahead.train_queued(self.job, self.materials, plan, claims)
+        else:
+            sharing.train_models(self.job, self.materials, plan, claims)
 
 
-def help_study(folder: Path, device: str, storage: str | None, told: Iterable[str]) -> None:
-    """Does its part of each stage that it is told of."""
-    kept = json.loads((folder / STUDY).read_text(encoding="utf-8"))
-    settings = restore_settings({**kept, "storage": storage, "device": device, "quiet": True})
-    job = prepare(settings, stages=_quiet())
+Do = Callable[[str, Mapping[str, Any], Claims], None]  # a helper's part of a stage, by its plan
+Begin = Callable[[Settings, Mapping[str, Any]], AbstractContextManager[Do]]
+
+
+@contextlib.contextmanager
+def begun(settings: Settings, more: Mapping[str, Any]) -> Iterator[Do]:
+    """What helps a study of these settings."""
+    job = prepare(settings, stages=quiet())
     try:
-        helper = Helper(job)
-        for stage in told:
-            plan = json.loads((folder / stage / PLAN).read_text(encoding="utf-8"))
-            helper.do(stage, plan, Claims(folder=folder / stage))
-            done_file(folder / stage, os.getpid()).touch()
+        yield Helper(job).do
     finally:
         close_storage(job.storage)
 
 
-def _quiet() -> Stages:
+def quiet() -> Stages:
+    """Stages that tell nobody."""
     return Stages(Console(stderr=True), quiet=True)
 
 
-def main(argv: Sequence[str]) -> int:
-    """A helper of the study whose folder is named, on a device."""
+def attend(begin: Begin, folder: Path, device: str, storage: str | None, told: Iterable[str]) -> None:
+    """Does its part of each stage that it is told of."""
+    kept = json.loads((folder / STUDY).read_text(encoding="utf-8"))
+    own = {"storage": storage, "device": device, "quiet": True}
+    with begin(restore_settings({**kept.pop(SETTINGS), **own}), kept) as do:
+        for stage in told:
+            plan = json.loads((folder / stage / PLAN).read_text(encoding="utf-8"))
+            with limited_threads(plan["threads"]):
+                do(stage, plan, Claims(folder=folder / stage))
+            done_file(folder / stage, os.getpid()).touch()
+
+
+def serve(begin: Begin) -> int:
+    """Runs a helper, as its command line says, until its study ends; returns the exit code."""
+    return guarded(functools.partial(_serve, begin), None)
+
+
+def _serve(begin: Begin, argv: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     told = queue.SimpleQueue[str]()
     threading.Thread(target=follow_parent, args=(told.put,), daemon=True).start()
     folder, _, device = argv
-    help_study(Path(folder), device, os.environ.get(STORAGE), iter(told.get, ""))
+    attend(begin, Path(folder), device, os.environ.get(STORAGE), iter(told.get, ""))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main, None))
+    sys.exit(serve(begun))

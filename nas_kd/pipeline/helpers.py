@@ -1,9 +1,9 @@
 """Processes beside a study's own on this machine, and how they share out work with it.
 
-Each is `python -m nas_kd.pipeline.helper FOLDER`, finds in FOLDER what the study is, is told by its standard input of
-every stage in which there is something to share, and waits in between. Whoever makes the file of a part in the folder
-of a stage first does it. What nobody finished is done by the study in the end, so that a process that dies costs time
-alone.
+Each is `python -m nas_kd.pipeline.helper FOLDER`, or a like module of another command, finds in FOLDER what the study
+is, is told by its standard input of every stage in which there is something to share, and waits in between. Whoever
+makes the file of a part in the folder of a stage first does it. What nobody finished is done by the study in the end,
+so that a process that dies costs time alone.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ from nas_kd.training.ranks import current
 from nas_kd.training.resume import replace_file
 from nas_kd.workers.crew import LocalWorker, devices_for, environment, stop_all
 
+HELPER = "nas_kd.pipeline.helper"
 STUDY, PLAN = "study.json", "plan.json"  # of the folder, and of a stage in it
+SETTINGS = "settings"  # of the job, in the first
 _PREFIX, _OWNER = "sharing-", "owner.txt"
 _MOST = 8  # processes unless --jobs asks for more
 _EACH = 2 << 30  # bytes that a process takes
@@ -41,17 +43,20 @@ Part = TypeVar("Part")
 
 
 def processes(job: Job, most: int) -> int:
-    """How many processes share work of so many parts: one where it cannot be shared."""
+    """How many processes share work of a study, of so many parts: one where there is no study to share."""
+    return 1 if isinstance(job.storage, InMemoryStorage) else places(job, most)
+
+
+def places(job: Job, most: int) -> int:
+    """How many processes find a place on this machine, for work of so many parts."""
     settings = job.settings
-    if isinstance(job.storage, InMemoryStorage):
-        return 1
     if current().size > 1:  # torchrun's processes share each training
         return 1
     if job.device.type == "cuda":
-        places = torch.cuda.device_count() if settings.device in (None, "cuda") else 1
+        found = torch.cuda.device_count() if settings.device in (None, "cuda") else 1
     else:
-        places = settings.jobs if settings.jobs > 1 else min(_MOST, torch.get_num_threads())
-    return max(1, min(places, most, 1 + _fitting()))
+        found = settings.jobs if settings.jobs > 1 else min(_MOST, torch.get_num_threads())
+    return max(1, min(found, most, 1 + _fitting()))
 
 
 def _fitting() -> int:
@@ -154,21 +159,24 @@ def done_file(folder: Path, process: int) -> Path:
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class Helpers:
-    """The processes beside a study's own, `others`, which begin when they are first wanted."""
+    """The processes beside a study's own, `others`, which begin when they are first wanted: each runs `module`, and
+    finds the job's settings, and `more` if there is (JSON values), in the folder."""
 
     job: Job
     folder: Path
+    module: str = HELPER
+    more: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     others: list[LocalWorker] = dataclasses.field(default_factory=list)
 
     def start(self, count: int) -> None:
         """Starts what `count` processes lack, this one included, and those that have ended."""
         settings = dataclasses.asdict(self.job.settings)
         settings |= {"storage": None, "out": str(self.job.out), "new_study": False}
-        (self.folder / STUDY).write_text(json.dumps(settings), encoding="utf-8")
+        (self.folder / STUDY).write_text(json.dumps({SETTINGS: settings, **self.more}), encoding="utf-8")
         shared = environment(storage_url(self.job.settings, self.job.out), count)
         devices = devices_for(self.job.settings.device, count)[1:]
         self.others += [
-            LocalWorker([str(self.folder), "--device", device], shared, module="nas_kd.pipeline.helper")
+            LocalWorker([str(self.folder), "--device", device], shared, module=self.module)
             for device in devices[len(self.others) :]
         ]
         for other in tuple(self.others):
@@ -197,13 +205,13 @@ class Helpers:
 
 
 @contextlib.contextmanager
-def helping(job: Job) -> Iterator[Helpers]:
-    """The processes beside a study's own, which end with the block."""
+def helping(job: Job, module: str = HELPER, more: Mapping[str, Any] | None = None) -> Iterator[Helpers]:
+    """The processes beside a study's own (see `Helpers`), which end with the block."""
     job.cache.mkdir(parents=True, exist_ok=True)
     _clear(job.cache)
     with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=job.cache) as folder:
         (Path(folder) / _OWNER).write_text(worker_name(), encoding="utf-8")
-        helpers = Helpers(job=job, folder=Path(folder))
+        helpers = Helpers(job=job, folder=Path(folder), module=module, more=more or {})
         try:
             yield helpers
         finally:

@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from optuna.storages import InMemoryStorage
-from torch import nn
 
 from nas_kd.budget import Cost
 from nas_kd.errors import TrainingError
 from nas_kd.genotype import Genotype
 from nas_kd.pipeline.summary import environment_of
-from nas_kd.preparation.job import Job, prepare, recipe_of
-from nas_kd.preparation.materials import Materials, gather
+from nas_kd.preparation.job import Job, prepare
+from nas_kd.preparation.materials import gather
 from nas_kd.preparation.opening import space_of
-from nas_kd.preparation.records import Record, Records
+from nas_kd.preparation.records import Record
 from nas_kd.progress import Stages
 from nas_kd.rank_check.arguments import RankSettings
 from nas_kd.rank_check.band import draw_in_band, near_optimum
+from nas_kd.rank_check.measuring import ground_of, measure, records_of
 from nas_kd.rank_check.page import render_check
-from nas_kd.rank_check.parts import FRESH, RUNGS, Ground, Part, parts_of, truth_portions
-from nas_kd.rank_check.portions import Portions
+from nas_kd.rank_check.parts import FRESH, RUNGS, Ground, parts_of
 from nas_kd.rank_check.statistics import agreement, allowing_for_damage, allowing_for_size, tau_difference
-from nas_kd.rank_check.validation import validation_of
 from nas_kd.results.front import write_atomically
 from nas_kd.results.rank_rows import FILE, GroupRows, RankCheck, ScoreRow
 from nas_kd.search.additive import total
-from nas_kd.search.space import Space
 from nas_kd.search.starts import prior_damages
 
 SCORE = "accuracy"  # what a study ranks by
@@ -68,13 +63,13 @@ def check(settings: RankSettings, stages: Stages) -> tuple[RankCheck, Job]:
     """
     job = prepare(settings.study, InMemoryStorage())
     # before anything is trained: a band without genotypes and records that cannot be read must fail at once
-    records = Records(job.out / "rank_check.jsonl")
+    records_of(job)
     groups: dict[str, Sequence[Genotype]] = {}
     if settings.genotypes:
         table, count, seed = job.space.table, settings.genotypes, settings.study.seed
         groups["random"] = draw_in_band(table, job.budget, settings.band, count, seed)
     materials = gather(job, stages)
-    ground = _ground(job, settings, materials)
+    ground = ground_of(job, settings, materials)
     if settings.near:
         groups["near"] = near_optimum(
             ground.space.table,
@@ -84,65 +79,13 @@ def check(settings: RankSettings, stages: Stages) -> tuple[RankCheck, Job]:
             count=settings.near,
             seed=settings.study.seed,
         )
-    measured = _measure(ground, groups, records, stages)
+    genotypes = list(dict.fromkeys(genotype for group in groups.values() for genotype in group))
+    measured = measure(ground, settings, genotypes, stages)
     with stages.stage("ranking"):
         result = _conclude(settings, ground, {name: _entries(ground, measured, groups[name]) for name in groups})
     write_atomically(job.out / FILE, result.to_json())
     write_atomically(job.out / "rank_check.html", render_check(result))
     return result, job
-
-
-def _ground(job: Job, settings: RankSettings, materials: Materials) -> Ground:
-    space: Space[nn.Module] = copy.copy(job.space)
-    space.budget = job.budget.scaled(1 + settings.band)  # half of the band is over the budget, and nothing is exported
-    study = job.settings
-    truth_count, truth_number = truth_portions(settings.truth_images, study.batch_size)
-    return Ground(
-        job=job,
-        materials=materials,
-        space=space,
-        portions=Portions(materials.refine_views, settings.proxy_images // RUNGS[-1], study.seed),
-        truth=Portions(materials.refine_views, truth_count, study.seed),
-        truth_portions=truth_number,
-        # other work on the same cores must not change what a score costs beside a truth
-        clock=time.process_time if job.device.type == "cpu" else time.monotonic,
-        every_start=settings.starts == "all",
-        validation=validation_of(
-            materials.splits.val,
-            materials.teacher.network,
-            count=settings.val_images,
-            temperature=recipe_of(study, 1).temperature,
-            seed=study.seed,
-        ),
-    )
-
-
-def _measure(
-    ground: Ground, groups: Mapping[str, Sequence[Genotype]], records: Records, stages: Stages
-) -> dict[tuple[str, str], Record]:
-    """Each part of each genotype, by (part, digest): from the records, or measured now."""
-    parts = parts_of(ground)
-    genotypes = list(dict.fromkeys(genotype for group in groups.values() for genotype in group))
-    missing = [g for g in genotypes if any(_key(part, g) not in records for part in parts)]
-    with stages.stage("training", max(1, len(missing))) as advance:
-        for genotype in missing:
-            for part in parts:
-                if _key(part, genotype) not in records:
-                    records[_key(part, genotype)] = {"genotype": genotype.to_json(), **part.measure(genotype)}
-            truth = records[_key(parts[-1], genotype)]
-            _warn_of_failures(genotype, {part.name: records[_key(part, genotype)] for part in parts})
-            advance(f"{genotype.digest}: {100 * truth.get('accuracy', math.nan):.1f} %")
-    return {(part.name, g.digest): records[_key(part, g)] for part in parts for g in genotypes}
-
-
-def _key(part: Part, genotype: Genotype) -> str:
-    return f"{part.name}/{part.key}/{genotype.digest}"
-
-
-def _warn_of_failures(genotype: Genotype, records: Mapping[str, Record]) -> None:
-    for name, record in records.items():
-        if "failed" in record:
-            _logger.warning("%s of genotype %s: %s", name, genotype.digest, record["failed"])
 
 
 def _entries(
