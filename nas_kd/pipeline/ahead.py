@@ -63,7 +63,7 @@ class Ahead:
     proxy: Proxy
     claims: Claims
     queued: Sequence[Genotype]
-    threads: int
+    threads: int | None
 
     def begin(self, genotype: Genotype) -> Begun:
         """Before a trial trains: waits until no helper is at its student, and trains others meanwhile."""
@@ -73,17 +73,18 @@ class Ahead:
         if self.claims.take(number, lambda tell: None, pass_over):
             return Begun(threads=self.threads)
         while (made := self.claims.made(number)) is None:
-            if not self._train_one():
+            if not self.train_one():
                 time.sleep(_POLL)
         scores = tuple((int(epoch), float(score)) for epoch, score in made.note or ())
         return Begun(threads=self.threads, seconds=made.seconds, scores=scores)
 
-    def _train_one(self) -> bool:
+    def train_one(self) -> bool:
         """Trains one that nobody has taken, if there is one."""
-        return any(self.claims.take(number, self._training(own), pass_over) for number, own in enumerate(self.queued))
+        order = _dearest_first(self.space, self.queued)
+        return any(self.claims.take(number, self._training(number), pass_over) for number in order)
 
-    def _training(self, genotype: Genotype) -> Callable[[Advance], Scores]:
-        return lambda tell: train_ahead(self.space, self.proxy, genotype, self.threads)
+    def _training(self, number: int) -> Callable[[Advance], Scores]:
+        return lambda tell: train_ahead(self.space, self.proxy, self.queued[number], self.threads)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -157,12 +158,17 @@ def _queued(job: Job, study: optuna.Study) -> list[Genotype]:
 
 def train_queued(job: Job, materials: Materials, plan: Mapping[str, Any], claims: Claims) -> None:
     """A helper's part of what is queued."""
+    queued = [Genotype.from_json(own) for own in plan["genotypes"]]
     proxy = proxy_of(job, materials, Path(plan["checkpoints"]))
+    # with a helper's threads, which it has already
+    ahead = Ahead(space=job.space, proxy=proxy, claims=claims, queued=queued, threads=None)
+    while ahead.train_one():
+        pass
 
-    def train(genotype: Genotype, tell: Advance) -> Scores:
-        return train_ahead(job.space, proxy, genotype, None)  # it has a helper's threads already
 
-    claims.work([Genotype.from_json(own) for own in plan["genotypes"]], train, pass_over)
+def _dearest_first(space: Space[nn.Module], genotypes: Sequence[Genotype]) -> list[int]:
+    """In which order students are trained ahead: so all processes end at about the same time."""
+    return sorted(range(len(genotypes)), key=lambda number: -space.cost(genotypes[number]).macs)
 
 
 def train_ahead(space: Space[nn.Module], proxy: Proxy, genotype: Genotype, threads: int | None) -> Scores:
