@@ -6,6 +6,7 @@ assembled from the entries of its genotype. `library_building` makes them.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from nas_kd.students.frames import swapped
 from nas_kd.students.inheritance import cut, inherit_student, resize_kernel
 
 _LARGER_KERNEL = 1e-6  # of damage
+_logger = logging.getLogger(__name__)
 
 
 class Library:
@@ -94,10 +96,15 @@ class Library:
         """For each changed block of a genotype the tensors of its entry, and the labels that these kept."""
         for block in self.analysis.blocks:
             index = made_like(block, block.choices.index(genotype[block.name]))
-            kept = entry_file(self.folder, block, index).read() if index and genotype[block.name].keep else None
-            if kept is not None:  # a file that went bad: what is inherited in closed form has to do
+            if not index or not genotype[block.name].keep:
+                continue
+            file = entry_file(self.folder, block, index)
+            kept = file.read()
+            if kept is not None:
                 alone = swapped(self.analysis, block, genotype[block.name])
                 yield block, kept[1], self.analysis.keep_mask(alone, self.order)
+            elif not file.path.exists():  # of one that went bad it was said
+                _logger.warning("%s is gone from the library: this block begins in closed form", file.path)
 
 
 @torch.no_grad()

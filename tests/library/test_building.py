@@ -220,6 +220,20 @@ def test_a_damaged_file_is_made_again_with_a_warning(
     assert again.entries[block.name, 1].errors == library.entries[block.name, 1].errors
 
 
+def test_a_file_that_is_gone_is_told_and_made_again(
+    library: Library, build: Build, analysis: Analysis, caplog: pytest.LogCaptureFixture
+) -> None:
+    block = analysis.blocks[0]
+    path = module.entry_file(library.folder, block, 1).path
+    path.unlink()
+    genotype = Genotype.of({own.name: own.choices[own is block] for own in analysis.blocks})
+    with caplog.at_level(logging.WARNING, logger="nas_kd"):
+        library.student(genotype)
+    assert caplog.messages == [f"{path} is gone from the library: this block begins in closed form"]
+    build(library.folder.parent)
+    assert path.exists()
+
+
 def test_a_library_keeps_the_rounds_with_which_it_was_begun(
     library: Library, teacher: nn.Module, analysis: Analysis, images: Images, folder: Path
 ) -> None:
