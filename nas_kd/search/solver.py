@@ -188,7 +188,7 @@ class _Problem:
 
     def useful(self, damages: Sequence[NDArray[np.float64]], bounds: Mapping[str, float]) -> NDArray[np.float64]:
         """What variables may be at most: 0 for a choice that another of its block is as good as, in damage, in each
-        cost beside whatever others have, at each moment of memory. Without these it takes half of the time."""
+        cost beside whatever others have, at each moment of memory. These are a third to two thirds."""
         most = np.ones(self.size)
         for block, start in enumerate(self.starts):
             as_good = np.ones((len(self.table.blocks[block].choices),) * 2, dtype=bool)  # the first as the second
