@@ -104,10 +104,14 @@ def even_split(indices: Tensor, batch_size: int) -> tuple[Tensor, ...]:
 
 
 def suits_channels_last(network: nn.Module) -> bool:
-    """Whether a network trains faster with channels last in memory: one with grouped or depthwise convolutions does, a
-    dense one on small feature maps is slower (docs/results/memory_layout.md). Not where that is unsafe."""
-    grouped = any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in network.modules())
-    return grouped and not overflows(network)
+    """Whether a network runs faster with channels last in memory (`has_groups`), and may do so as a whole."""
+    return has_groups(network) and not overflows(network)
+
+
+def has_groups(network: nn.Module) -> bool:
+    """Whether a network has grouped or depthwise convolutions: it trains faster with channels last in memory, a dense
+    one on small feature maps is slower (docs/results/memory_layout.md)."""
+    return any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in network.modules())
 
 
 def overflows(network: nn.Module) -> bool:
@@ -118,9 +122,12 @@ def overflows(network: nn.Module) -> bool:
 
 @contextmanager
 def contiguous_where_it_overflows(network: nn.Module) -> Iterator[None]:
-    """Inside the block such convolutions read images laid out channels first, whatever the others read."""
+    """Inside the block such convolutions have weights, and read images, that are laid out channels first, whatever the
+    others do."""
     with ExitStack() as stack:
         for convolution in _overflowing(network):
+            weight = convolution.weight.data
+            convolution.weight.data = torch.empty(weight.shape, dtype=weight.dtype).copy_(weight)  # strides of no other
             stack.callback(convolution.register_forward_pre_hook(_contiguous).remove)
         yield
 

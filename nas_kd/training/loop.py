@@ -20,12 +20,13 @@ from nas_kd.data.memory import give_back
 from nas_kd.errors import DeviceError, TrainingError
 from nas_kd.training.evaluation import (
     amp_dtype,
+    contiguous_where_it_overflows,
     device_of,
     eval_mode,
     evaluate,
     even_split,
+    has_groups,
     memory_layout,
-    suits_channels_last,
 )
 from nas_kd.training.losses import student_loss
 from nas_kd.training.ranks import Ranks, current
@@ -130,7 +131,7 @@ def fit(
     started, network, ranks = run.clock(), task.network, current() if run.shared else Ranks()
     device = device_of(network)
     if recipe.channels_last is None:
-        recipe = replace(recipe, channels_last=suits_channels_last(network))
+        recipe = replace(recipe, channels_last=has_groups(network))
     steps_per_epoch = len(_batches(data, recipe, 0))
     with (
         ranks.begin(replace(task, measure=None), data, recipe),
@@ -359,7 +360,8 @@ def _layout(network: nn.Module, recipe: Recipe) -> Iterator[None]:
     if recipe.channels_last:
         network.to(memory_format=torch.channels_last)
     try:
-        yield
+        with contiguous_where_it_overflows(network) if recipe.channels_last else nullcontext():
+            yield
     finally:
         if recipe.channels_last:  # safetensors refuses weights in another layout
             network.to(memory_format=torch.contiguous_format)

@@ -273,24 +273,43 @@ def test_the_sample_for_recalibration_is_augmented(data: AugmentedImages, digits
     assert torch.equal(sample.pixels[3], data.batch(0, torch.tensor([3])).pixels[0])
 
 
-@pytest.mark.parametrize("layout", ["of the network", "of its input"])
-def test_a_narrow_strided_shortcut_does_not_spoil_memory(layout: str) -> None:
-    """oneDNN (torch 2.14) writes beyond a buffer on the way back of such a convolution with channels last: without our
-    care the process ends by "double free or corruption"."""
-    source = """
+SPOILT = """
 import torch
 from torch import nn
-from nas_kd.training.evaluation import contiguous_where_it_overflows, memory_layout, suits_channels_last
+from nas_kd.data.augment import default_augmentation
+from nas_kd.data.images import AugmentedImages, Images
+from nas_kd.training.evaluation import contiguous_where_it_overflows
+from nas_kd.training.loop import train
+from nas_kd.training.recipe import Recipe
 torch.manual_seed(0)
 network = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 24, 1, stride=2))
-last = LAST and suits_channels_last(network)
-network.to(memory_format=torch.channels_last if last else torch.contiguous_format)
-images = memory_layout(torch.randn(2, 8, 96, 96), last or not LAST)
-with contiguous_where_it_overflows(network):
+images = torch.randn(2, 8, 96, 96).contiguous(memory_format=torch.channels_last)
+"""
+STEPS = """
     for _ in range(8):
         network(images).square().mean().backward()
 """
-    source = source.replace("LAST", str(layout == "of the network"))
+TRAINED = """
+network.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten()])
+photos = Images(torch.randint(0, 255, (16, 8, 96, 96)).byte(), torch.arange(16), (0.5,) * 8, (0.25,) * 8)
+train(network, AugmentedImages(photos, default_augmentation("digits"), 0), Recipe(epochs=4, batch_size=2, lr=0.01))
+"""
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        f"network.to(memory_format=torch.channels_last)\nwith contiguous_where_it_overflows(network):{STEPS}",
+        f"with contiguous_where_it_overflows(network):{STEPS}",
+        TRAINED,
+    ],
+    ids=["of the network", "of its input", "of a training"],
+)
+def test_a_narrow_strided_shortcut_does_not_spoil_memory(use: str) -> None:
+    """oneDNN (torch 2.14) writes beyond a buffer on the way back of such a convolution with channels last: without our
+    care the process ends by "double free or corruption"."""
     checked = {**os.environ, "LD_PRELOAD": "libc_malloc_debug.so.0", "MALLOC_CHECK_": "3"}
-    done = subprocess.run([sys.executable, "-c", source], env=checked, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", SPOILT + use], env=checked, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-300:]
