@@ -23,8 +23,8 @@ def memory_of_machine() -> int:
 
 def keep_some() -> None:
     """Lets the C library (glibc) keep some of what is freed, for the rest of the process: else each training step
-    fetches most of its memory from the system anew, which is a sixth of its time for a ResNet-18 on digits. Who has set
-    the C library up by the environment is left alone."""
+    fetches most of its memory from the system anew (docs/decisions.md). Who has set the C library up by the
+    environment is left alone."""
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return
     with contextlib.suppress(AttributeError, TypeError, OSError):  # another C library
