@@ -228,7 +228,7 @@ def _measure_onnx(
 def _profile(profiles: Collection[LayerProfile], timing: Timing, clock: Callable[[], float]) -> None:
     """Runs each by layer, turn by turn: what a run notes is read back slowly, and some runs tell enough."""
     end = clock() + timing.limit_s * len(profiles)
-    for number in range(_MOST_PROFILED if profiles else 0):
+    for number in range(_MOST_PROFILED):
         if number >= _LEAST_PROFILED and clock() >= end:
             return
         for profile in profiles:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -80,8 +81,13 @@ class Ahead:
 
     def train_one(self) -> bool:
         """Trains one that nobody has taken, if there is one."""
-        order = _dearest_first(self.space, self.queued)
-        return any(self.claims.take(number, self._training(number), pass_over) for number in order)
+        return any(self.claims.take(number, self._training(number), pass_over) for number in self._dearest_first)
+
+    @functools.cached_property
+    def _dearest_first(self) -> list[int]:
+        """In which order students are trained ahead: so all processes end at about the same time."""
+        macs = [self.space.cost(genotype).macs for genotype in self.queued]
+        return sorted(range(len(macs)), key=lambda number: -macs[number])
 
     def _training(self, number: int) -> Callable[[Advance], Scores]:
         return lambda tell: train_ahead(self.space, self.proxy, self.queued[number], self.threads)
@@ -164,11 +170,6 @@ def train_queued(job: Job, materials: Materials, plan: Mapping[str, Any], claims
     ahead = Ahead(space=job.space, proxy=proxy, claims=claims, queued=queued, threads=None)
     while ahead.train_one():
         pass
-
-
-def _dearest_first(space: Space[nn.Module], genotypes: Sequence[Genotype]) -> list[int]:
-    """In which order students are trained ahead: so all processes end at about the same time."""
-    return sorted(range(len(genotypes)), key=lambda number: -space.cost(genotypes[number]).macs)
 
 
 def train_ahead(space: Space[nn.Module], proxy: Proxy, genotype: Genotype, threads: int | None) -> Scores:

@@ -63,7 +63,7 @@ def check(settings: RankSettings, stages: Stages) -> tuple[RankCheck, Job]:
     """
     job = prepare(settings.study, InMemoryStorage())
     # before anything is trained: a band without genotypes and records that cannot be read must fail at once
-    records_of(job)
+    records = records_of(job)
     groups: dict[str, Sequence[Genotype]] = {}
     if settings.genotypes:
         table, count, seed = job.space.table, settings.genotypes, settings.study.seed
@@ -80,7 +80,7 @@ def check(settings: RankSettings, stages: Stages) -> tuple[RankCheck, Job]:
             seed=settings.study.seed,
         )
     genotypes = list(dict.fromkeys(genotype for group in groups.values() for genotype in group))
-    measured = measure(ground, settings, genotypes, stages)
+    measured = measure(ground, settings, genotypes, records, stages)
     with stages.stage("ranking"):
         result = _conclude(settings, ground, {name: _entries(ground, measured, groups[name]) for name in groups})
     write_atomically(job.out / FILE, result.to_json())

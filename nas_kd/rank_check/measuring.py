@@ -70,11 +70,6 @@ class Measuring:
     parts: tuple[Part, ...]
     records: Records
 
-    @classmethod
-    def of(cls, ground: Ground) -> Measuring:
-        """That of a check."""
-        return cls(parts=parts_of(ground), records=records_of(ground.job))
-
     def one(self, genotype: Genotype, tell: Advance) -> None:
         """Measures what is not known of a genotype."""
         for part in self.parts:
@@ -97,10 +92,10 @@ def _key(part: Part, genotype: Genotype) -> str:
 
 
 def measure(
-    ground: Ground, settings: RankSettings, genotypes: Sequence[Genotype], stages: Stages
+    ground: Ground, settings: RankSettings, genotypes: Sequence[Genotype], records: Records, stages: Stages
 ) -> dict[tuple[str, str], Record]:
     """Each part of each genotype, by (part, digest): from the records, or measured now."""
-    own = Measuring.of(ground)
+    own = Measuring(parts=parts_of(ground), records=records)
     missing = own.missing(genotypes)
     count = places(ground.job, len(missing))
     with (
@@ -126,7 +121,8 @@ def measure(
 
 def measure_shared(ground: Ground, plan: Mapping[str, Any], claims: Claims) -> None:
     """A helper's part of the genotypes of a check."""
-    claims.work([Genotype.from_json(own) for own in plan["genotypes"]], Measuring.of(ground).one, pass_over)
+    measuring = Measuring(parts=parts_of(ground), records=records_of(ground.job))
+    claims.work([Genotype.from_json(own) for own in plan["genotypes"]], measuring.one, pass_over)
 
 
 def _without_study(settings: RankSettings) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -82,14 +82,14 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial, search_space: Mapping[str, BaseDistribution]
     ) -> dict[str, Any]:
         """The parameters of the next genotype: within the budget, and new to the study where one can be found."""
-        proposer = self._proposer(study, trial.number)
+        (proposer,) = self._proposers(study, [trial.number])
         return self.space.point(self.space.table.genotype(proposer.propose(proposer.seek(), self._table(()))))
 
     def propose(self, study: optuna.Study, count: int, beside: Sequence[Genotype] = ()) -> list[Genotype]:
         """The next genotypes, for trials that run at the same time: each as if those before it, and those `beside` it,
         were in training. What is sought is solved for several at a time, as the solver lets go of Python."""
         table, first = self.space.table, len(study.get_trials(deepcopy=False))
-        proposers = [self._proposer(study, first + number) for number in range(count)]
+        proposers = self._proposers(study, range(first, first + count))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             sought = list(pool.map(Proposer.seek, proposers))
         rows = [table.indices(genotype) for genotype in beside]
@@ -97,8 +97,8 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
             rows.append(proposer.propose(own, self._table(rows)))
         return [table.genotype(row) for row in rows[len(beside) :]]
 
-    def _proposer(self, study: optuna.Study, number: int) -> Proposer:
-        """What proposes the genotype of the trial of this number."""
+    def _proposers(self, study: optuna.Study, numbers: Iterable[int]) -> list[Proposer]:
+        """What proposes the genotypes of the trials of these numbers."""
         self.space.recall_latencies(study)
         trials = undisturbed(study.get_trials(deepcopy=False))
         had = [(other, row) for other in trials if (row := self._row(other)) is not None]
@@ -108,10 +108,10 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
             levels=self.space.levels,
             kinds=self._objectives(had, len(study.directions) - 1),
         )
+        seen, failed = self._seen(had), [other.number for other in trials if other.state == TrialState.FAIL]
         # a trial's own stream: a resumed study goes on as an uninterrupted one would have, which has none that failed
-        failed = sum(other.state == TrialState.FAIL for other in trials if other.number < number)
-        generator = np.random.default_rng([self._seed, number - failed])
-        return Proposer(wanted, self._features, self._seen(had), generator)
+        places = (number - sum(other < number for other in failed) for number in numbers)
+        return [Proposer(wanted, self._features, seen, np.random.default_rng([self._seed, own])) for own in places]
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -151,14 +151,13 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
         expected = expected_scores([trial for trial, _ in had])
         ended = [(trial.values[0], row) for trial, row in had if trial.state == TrialState.COMPLETE]
         stopped = [(expected[trial.number], row) for trial, row in had if trial.number in expected]
-        kept = [row for trial, row in had if not self._was_refused(trial)]
         return Seen(
             ended=self._table([row for _, row in ended]),
             scores=np.array([score for score, _ in ended], dtype=np.float64),
             stopped=self._table([row for _, row in stopped]),
             expected=np.array([score for score, _ in stopped], dtype=np.float64),
             running=self._table([row for trial, row in had if trial.state == TrialState.RUNNING]),
-            known=frozenset(row.tobytes() for row in kept),
+            known=frozenset(row.tobytes() for trial, row in had if not self._was_refused(trial)),
         )
 
     def _table(self, rows: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
