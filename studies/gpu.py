@@ -64,7 +64,7 @@ RESNET56 = "--initial-checkpoint {weights}/cifar10_resnet56_akamaster.safetensor
 RESNET20 = "--initial-checkpoint {weights}/cifar10_resnet20_akamaster.safetensors"
 REAL = (
     Job(part="checks", name="tests", words="-m pytest -q -m gpu -p no:cacheprovider tests", seconds=60, alone=True),
-    Job(part="checks", name="main", words="-m nas_kd.study --budget params=1M -q --out {out}", seconds=60, alone=True),
+    Job(part="checks", name="main", words="-m nas_kd.study --budget params=1M --out {out}", seconds=150, alone=True),
     Job(
         part="throughput",
         name="throughput",
@@ -214,12 +214,15 @@ class Quarter:
 
 
 def results(out: Path, log: Path) -> Iterator[Row]:
-    """What a command left: rows of a script, models of a study, the last line of tests."""
+    """What a command left: rows of a script, models of a study, the seconds of its stages, the last line of tests."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    if stages := re.findall(r"^(\w[\w ]*): done in (\d+) s", text, re.MULTILINE):
+        yield {"stages": {name: int(seconds) for name, seconds in stages}}
     if (out / "front.csv").exists():
         yield from csv.DictReader((out / "front.csv").open(encoding="utf-8"))
     for path in sorted(out.glob("**/rows.jsonl")):
         yield from Records(path).values()
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    lines = text.strip().splitlines()
     if lines and re.search(r"\d+ (passed|failed|skipped)", lines[-1]):
         yield {"tests": lines[-1].strip("= ")}
 

@@ -53,6 +53,11 @@ class Setting:
     device: torch.device
     seconds: float
 
+    @property
+    def amp(self) -> bool:
+        """A rehearsal does without: a processor may take minutes for bf16."""
+        return self.device.type == "cuda"
+
     def network(self) -> nn.Module:
         torch.manual_seed(0)
         network = timm.create_model(self.name, num_classes=CLASSES)
@@ -80,7 +85,7 @@ def constant(setting: Setting) -> float:
     labels = torch.randint(0, CLASSES, (setting.batch,), device=setting.device)
 
     def step(_: int) -> None:
-        with torch.autocast(setting.device.type, dtype=amp_dtype(setting.device)):
+        with torch.autocast(setting.device.type, dtype=amp_dtype(setting.device), enabled=setting.amp):
             loss = F.cross_entropy(network(images).float(), labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -105,7 +110,7 @@ def by_hand(setting: Setting) -> float:
         images = augmented(pixels[indices])
         if last:
             images = images.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(setting.device.type, dtype=amp_dtype(setting.device)):
+        with torch.autocast(setting.device.type, dtype=amp_dtype(setting.device), enabled=setting.amp):
             logits = network(images).float()
         optimizer.zero_grad(set_to_none=True)
         distilled(logits, teacher[indices].float(), labels[indices]).backward()
@@ -158,7 +163,9 @@ def loop(setting: Setting, *, graphs: bool) -> float:
         ends.append(time.perf_counter())
 
     def measure() -> float:
-        recipe = Recipe(epochs=epochs, batch_size=setting.batch, lr=1e-4, amp=True, eval_epochs=tuple(range(1, epochs)))
+        recipe = Recipe(
+            epochs=epochs, batch_size=setting.batch, lr=1e-4, amp=setting.amp, eval_epochs=tuple(range(1, epochs))
+        )
         ends.clear()
         train(network, views, recipe, val=views.sample(2), report=report)
         return (ends[-1] - ends[0]) / (epochs - 1)
@@ -172,7 +179,7 @@ def loop(setting: Setting, *, graphs: bool) -> float:
 def busy(setting: Setting, *, graphs: bool) -> float:
     """The share of the time in which kernels ran, over 40 steps of our loop after it has begun."""
     network, views = setting.network(), setting.views(20)
-    recipe = Recipe(epochs=2, batch_size=setting.batch, lr=1e-4, amp=True)
+    recipe = Recipe(epochs=2, batch_size=setting.batch, lr=1e-4, amp=setting.amp)
     with patch.object(step_graph, "EAGER", step_graph.EAGER if graphs else 10**9):
         train(network, views, recipe)  # compiled and warm
         activities = [torch.profiler.ProfilerActivity.CUDA]

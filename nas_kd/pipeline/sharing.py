@@ -103,7 +103,7 @@ def _refine(job: Job, materials: Materials, wanted: Wanted, tell: Advance) -> No
 def _for_library(job: Job) -> int:
     """How many processes make the blocks of the library."""
     blocks = len(job.space.blocks)
-    return processes(job, blocks) if _is_worth(job, blocks) and job.device.type == "cpu" else 1
+    return processes(job, blocks, light=True) if _is_worth(job, blocks) else 1
 
 
 def _is_worth(job: Job, blocks: int) -> bool:
@@ -160,7 +160,7 @@ def make_blocks(job: Job, plan: Mapping[str, Any], claims: Claims) -> None:
     path = claims.folder.parent / _TENSORS
     tensors, _ = read_tensors(path)
     pixels = tensors.pop(_PIXELS)
-    load_exactly(job.space.base, tensors, path)
+    load_exactly(job.space.base.to(job.device), tensors, path)
     labels = torch.zeros(len(pixels), dtype=torch.int64)
     images = Images(pixels, labels, tuple(plan["mean"]), tuple(plan["std"]))
     spec = LibrarySpec(**{**plan["spec"], "rounds": tuple(plan["spec"]["rounds"])})

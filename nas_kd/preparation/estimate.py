@@ -24,6 +24,9 @@ _LOOK_SECONDS = 1.2  # that one pass may take while the machine is timed: few im
 _FIT, _DAMAGE = 0.04, 0.4  # that a pass through a frame, and one through the base, take for a library at most
 _LAYER_SECONDS = 3e-4  # that a layer takes in a training step besides its arithmetic
 _TRIAL_SECONDS = 1.0  # for its proposal, for timing and building its student
+# seconds of a GPU's host, which no fast GPU shortens (docs/results/gpu.md): for each layer of a new student, whose
+# kernels are chosen, and for each layer and entry of a library, in small passes
+_CHOSEN, _SMALL_PASSES = 0.02, 3e-3
 _KINDS = ("teacher", "views", "library", "search", "refine")
 
 
@@ -93,14 +96,28 @@ def predicted_seconds(job: Job, teacher_epochs: int, refine_epochs: int) -> Mapp
     }
 
 
+def _host_seconds(job: Job) -> Mapping[str, float]:
+    """By stage, what comes on top where a GPU computes."""
+    if job.device.type == "cpu":
+        return {}
+    layers = _layers(job.space.base)
+    entries = sum(len(made_choices(block)) for block in job.space.blocks)
+    return {
+        "library": _SMALL_PASSES * layers * entries if job.settings.library_budget else 0.0,
+        "search": _CHOSEN * layers * job.settings.trials,
+        "refine": _CHOSEN * layers * refined_models(job.settings),
+    }
+
+
 def _layers(network: nn.Module) -> int:
     return sum(not any(module.children()) for module in network.modules())
 
 
 def plan_line(job: Job, teacher_epochs: int, refine_epochs: int) -> str:
     """One line: what the study does and about how long each stage takes on this machine."""
-    settings, factor = job.settings, slowness(job)
-    seconds = {kind: factor * own for kind, own in predicted_seconds(job, teacher_epochs, refine_epochs).items()}
+    settings, factor, host = job.settings, slowness(job), _host_seconds(job)
+    predicted = predicted_seconds(job, teacher_epochs, refine_epochs)
+    seconds = {kind: factor * own + host.get(kind, 0.0) for kind, own in predicted.items()}
     proxy = min(settings.proxy_images, job.train_images)
     beside = " and baselines" if settings.baselines else ""
     does = {

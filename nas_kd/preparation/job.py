@@ -111,7 +111,7 @@ def prepare(settings: Settings, storage: BaseStorage | None = None, stages: Stag
     """
     if settings.int8:
         need("onnx", "onnxruntime")
-    device = choose_device(settings.device)
+    device = training_device(settings)
     out = open_folder(Path(settings.out or Path("results") / settings.name))
     source = open_source(settings.dataset, settings.data_dir, settings.class_map)
     images = training_images(source, settings)
@@ -215,6 +215,17 @@ def brings_head(pretrained: nn.Module) -> bool:
     """Whether a network with timm's weights has their classifier: timm drops one that has other classes."""
     config: Any = getattr(pretrained, "pretrained_cfg", None) or {}
     return bool(config.get("num_classes") == getattr(pretrained, "num_classes", None))
+
+
+def training_device(settings: Settings | DistillSettings) -> torch.device:
+    """The device that settings ask for (`choose_device`). Warns of mixed precision where it is slower: a processor
+    without AVX-512 computes bfloat16 step by step (docs/decisions.md)."""
+    device = choose_device(settings.device)
+    if settings.amp and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
+        _logger.warning(
+            "this processor has no fast bfloat16: trainings are several times slower with --amp, not faster"
+        )
+    return device
 
 
 def choose_device(name: str | None) -> torch.device:

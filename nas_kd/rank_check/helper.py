@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -32,4 +31,4 @@ def begun(study: Settings, more: Mapping[str, Any]) -> Iterator[Do]:
 
 
 if __name__ == "__main__":
-    sys.exit(serve(begun))
+    serve(begun)

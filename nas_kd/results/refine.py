@@ -88,7 +88,7 @@ def refine(candidate: Candidate, refinement: Refinement, *, report: Callable[[in
         return kept
     state = path.with_suffix(".resume")
     refined = (_together if refinement.peers else _alone)(
-        candidate, refinement, report, Run(checkpoint=state, shared=True)
+        candidate, refinement, report, Run(checkpoint=state, sparing=True, shared=True)
     )
     _keep(refined, path)
     state.unlink(missing_ok=True)

@@ -16,13 +16,14 @@ from nas_kd.errors import DataError
 CALIBRATION = 512  # images are enough to recalibrate batch norms on
 LOOK_CALIBRATION = 256  # these before a look at a student whose training has not ended
 _SIMD = 16  # channels that oneDNN's kernels take at once
-_GPU_LOOK = 512  # images that a GPU looks at at once: smaller batches wait for Python
+# images that a GPU looks at at once: smaller batches wait for Python, and kernels are chosen anew for each length
+_GPU_LOOK = 256
 _ERRORS = 2  # standard errors of an accuracy that are no accident
 
 
 def evaluate(model: nn.Module, images: ImageSet, *, batch_size: int = 64) -> float:
     """The accuracy (fraction 0–1) of `model` on `images`, on the model's device, in eval mode; the mode is restored."""
-    logits = predict_logits(model, images, batch_size=batch_size)
+    logits = predict_logits(model, images, batch_size=batch_size, padded=True)
     return (logits.argmax(1) == images.labels.cpu()).double().mean().item()
 
 
@@ -32,17 +33,25 @@ def is_below(accuracy: float, other: float, images: int) -> bool:
     return other - accuracy > _ERRORS * math.sqrt(max(variance / images, 1e-4))
 
 
-def predict_logits(model: nn.Module, images: ImageSet, *, batch_size: int = 64) -> Tensor:
-    """The logits N×K (float32, CPU) of `model`, in inference and eval mode; the model's mode is restored."""
+def predict_logits(model: nn.Module, images: ImageSet, *, batch_size: int = 64, padded: bool = False) -> Tensor:
+    """The logits N×K (float32, CPU) of `model`, in inference and eval mode; the model's mode is restored. On a GPU
+    batches are larger, and when `padded` all as long as `recalibrate` has them."""
     device, last = device_of(model), suits_channels_last(model)
     if device.type == "cuda":
         batch_size = max(batch_size, _GPU_LOOK)
+    length = batch_size if padded and device.type == "cuda" else 0
     with eval_mode(model), torch.inference_mode():
-        pieces = [
-            model(memory_layout(normalise(pixels, images.mean, images.std, device), last)).float().cpu()
-            for pixels in images.chunks(batch_size)
-        ]
+        pieces = []
+        for pixels in images.chunks(batch_size):
+            inputs = memory_layout(normalise(_padded(pixels, length), images.mean, images.std, device), last)
+            pieces.append(model(inputs)[: len(pixels)].float().cpu())
     return torch.cat(pieces).clone()
+
+
+def _padded(pixels: Tensor, length: int) -> Tensor:
+    """Images with the first one once more as often as they lack of this length."""
+    missing = max(0, length - len(pixels))
+    return torch.cat([pixels, pixels[:1].expand(missing, *pixels.shape[1:])]) if missing else pixels
 
 
 def recalibrate(model: nn.Module, images: Images, *, batch_size: int = 128) -> None:
@@ -52,10 +61,13 @@ def recalibrate(model: nn.Module, images: Images, *, batch_size: int = 128) -> N
     ones even an untouched teacher loses points. A few hundred are enough. Does nothing to a model without batch norms.
     Raises DataError for fewer than 2 images.
     """
+    device = device_of(model)
+    if device.type == "cuda":
+        batch_size = max(batch_size, _GPU_LOOK)
     with averaging_statistics(model) as found, torch.no_grad():
         if found:
             for indices in even_split(torch.arange(len(images)), batch_size):
-                model(normalise(images.pixels[indices], images.mean, images.std, device_of(model)))
+                model(normalise(images.pixels[indices], images.mean, images.std, device))
 
 
 @contextmanager
@@ -101,6 +113,18 @@ def even_split(indices: Tensor, batch_size: int) -> tuple[Tensor, ...]:
     if len(indices) < 2:
         raise DataError(f"batch norm needs at least 2 images, got {len(indices)}")
     return indices.tensor_split(max(1, min(math.ceil(len(indices) / batch_size), len(indices) // 2)))
+
+
+def equal_split(indices: Tensor, batch_size: int) -> tuple[Tensor, ...]:
+    """`even_split` with every batch as long as the longest: the first few indices come once more, in the last one. A
+    GPU chooses its kernels, and records a step, anew for every length.
+
+    >>> [batch.tolist() for batch in equal_split(torch.arange(5), 4)]
+    [[0, 1, 2], [3, 4, 0]]
+    """
+    batches = even_split(indices, batch_size)
+    missing = len(batches[0]) * len(batches) - len(indices)
+    return torch.split(torch.cat([indices, indices[:missing]]), len(batches[0]))
 
 
 def suits_channels_last(network: nn.Module) -> bool:

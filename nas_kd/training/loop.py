@@ -22,6 +22,7 @@ from nas_kd.training.evaluation import (
     amp_dtype,
     contiguous_where_it_overflows,
     device_of,
+    equal_split,
     eval_mode,
     evaluate,
     even_split,
@@ -32,7 +33,7 @@ from nas_kd.training.losses import student_loss
 from nas_kd.training.ranks import Ranks, current
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.recomputing import recomputing
-from nas_kd.training.resume import Progress, Stateful, restore, store
+from nas_kd.training.resume import Keeper, Progress, Stateful
 from nas_kd.training.step_graph import StepGraphs
 from nas_kd.training.step_memory import LARGE_STEP, kept_bytes, pieces_for, step_bytes
 
@@ -63,13 +64,15 @@ class Run:
     """Where and how a training runs, as opposed to its recipe: the file it resumes from, and the clock in seconds.
 
     With `again` a resumed training first reports the accuracies of its state: it may have been killed before the last
-    was heard, or have been another process's. One that is `shared` goes over all processes that torchrun started
+    was heard, or have been another process's. One that is `sparing` passes over states of short epochs (`Keeper`): a
+    report that nobody counts may hear those again. One that is `shared` goes over all processes that torchrun started
     (`ranks`).
     """
 
     checkpoint: Path | None = None
     clock: Callable[[], float] = time.monotonic
     again: bool = False
+    sparing: bool = False
     shared: bool = False
 
 
@@ -132,16 +135,17 @@ def fit(
     device = device_of(network)
     if recipe.channels_last is None:
         recipe = replace(recipe, channels_last=has_groups(network))
-    steps_per_epoch = len(_batches(data, recipe, 0))
+    lengths = [len(batch) for batch in _batches(data, recipe, 0, device)]
     with (
         ranks.begin(replace(task, measure=None), data, recipe),
         _own_randomness(device),
         _layout(network, recipe),
         _left_in_eval(network),
-        closing(_Stepper(task, data, recipe, ranks, steps=steps_per_epoch * recipe.epochs)) as stepper,
+        closing(_Stepper(task, data, recipe, ranks, steps=len(lengths) * recipe.epochs)) as stepper,
     ):
         data = _resident(data, device)
-        progress = _in_step(ranks, restore(run.checkpoint, stepper.parts(), recipe, len(data)), stepper.parts())
+        keeper = Keeper(run.checkpoint, stepper.parts(), recipe, len(data), sparing=run.sparing)
+        progress = _in_step(ranks, keeper.restore(), stepper.parts())
         for epoch, accuracy in progress.accuracies if run.again else ():
             report(epoch, accuracy)
         for epoch in range(progress.epoch, recipe.epochs):
@@ -149,7 +153,7 @@ def fit(
             if recipe.evaluates(progress.epoch):
                 if task.measure is not None:
                     progress = progress.with_accuracy(stepper.measured(task.measure))
-                store(run.checkpoint, stepper.parts(), recipe, len(data), progress)
+                keeper.keep(progress)
                 if task.measure is not None:
                     report(progress.epoch, progress.accuracies[-1][1])
         stepper.adopt_average()
@@ -158,7 +162,7 @@ def fit(
     return TrainResult(
         accuracies=progress.accuracies,
         losses=progress.losses,
-        images=progress.epoch * len(data),
+        images=progress.epoch * sum(lengths),
         seconds=run.clock() - started,
     )
 
@@ -317,18 +321,19 @@ def _run_epoch(stepper: _Stepper, data: TrainingData, epoch: int) -> float:
     recipe, ranks, total = stepper.recipe, stepper.ranks, torch.zeros((), device=stepper.device)
     torch.manual_seed(derive_seed(recipe.seed, "dropout", epoch, *ranks.seed))
     stepper.network.train()
-    batches = _batches(data, recipe, epoch)
+    batches = _batches(data, recipe, epoch, stepper.device)
     parts = data.batches(epoch, [ranks.part(indices) for indices in batches])
     for step, (indices, batch) in enumerate(zip(batches, parts, strict=True), epoch * len(batches)):
         total += stepper.step(batch, step, len(batch.labels) / len(indices)) * len(indices)
         if step % _CHECK_STEPS == 0:
             _check_loss(total, epoch, recipe)
-    return _check_loss(total, epoch, recipe) / len(data)
+    return _check_loss(total, epoch, recipe) / sum(map(len, batches))
 
 
-def _batches(data: TrainingData, recipe: Recipe, epoch: int) -> tuple[Tensor, ...]:
+def _batches(data: TrainingData, recipe: Recipe, epoch: int, device: torch.device) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(derive_seed(recipe.seed, "order", epoch))
-    return even_split(torch.randperm(len(data), generator=generator), recipe.batch_size)
+    split = equal_split if device.type == "cuda" else even_split
+    return split(torch.randperm(len(data), generator=generator), recipe.batch_size)
 
 
 def _check_loss(total: Tensor, epoch: int, recipe: Recipe) -> float:

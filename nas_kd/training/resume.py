@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import secrets
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from nas_kd.errors import OutputError
 from nas_kd.training.recipe import Recipe
 
 _VERSION = 1
+APART = 20.0  # then writing takes a twentieth of the time at most
 _logger = logging.getLogger(__name__)
 
 
@@ -49,45 +51,62 @@ class Progress:
         return replace(self, accuracies=(*self.accuracies, (self.epoch, accuracy)))
 
 
-def store(path: Path | None, parts: Mapping[str, Stateful], recipe: Recipe, images: int, progress: Progress) -> None:
-    """Writes the state to `path` in one step; does nothing for None. Raises OutputError when it cannot."""
-    if path is None:
-        return
-    state = {
-        "version": _VERSION,
-        "fingerprint": _fingerprint(parts, recipe, images),
-        "progress": {
-            "epoch": progress.epoch,
-            "accuracies": [list(pair) for pair in progress.accuracies],
-            "losses": list(progress.losses),
-        },
-        "parts": {name: part.state_dict() for name, part in parts.items()},
-    }
-    replace_file(path, lambda draft: torch.save(state, draft))
+class Keeper:
+    """Keeps the state of a training, its `parts`, in a file; of None it keeps nothing. A `sparing` one passes states
+    over: after the first it keeps one when `APART` times as long has passed as the last took to be written, and the
+    last. An epoch of a small network on a GPU is over before its state is written (docs/results/gpu.md)."""
 
+    def __init__(
+        self, path: Path | None, parts: Mapping[str, Stateful], recipe: Recipe, images: int, *, sparing: bool = False
+    ) -> None:
+        self.path, self.parts, self.recipe, self.sparing = path, parts, recipe, sparing
+        self.fingerprint = "" if path is None else _fingerprint(parts, recipe, images)
+        self.next = 0.0
 
-def restore(path: Path | None, parts: Mapping[str, Stateful], recipe: Recipe, images: int) -> Progress:
-    """Puts the state of `path` into the parts; where there is none that fits, warns and starts at epoch 0."""
-    if path is None or not path.exists():
-        return Progress()
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["version"] != _VERSION or state["fingerprint"] != _fingerprint(parts, recipe, images):
-            raise ValueError("it belongs to another recipe or other data")
-        if state["parts"].keys() != parts.keys():
-            raise ValueError("it holds other parts")
-        progress = Progress(
-            state["progress"]["epoch"],
-            tuple((epoch, accuracy) for epoch, accuracy in state["progress"]["accuracies"]),
-            tuple(state["progress"]["losses"]),
-        )
-        for name, part in parts.items():
-            part.load_state_dict(state["parts"][name])
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        _logger.warning("cannot resume from %s (%s): training from the start", path, str(error).splitlines()[0])
-        return Progress()
-    _logger.info("resumed %s after epoch %d of %d", path.name, progress.epoch, recipe.epochs)
-    return progress
+    def keep(self, progress: Progress) -> None:
+        """Writes the state in one step, or passes it over. Raises OutputError when it cannot."""
+        started = time.monotonic()
+        if self.path is None:
+            return
+        if self.sparing and started < self.next and progress.epoch < self.recipe.epochs:
+            return
+        state = {
+            "version": _VERSION,
+            "fingerprint": self.fingerprint,
+            "progress": {
+                "epoch": progress.epoch,
+                "accuracies": [list(pair) for pair in progress.accuracies],
+                "losses": list(progress.losses),
+            },
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+        }
+        replace_file(self.path, lambda draft: torch.save(state, draft))
+        ended = time.monotonic()
+        self.next = ended + APART * (ended - started)
+
+    def restore(self) -> Progress:
+        """Puts the state of the file into the parts; where there is none that fits, warns and starts at epoch 0."""
+        path = self.path
+        if path is None or not path.exists():
+            return Progress()
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if state["version"] != _VERSION or state["fingerprint"] != self.fingerprint:
+                raise ValueError("it belongs to another recipe or other data")
+            if state["parts"].keys() != self.parts.keys():
+                raise ValueError("it holds other parts")
+            progress = Progress(
+                state["progress"]["epoch"],
+                tuple((epoch, accuracy) for epoch, accuracy in state["progress"]["accuracies"]),
+                tuple(state["progress"]["losses"]),
+            )
+            for name, part in self.parts.items():
+                part.load_state_dict(state["parts"][name])
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+            _logger.warning("cannot resume from %s (%s): training from the start", path, str(error).splitlines()[0])
+            return Progress()
+        _logger.info("resumed %s after epoch %d of %d", path.name, progress.epoch, self.recipe.epochs)
+        return progress
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:

@@ -179,11 +179,11 @@ def _replace_dead(workers: Sequence[Worker]) -> int:
     return dead
 
 
-def stop_all(workers: Sequence[Worker]) -> None:
-    """Asks every worker to put its trial back and waits; kills those that do not end."""
+def stop_all(workers: Sequence[Worker], seconds: float = _STOP_SECONDS) -> None:
+    """Asks every worker to put its trial back and waits so long; kills those that do not end."""
     for worker in workers:
         worker.ask_to_stop()
-    deadline = time.monotonic() + _STOP_SECONDS
+    deadline = time.monotonic() + seconds
     for worker in workers:
         worker.wait(max(0.0, deadline - time.monotonic()))
 

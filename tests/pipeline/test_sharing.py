@@ -333,3 +333,29 @@ def test_a_process_that_cannot_begin_is_done_without(
         library = build_shared(others, blocks, [])
     assert "there is no process beside this one: No such file" in caplog.text
     assert_same(library, alone)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "threads", "free", "batch_size", "count"),
+    [
+        (1, 16, 80, 32, 4),  # small steps: several at once
+        (1, 4, 80, 32, 2),  # as many as there are cores for
+        (1, 16, 9, 32, 2),  # or memory
+        (2, 16, 80, 32, 8),
+        (1, 16, 80, 1 << 20, 1),  # a GPU that is busy with one
+        (2, 16, 80, 1 << 20, 2),
+    ],
+)
+def test_how_many_share_a_gpu(
+    study: tuple[Job, Materials], gpus: int, threads: int, free: int, batch_size: int, count: int
+) -> None:
+    settings = replace(study[0].settings, jobs=1, device=None, batch_size=batch_size)
+    job = replace(study[0], settings=settings, device=torch.device("cuda"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "device_count", lambda: gpus)
+        patch.setattr(torch.cuda, "mem_get_info", lambda device: (free << 30, 80 << 30))
+        patch.setattr(torch, "get_num_threads", lambda: threads)
+        patch.setattr(helpers, "_fitting", lambda: 20)
+        assert helpers.places(job, 20) == count
+        assert helpers.places(job, 1) == 1
+        assert helpers.places(job, 20, light=True) == max(count, min(4 * gpus, 8) if batch_size > 32 else count)

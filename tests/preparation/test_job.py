@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import optuna
 import pytest
+import torch
 
 from nas_kd.arguments.study import parse_study
 from nas_kd.budget import parse_budget
 from nas_kd.data.sources import open_source
 from nas_kd.errors import StudyError
 from nas_kd.preparation.effort import training_images
-from nas_kd.preparation.job import choices_made, proxy_recipe_of, recipe_of
+from nas_kd.preparation.job import choices_made, proxy_recipe_of, recipe_of, training_device
 from nas_kd.search.storage import CONFIG, check_study
 
 
@@ -48,3 +49,14 @@ def test_a_study_that_bounded_peak_memory_by_an_earlier_rule_does_not_go_on() ->
     with pytest.raises(StudyError, match=r"begun with peak memory None, not 'as deployed .*; choose another"):
         check_study(storage, "old", now)
     assert "peak memory" not in choices_made(settings, parse_budget("params=1M"))
+
+
+@pytest.mark.parametrize(
+    ("words", "processor", "slower"), [("--amp", "AVX2", True), ("--amp", "AVX512", False), ("", "AVX2", False)]
+)
+def test_mixed_precision_that_would_be_slower_is_told_of(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, words: str, processor: str, slower: bool
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
+    training_device(parse_study(["--device", "cpu", *words.split()]))
+    assert ("no fast bfloat16" in caplog.text) == slower

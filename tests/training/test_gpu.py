@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import ranks_on_gpu
 import torch
+from processes import end_of, start_ranks
+from safetensors.torch import load_file
+from shared_trainings import SPEC, far, network, trained
 from torch import nn
 
 from nas_kd.data.augment import Augmentation
 from nas_kd.data.images import AugmentedImages, Batch
-from nas_kd.data.splits import Splits
+from nas_kd.data.splits import Splits, load_splits
 from nas_kd.training import step_graph
-from nas_kd.training.evaluation import evaluate
+from nas_kd.training.evaluation import evaluate, predict_logits
 from nas_kd.training.loop import train
 from nas_kd.training.online import train_online
 from nas_kd.training.recipe import Recipe
@@ -73,6 +78,14 @@ def test_out_of_memory_halves_the_batch(
     with caplog.at_level(logging.WARNING):
         train(Hungry(make_network()).cuda(), data, Recipe(epochs=1, batch_size=64, distill_weight=0))
     assert "go on as 4 pieces" in caplog.text
+
+
+def test_a_look_pads_its_images(make_network: Callable[..., nn.Module], digits: Splits) -> None:
+    network = make_network().eval()
+    expected = predict_logits(network, digits.val)
+    found = [predict_logits(network.cuda(), digits.val, padded=padded) for padded in (False, True)]
+    for logits in found:
+        torch.testing.assert_close(logits, expected, rtol=1e-2, atol=1e-2)
 
 
 def batch_of(network: nn.Module, seed: int) -> Batch:
@@ -135,3 +148,14 @@ def test_a_network_that_waits_for_the_device_is_not_recorded_and_still_draws_at_
     assert result.losses[-1] < result.losses[0]
     assert torch.randn(3, device="cuda").isfinite().all()
     train(make_network().cuda(), data, recipe)  # and the next one may be recorded
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_processes_share_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """One, by NCCL; two that share the device."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    load_splits(SPEC, tmp_path)
+    made = tmp_path / "made.safetensors"
+    started = start_ranks([sys.executable, ranks_on_gpu.__file__, str(tmp_path), str(made)], count)
+    assert [end_of(process) for process in started] == [("", 0)] * count
+    assert 0 <= far(trained(tmp_path, device="cuda").cpu(), load_file(made), network()) < 5e-3

@@ -19,7 +19,8 @@ from nas_kd.data.augment import Augmentation
 from nas_kd.data.images import AugmentedImages, Batch, Images
 from nas_kd.data.splits import Splits
 from nas_kd.errors import DataError, TrainingError
-from nas_kd.training.evaluation import evaluate, even_split, predict_logits, recalibrate
+from nas_kd.training import resume
+from nas_kd.training.evaluation import equal_split, evaluate, even_split, predict_logits, recalibrate
 from nas_kd.training.loop import Run, train
 from nas_kd.training.recipe import Recipe
 
@@ -226,6 +227,32 @@ def test_batches_hold_every_image_and_never_only_one(count: int, batch_size: int
     assert min(lengths) >= 2
     assert max(lengths) <= max(batch_size, 3)
     assert max(lengths) - min(lengths) <= 1
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 63, 64, 65, 127, 129, 1000])
+@pytest.mark.parametrize("batch_size", [2, 3, 64])
+def test_batches_of_one_length_hold_every_image_and_few_twice(count: int, batch_size: int) -> None:
+    batches = equal_split(torch.arange(count), batch_size)
+    assert len(batches) == len(even_split(torch.arange(count), batch_size))
+    assert {len(batch) for batch in batches} == {len(batches[0])}
+    assert torch.equal(torch.cat(batches)[:count], torch.arange(count))
+    assert all(len(batch.unique()) == len(batch) for batch in batches)
+
+
+@pytest.mark.parametrize(("sparing", "kept"), [(False, [1, 2, 3, 4]), (True, [1, 1, 1, 4])])
+def test_a_sparing_training_passes_states_over(
+    network: nn.Module, data: AugmentedImages, digits: Splits, tmp_path: Path, sparing: bool, kept: list[int]
+) -> None:
+    recipe, run = replace(PLAIN, epochs=4, eval_epochs=(1, 2, 3)), Run(checkpoint=tmp_path / "state", sparing=sparing)
+    found: list[int] = []
+
+    def look(epoch: int, accuracy: float) -> None:
+        found.append(torch.load(tmp_path / "state", weights_only=True)["progress"]["epoch"])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resume, "APART", 1e9)
+        train(network, data, recipe, val=digits.val, report=look, run=run)
+    assert found == kept
 
 
 def test_one_image_is_too_few() -> None:
