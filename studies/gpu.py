@@ -174,7 +174,8 @@ class Quarter:
             else self.arguments.out / job.name.replace(" ", "-")
         )
         out.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+        paths = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONPATH": paths}  # docs/decisions.md
         with (self.arguments.out / f"{job.name.replace(' ', '-')}.log").open("wb") as log:
             process = subprocess.Popen(
                 [sys.executable, *self.command(job, out)], cwd=ROOT, env=environment, stdout=log, stderr=log
