@@ -42,7 +42,9 @@ from nas_kd.training.evaluation import CALIBRATION, evaluate, recalibrate
 from nas_kd.training.views import Views
 
 OURS, PRUNED, FRESH = "ours", "pruned", "fresh"  # what an arm's network begins with
-TORCH_PRUNING = {str(method): method for method in METHODS}
+TORCH_PRUNING = {
+    str(method): method for method in (*METHODS, *(dataclasses.replace(method, multiple=8) for method in METHODS))
+}
 PLAIN, FASTNAS, TIMM = "Optuna and timm alone", "ModelOpt FastNAS", "timm "
 SCORED = 1000  # validation images that FastNAS scores a network by
 
