@@ -37,14 +37,13 @@ from nas_kd.training.ranks import current
 from nas_kd.training.views import Views, open_views
 from nas_kd.workers.crew import (
     LocalWorker,
-    devices_for,
-    environment,
+    local_workers,
     run_to_end,
     share_of_threads,
     stop_all,
     worker_arguments,
 )
-from nas_kd.workers.joining import joined, local_workers
+from nas_kd.workers.joining import joined, own_workers
 from nas_kd.workers.kit import Kit, damaged, equip, fetch, locate, read_kit, settings_of, view_files
 from nas_kd.workers.ray_crew import ray_workers
 
@@ -164,9 +163,7 @@ def _plan(job: Job, kit: Kit, workshop: Workshop, models: Mapping[str, Wanted]) 
 def _more_processes(job: Job, count: int) -> Iterator[Sequence[LocalWorker]]:
     """Other processes of this machine, while the block runs; each, this one too, has its share of the threads."""
     command = [*worker_arguments(job.settings.name, job.settings.grace_period), "--models", "--out", str(job.out)]
-    shared = environment(storage_url(job.settings, job.out), count)
-    devices = devices_for(job.settings.device, count)[1:]
-    others = [LocalWorker([*command, "--device", device], shared) for device in devices]
+    others = local_workers(command, storage_url(job.settings, job.out), job.settings.device, count, first=1)
     try:
         for other in others:
             other.start()
@@ -206,7 +203,7 @@ def take_models(settings: WorkerSettings, stages: Stages, sleep: Callable[[float
             with ray_workers(settings, study.study_name, "--models") as workers:
                 return run_to_end(workers)
         if settings.jobs > 1:
-            return run_to_end(local_workers(settings, study.study_name, "--models"))
+            return run_to_end(own_workers(settings, study.study_name, "--models"))
         site = _site(study, kit, plan, settings, device)
         with stages.stage("models", sum(model["epochs"] for model in plan.models.values())) as advance:
             return _train(jobs, plan, site, settings.grace_period, advance)

@@ -29,7 +29,7 @@ from nas_kd.progress import Advance
 from nas_kd.search.workers import is_gone, worker_name
 from nas_kd.training.ranks import current
 from nas_kd.training.resume import replace_file
-from nas_kd.workers.crew import LocalWorker, devices_for, environment, stop_all
+from nas_kd.workers.crew import LocalWorker, local_workers, stop_all
 
 HELPER = "nas_kd.pipeline.helper"
 STUDY, PLAN = "study.json", "plan.json"  # of the folder, and of a stage in it
@@ -184,12 +184,9 @@ class Helpers:
         settings = dataclasses.asdict(self.job.settings)
         settings |= {"storage": None, "out": str(self.job.out), "new_study": False}
         (self.folder / STUDY).write_text(json.dumps({SETTINGS: settings, **self.more}), encoding="utf-8")
-        shared = environment(storage_url(self.job.settings, self.job.out), count)
-        devices = devices_for(self.job.settings.device, count)[1:]
-        self.others += [
-            LocalWorker([str(self.folder), "--device", device], shared, module=self.module)
-            for device in devices[len(self.others) :]
-        ]
+        url, first = storage_url(self.job.settings, self.job.out), 1 + len(self.others)
+        command, device = [str(self.folder)], self.job.settings.device
+        self.others += local_workers(command, url, device, count, first=first, module=self.module)
         for other in tuple(self.others):
             try:
                 if not other.pid or other.code() is not None:

@@ -45,7 +45,7 @@ def search(job: Job, materials: Materials, stages: Stages, helpers: Helpers | No
         job.space.enqueue(study, min(STARTS, settings.trials), dearest_first=True)
         with stages.board("search", max(1, settings.trials - count_trained(study))) as board:
             if settings.jobs > 1:
-                run_crew(crew_of(settings, job.out, kit), study, board)
+                run_crew(crew_of(settings, job.out), study, board)
             else:
                 _run_here(job, study, proxy_of(job, materials, checkpoints(kit, job.cache)), board, helpers)
             settle(study, settings.grace_period)

@@ -33,8 +33,8 @@ from nas_kd.search.storage import storage_errors
 from nas_kd.search.trials import best_score
 from nas_kd.search.work import retry_abandoned
 from nas_kd.search.workers import WORKER, Watch, retry_dead_trials, retry_lost_trials, running
-from nas_kd.workers.kit import Kit
 
+WORKERS = "nas_kd.worker"  # the module that a worker runs
 _POLL = 0.5  # seconds between two looks
 _STOP_SECONDS = 30.0  # for a worker to put its trial back, before it is killed
 _RESTARTS = 5  # of workers in a row without a finished trial
@@ -70,13 +70,11 @@ class Crew:
     grace: int
 
 
-def crew_of(settings: Settings, out: Path, kit: Kit) -> Crew:
-    """The workers that a study's settings ask for: spread over the GPUs, or each with its share of the threads."""
+def crew_of(settings: Settings, out: Path) -> Crew:
+    """The workers that a study's settings ask for."""
     command = [*worker_arguments(settings.name, settings.grace_period), "--out", str(out)]
-    shared = environment(storage_url(settings, out), settings.jobs)
-    devices = devices_for(settings.device, settings.jobs)
     return Crew(
-        workers=tuple(LocalWorker([*command, "--device", device], shared) for device in devices),
+        workers=tuple(local_workers(command, storage_url(settings, out), settings.device, settings.jobs)),
         trials=settings.trials,
         epochs=settings.proxy_epochs,
         grace=settings.grace_period,
@@ -94,17 +92,22 @@ def file_arguments(settings: WorkerSettings) -> list[str]:
     return [word for option, value in given if value for word in (option, value)]
 
 
+def local_workers(
+    command: Sequence[str], url: str, device: str | None, count: int, *, first: int = 0, module: str = WORKERS
+) -> list[LocalWorker]:
+    """`count` processes that run a module's command on this machine, without those before the `first`: spread over the
+    GPUs, or each with its share of the threads. The storage is at `url`."""
+    shared = {**os.environ, STORAGE: url, "OMP_NUM_THREADS": str(share_of_threads(count))}  # for no command line
+    devices = devices_for(device, count)[first:]
+    return [LocalWorker([*command, "--device", each], shared, module) for each in devices]
+
+
 def devices_for(device: str | None, jobs: int, gpus: int | None = None) -> list[str]:
     """The device of each worker: the one that is asked for, else the GPUs in turn, or the CPU where there is none."""
     gpus = torch.cuda.device_count() if gpus is None else gpus
     if device in (None, "cuda") and gpus:
         return [f"cuda:{index % gpus}" for index in range(jobs)]
     return [device or "cpu"] * jobs
-
-
-def environment(url: str, jobs: int) -> dict[str, str]:
-    """The environment of a worker: the storage, whose URL is for no command line, and a share of the threads."""
-    return {**os.environ, STORAGE: url, "OMP_NUM_THREADS": str(share_of_threads(jobs))}
 
 
 def share_of_threads(count: int) -> int:
@@ -220,7 +223,7 @@ def advance_by(board: Board, trial: FrozenTrial) -> None:
 class LocalWorker:
     """A worker process. It ends by itself when this one does: its standard input is a pipe that then closes."""
 
-    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], module: str = "nas_kd.worker") -> None:
+    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], module: str = WORKERS) -> None:
         self.command, self.environment = [sys.executable, "-m", module, *arguments], environment
         self.process: subprocess.Popen[bytes] | None = None
         self.errors: IO[Any] = tempfile.TemporaryFile()

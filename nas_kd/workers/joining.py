@@ -25,9 +25,8 @@ from nas_kd.workers.crew import (
     LocalWorker,
     Worker,
     advance_by,
-    devices_for,
-    environment,
     file_arguments,
+    local_workers,
     run_crew,
     worker_arguments,
 )
@@ -48,7 +47,7 @@ def join(settings: WorkerSettings, stages: Stages, sleep: Callable[[float], None
             with ray_workers(settings, study.study_name) as workers:
                 return _lead(study, kit, workers, settings, stages)
         if settings.jobs > 1:
-            return _lead(study, kit, local_workers(settings, study.study_name), settings, stages)
+            return _lead(study, kit, own_workers(settings, study.study_name), settings, stages)
         with stages.stage("files"):
             cache = locate(kit, settings.out, settings.artifacts)
         with stages.stage("model"):
@@ -87,12 +86,10 @@ def _lead(study: optuna.Study, kit: Kit, workers: Sequence[Worker], settings: Wo
     return count_trained(study) - before
 
 
-def local_workers(settings: WorkerSettings, name: str, *more: str) -> list[LocalWorker]:
+def own_workers(settings: WorkerSettings, name: str, *more: str) -> list[LocalWorker]:
     """A worker's own `--jobs` on this machine."""
     command = [*worker_arguments(name, settings.grace_period), *file_arguments(settings), *more]
-    shared = environment(settings.storage, settings.jobs)
-    devices = devices_for(settings.device, settings.jobs)
-    return [LocalWorker([*command, "--device", device], shared) for device in devices]
+    return local_workers(command, settings.storage, settings.device, settings.jobs)
 
 
 def _work(study: optuna.Study, objective: Objective, settings: WorkerSettings, stages: Stages) -> int:

@@ -258,7 +258,7 @@ def test_students_of_a_process_that_dies_are_trained_by_their_trials(
     here = search_anew(job, materials, None)
     for name in ("WORTH", "BEGIN"):
         monkeypatch.setattr(ahead, name, 0.0)
-    monkeypatch.setattr(helpers, "LocalWorker", Dying)
+    monkeypatch.setattr(crew, "LocalWorker", Dying)
     with two_threads(), helping(job) as dying:
         (dying.folder / first).mkdir()
         assert search_anew(job, materials, dying)[:9] == here[:9]
@@ -300,7 +300,7 @@ def test_what_a_process_that_dies_leaves_is_trained_here(
             super().start()
 
     monkeypatch.setattr(sharing, "WORTH", NOTHING)
-    monkeypatch.setattr(helpers, "LocalWorker", Dying)
+    monkeypatch.setattr(crew, "LocalWorker", Dying)
     with two_threads(), caplog.at_level(logging.WARNING):
         assert len(refine_all(job, plan, materials, lambda words, steps=1, /: None)) == 2
     assert "ended (out of memory)" in caplog.text
