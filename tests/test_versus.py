@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -92,3 +93,30 @@ def test_the_smoke_run_gives_every_row(tmp_path: Path) -> None:
         assert f"| {arm} |" in page
     assert "At equal compute: 20 CPU seconds" in page
     assert (tmp_path / "versus.svg").exists()
+
+
+@pytest.mark.parametrize("importance", ["l2", "taylor"])
+def test_torch_pruning_keeps_multiples(monkeypatch: pytest.MonkeyPatch, importance: str) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "studies"))
+    from pruned import Method, prune
+
+    base = timm.create_model("cifar_resnet20", num_classes=CLASSES, in_chans=1)
+    images = Images(*digits(), mean=(0.5,), std=(0.5,))[:256]
+    budget = Budget((("macs", measure(base, SIZE).macs // 2),))
+    pruned = prune(base, Method("local", importance, "whole", multiple=8), budget, images)
+    assert pruned is not None
+    widths = [module.out_channels for module in pruned.modules() if isinstance(module, torch.nn.Conv2d)]
+    assert min(widths) < 16
+    assert all(width % 8 == 0 for width in widths)
+
+
+@pytest.mark.mcu
+def test_the_yardstick_of_microcontrollers_gives_every_row(tmp_path: Path) -> None:
+    script = str(ROOT / "studies" / "mlperf_tiny.py")
+    command = [sys.executable, "-W", "ignore", script, "--smoke", "--out", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, cwd=tmp_path, env=environment)
+    rows = [json.loads(line)["record"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["arm"] for row in rows] == ["ours", "torch-pruning local l2 inner", "ResNet-8, distilled"]
+    assert all(row["ram"] < 40_000 and row["cycles"] < 300_000 and row["flash"] < 210_000 for row in rows)
+    assert "| ResNet-8, distilled | 1 |" in (tmp_path / "page.md").read_text()
