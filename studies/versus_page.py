@@ -50,7 +50,8 @@ time that was then taken is somewhat off.
 All arms: the same teacher, augmented images and logits; batches of 64, SGD with Nesterov momentum, one cycle, T = 4,
 distill weight 0.9. `knapsack`: the integer programme on the damages of the library of block choices, no trials.
 `search`: trials after that (`--maximize accuracy`), the best refined. `small`: a library of fewer choices, closed
-forms alone. `torch-pruning`: 50 rounds; `inner` leaves residual streams as they are, `whole` narrows them. `ModelOpt
+forms alone. `torch-pruning`: 50 rounds; `inner` leaves residual streams as they are, `whole` narrows them; `multiples`
+are of channels, by its own `round_to`: a runtime computes 8 or 16 at once, and is slow for odd widths. `ModelOpt
 FastNAS`: widths in steps of 4 channels, scored on 1,000 validation images. `timm …/16`: a small model of timm's with
 fresh weights, its first strides reduced to that total stride: no pretrained weights of them were at hand. `Optuna and
 timm alone`: `studies/plain_optuna.py`, fresh weights. Both learn by timm's `LogitDistillationTask`."""
