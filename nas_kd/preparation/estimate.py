@@ -14,6 +14,7 @@ from nas_kd.costs.forward_time import STEP, forward_seconds
 from nas_kd.library.effort import ENTRY, PASSES, UNBEATEN
 from nas_kd.library.frame_training import MOST_IMAGES
 from nas_kd.library.library import made_choices
+from nas_kd.library.spec import LibrarySpec, plan_library
 from nas_kd.preparation.effort import more_epochs, student_share
 from nas_kd.preparation.job import Job
 from nas_kd.training.evaluation import LOOK_CALIBRATION, memory_layout, suits_channels_last
@@ -27,6 +28,7 @@ _TRIAL_SECONDS = 1.0  # for its proposal, for timing and building its student
 # seconds of a GPU's host, which no fast GPU shortens (docs/results/gpu.md): for each layer of a new student, whose
 # kernels are chosen, and for each layer and entry of a library, in small passes
 _CHOSEN, _SMALL_PASSES = 0.02, 3e-3
+_STEP = 3  # a training step costs about three forward passes: by that a library's share was measured
 _KINDS = ("teacher", "views", "library", "search", "refine")
 
 
@@ -81,6 +83,8 @@ def predicted_seconds(job: Job, teacher_epochs: int, refine_epochs: int) -> Mapp
     entries = sum(len(made_choices(block)) for block in job.space.blocks)
     once = min(_FIT, MOST_IMAGES * each / len(job.space.blocks))
     library = entries * (ENTRY + PASSES * once + UNBEATEN * (ENTRY + min(_DAMAGE, MOST_IMAGES * each) / 2))
+    spec = plan_library(LibrarySpec(), job.space.analysis, library_images(job, images, teacher_epochs, refine_epochs))
+    library += step * UNBEATEN * entries / len(job.space.blocks) * spec.batch_size * sum(spec.rounds)
     student, small = student_share(job.space), _LAYER_SECONDS * _layers(job.space.base) / settings.batch_size
     trial = student * (settings.proxy_epochs * proxy * step + each * (val + LOOK_CALIBRATION))
     trial += settings.proxy_epochs * proxy * small + _TRIAL_SECONDS
@@ -94,6 +98,16 @@ def predicted_seconds(job: Job, teacher_epochs: int, refine_epochs: int) -> Mapp
         "search": settings.trials * trial,
         "refine": refined_models(settings) * model,
     }
+
+
+def library_images(job: Job, images: int, teacher_epochs: int, refine_epochs: int) -> float:
+    """How much the library may cost, in images that the base would see in the meantime (forward alone): its share of
+    everything else, on so many training images."""
+    settings = job.settings
+    trials = settings.trials * settings.proxy_epochs * min(settings.proxy_images, images)
+    students = student_share(job.space) * (trials + refine_epochs * refined_models(settings) * images)
+    share = settings.library_budget / (1 - settings.library_budget)
+    return share * _STEP * (teacher_epochs * images + students)
 
 
 def _host_seconds(job: Job) -> Mapping[str, float]:

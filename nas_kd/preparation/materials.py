@@ -15,8 +15,7 @@ from nas_kd.data.splits import Splits, load_splits, with_sample
 from nas_kd.library.building import LibrarySpec, Share, open_builder, plan_library
 from nas_kd.library.library import Library
 from nas_kd.preparation.augmenting import augmentation_of, fresh_images
-from nas_kd.preparation.effort import student_share
-from nas_kd.preparation.estimate import PROBE, plan_line, refined_models
+from nas_kd.preparation.estimate import PROBE, library_images, plan_line
 from nas_kd.preparation.job import (
     TEACHER,
     TEACHER_LR,
@@ -43,7 +42,6 @@ from nas_kd.training.views import OnlineViews, Views, ViewSpec, build_views, vie
 
 Sharing = Callable[[nn.Module, Images, LibrarySpec], AbstractContextManager[Share | None]]
 _PERCENT = 100  # steps of a stage that says how far it is
-_STEP = 3  # a training step costs about three forward passes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -114,9 +112,9 @@ def _library(job: Job, splits: Splits, base: TeacherResult, stages: Stages, shar
     """The library of the base's blocks, with as many training steps as its share of the study's work allows."""
     size = job.space.input_size[1]
     augmented = AugmentedImages(splits.train, augmentation_of(job.settings, size), job.settings.seed)
-    spec = plan_library(
-        LibrarySpec(seed=job.settings.seed, anchor=False), job.space.analysis, _library_images(job, splits)
-    )
+    count = len(splits.train)
+    affordable = library_images(job, count, _teacher_epochs(job, count), refine_epochs(job, splits.train))
+    spec = plan_library(LibrarySpec(seed=job.settings.seed, anchor=False), job.space.analysis, affordable)
     images = augmented.sample(spec.images + spec.holdout)
     with stages.stage("library", _PERCENT) as advance:
 
@@ -126,17 +124,6 @@ def _library(job: Job, splits: Splits, base: TeacherResult, stages: Stages, shar
         with nullcontext() if sharing is None else sharing(base.network, images, spec) as share:
             builder = open_builder(base.network, job.space.analysis, images, spec, job.cache)
             return builder.build(report, share)
-
-
-def _library_images(job: Job, splits: Splits) -> float:
-    """How much the library may cost, in images that the base would see in the meantime (forward alone)."""
-    settings = job.settings
-    share = settings.library_budget / (1 - settings.library_budget)  # of everything else
-    teacher = _teacher_epochs(job, len(splits.train))
-    refine = refine_epochs(job, splits.train) * refined_models(settings)
-    trials = settings.trials * settings.proxy_epochs * min(settings.proxy_images, len(splits.train))
-    students = student_share(job.space) * (trials + refine * len(splits.train))
-    return share * _STEP * (teacher * len(splits.train) + students)
 
 
 def _teacher_epochs(job: Job, images: int) -> int:

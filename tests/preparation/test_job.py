@@ -58,5 +58,5 @@ def test_mixed_precision_that_would_be_slower_is_told_of(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, words: str, processor: str, slower: bool
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
-    training_device(parse_study(["--device", "cpu", *words.split()]))
+    training_device(parse_study(["--budget", "params=1M", "--device", "cpu", *words.split()]))
     assert ("no fast bfloat16" in caplog.text) == slower
