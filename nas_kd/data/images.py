@@ -16,6 +16,7 @@ from nas_kd.data.augment import AnyAugmentation, Augmentation, Draw, apply, deri
 from nas_kd.data.mixing import Mixing, mix_each, smoothed
 from nas_kd.data.originals import Originals
 from nas_kd.data.photos import PhotoTransform, transform_each
+from nas_kd.data.prefetching import fitting, work_ahead
 from nas_kd.errors import DataError
 
 _SAMPLED = 64  # images of a sample that are made at once
@@ -76,7 +77,8 @@ class Images:
 
     `pixels` N×C×H×W uint8, `labels` N int64, `mean` and `std` one value per channel on the scale 0–1. The pixels may
     be memory-mapped. `originals` are the same images before they were cropped and resized, where they are kept: photos
-    are augmented from these. Raises DataError when they do not fit together or there is no image.
+    are augmented from these, ahead of time by so many `workers` (processes). Raises DataError when they do not fit
+    together or there is no image.
     """
 
     pixels: Tensor
@@ -84,6 +86,7 @@ class Images:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     originals: Originals | None = None
+    workers: int = 0
 
     def __post_init__(self) -> None:
         if self.pixels.ndim != 4 or self.pixels.dtype != torch.uint8:
@@ -122,8 +125,10 @@ class Images:
         return self.pixels[indices.to(self.pixels.device, non_blocking=True)]
 
     def ahead(self, work: Callable[[In], Out], items: Sequence[In]) -> Iterator[Out]:
-        """What `work`, which looks at images, makes of each item, when it is asked for: nothing takes time here."""
-        return map(work, items)
+        """What `work`, which transforms images, makes of each item; ahead of time where there are workers."""
+        if not self.workers:
+            return map(work, items)
+        return work_ahead(work, items, processes=self.workers, source="the photos in memory")
 
     def chunks(self, size: int) -> Iterator[Tensor]:
         """The pixels of all images in order, so many at a time."""
@@ -250,14 +255,24 @@ class AugmentedImages:
         return Batch(*mix_each(self.mixing, (pixels, labels), partners, seeds), None)
 
     def batches(self, epoch: int, order: Sequence[Tensor]) -> Iterator[Batch]:
-        """The `batch` of each of these indices; images that stream are decoded and augmented by worker processes."""
-        return self.images.ahead(functools.partial(self.batch, epoch), order)
+        """The `batch` of each of these indices; by worker processes where images stream, and of photos where they have
+        some."""
+        return self._ahead(functools.partial(self.batch, epoch), order)
 
     def sample(self, count: int) -> Images:
         """The first `count` images as epoch 0 sees them, unmixed, e.g. to recalibrate batch norms."""
         indices = torch.arange(min(count, len(self)))
-        pieces = self.images.ahead(functools.partial(self._seen, 0), torch.split(indices, _SAMPLED))
+        pieces = self._ahead(functools.partial(self._seen, 0), torch.split(indices, _SAMPLED))
         return Images(torch.cat(list(pieces)), self._labels(indices), self.mean, self.std)
+
+    def _ahead(self, work: Callable[[Tensor], Out], order: Sequence[Tensor]) -> Iterator[Out]:
+        """What `work` makes of the images of each of these indices."""
+        images = self.images
+        if isinstance(images, Images):
+            each = max(map(len, order), default=0) * images[:1].pixels.numel()
+            workers = 0 if isinstance(self.augmentation, Augmentation) else fitting(images.workers, each)
+            images = replace(images, workers=workers)
+        return images.ahead(work, order)
 
     def _labels(self, indices: Tensor) -> Tensor:
         return self.images.labels[indices.to(self.images.labels.device, non_blocking=True)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import signal
 import threading
 import time
@@ -23,6 +24,7 @@ from nas_kd.data.memory import give_back
 from nas_kd.errors import DataError, NasKdError
 
 _AHEAD = 2  # items that each process has ready
+_SHARED = "/dev/shm"
 _LOOK = 5  # seconds without an item, after which it is seen whether the processes live
 PATIENCE = 30.0  # seconds without an item, after which it is said so
 _MUCH = 0.5  # of the time may be spent on waiting, once it is as many seconds as these:
@@ -69,6 +71,16 @@ def work_ahead(
     finally:
         _at_work.remove(running)
         running.end()
+
+
+def fitting(processes: int, each: int) -> int:
+    """How many of these processes find memory that can be shared for the items they have ready, of `each` so many
+    bytes: a container has 64 MiB of it unless it is asked for more."""
+    try:
+        memory = os.statvfs(_SHARED)
+    except OSError:
+        return processes
+    return min(processes, memory.f_bavail * memory.f_frsize // 2 // max(1, (_AHEAD + 1) * each))
 
 
 def wait_for(future: Future[Out], what: str) -> Out:

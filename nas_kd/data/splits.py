@@ -82,7 +82,7 @@ def load_splits(spec: DataSpec, cache_dir: Path) -> Splits:
     arrays, extra = loaded
     for note in extra.get("notes", ()):
         _logger.warning("%s", note)
-    parts = _streamed(extra, spec, source) if streams else _images(arrays, _PARTS, *_moments(extra, spec))
+    parts = _streamed(extra, spec, source) if streams else _images(arrays, _PARTS, spec, *_moments(extra, spec))
     return _united(parts, spec, source, folder)
 
 
@@ -220,17 +220,18 @@ def with_sample(splits: Splits, spec: DataSpec, train: int, cache_dir: Path) -> 
             raise error.explain(cache_dir) from error
         loaded = load(folder)
         assert loaded is not None
-    images = _images(loaded[0], (*some,), splits.mean, splits.std)
+    images = _images(loaded[0], (*some,), spec, splits.mean, splits.std)
     return replace(splits, train=images["train"], val=images["val"], folder=folder)
 
 
 def _images(
-    arrays: dict[str, Array], parts: Sequence[str], mean: tuple[float, ...], std: tuple[float, ...]
+    arrays: dict[str, Array], parts: Sequence[str], spec: DataSpec, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> dict[str, Images]:
-    """The decoded images of these parts; those to train on with their originals."""
+    """The decoded images of these parts; those to train on with their originals, and who transforms them."""
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items() if name.startswith(tuple(parts))}
     found = {part: Images(tensors[f"{part}_pixels"], tensors[f"{part}_labels"], mean, std) for part in parts}
-    return found | {"train": replace(found["train"], originals=open_originals(arrays, len(mean)))}
+    originals = open_originals(arrays, len(mean))
+    return found | {"train": replace(found["train"], originals=originals, workers=spec.photo_workers)}
 
 
 def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:

@@ -24,7 +24,7 @@ from nas_kd.data.sources import open_source
 from nas_kd.data.splits import DIGITS, DataSpec, Splits, load_splits
 from nas_kd.networks.hub import create_base
 from nas_kd.preparation.augmenting import augmentation_of, fresh_images, images_key
-from nas_kd.preparation.image_form import data_spec, warn_of_other_order
+from nas_kd.preparation.image_form import beside_gpu, data_spec, warn_of_other_order
 from nas_kd.preparation.job import (
     TEACHER,
     TEACHER_LR,
@@ -122,7 +122,7 @@ def prepare_distillation(settings: DistillSettings) -> DistillJob:
         try_out(network, size)
     trained = teacher is not None and has_teacher_weights(settings)
     model = teacher if trained and teacher is not None else student
-    data = data_spec(settings, size, source, model, weighted=trained or settings.has_weights)
+    data = beside_gpu(data_spec(settings, size, source, model, weighted=trained or settings.has_weights), device)
     if trained or settings.has_weights:
         warn_of_other_order(source, settings, model, _origin(settings, of_teacher=trained))
     return DistillJob(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from timm.data import resolve_data_config
 from torch import nn
 
@@ -21,6 +23,7 @@ from nas_kd.preparation.augmenting import augmentation_of
 
 _DETAIL = 2.0  # times the network's size is the short side of an original: a crop of a quarter of it stays sharp
 _ORIGINALS_BYTES = 8 << 30  # on disk, memory-mapped
+_PHOTO_WORKERS = 8
 
 
 def data_spec(
@@ -60,6 +63,14 @@ def data_spec(
     )
     check_source(source, spec)
     return spec
+
+
+def beside_gpu(spec: DataSpec, device: torch.device) -> DataSpec:
+    """Where a GPU trains, processes transform photos ahead of it: one does some 600 a second (docs/results/gpu.md). The
+    cores of a CPU are busy with the network."""
+    if device.type == "cpu":
+        return spec
+    return dataclasses.replace(spec, photo_workers=max(spec.workers, min(_PHOTO_WORKERS, (os.cpu_count() or 1) // 2)))
 
 
 def _timm_config(network: nn.Module) -> dict[str, Any]:

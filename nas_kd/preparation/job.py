@@ -30,7 +30,7 @@ from nas_kd.networks.hub import create_base
 from nas_kd.networks.onnx import need
 from nas_kd.preparation.cycles import cycle_facts
 from nas_kd.preparation.effort import Effort, choose_effort, training_images, with_effort
-from nas_kd.preparation.image_form import data_spec, warn_of_other_order
+from nas_kd.preparation.image_form import beside_gpu, data_spec, warn_of_other_order
 from nas_kd.preparation.latency import latency_facts
 from nas_kd.preparation.opening import as_begun, bound_space, bounds_of, open_space, read_start, space_of
 from nas_kd.progress import Stages
@@ -123,7 +123,7 @@ def prepare(settings: Settings, storage: BaseStorage | None = None, stages: Stag
         space = open_space(settings, networks.base)
         if networks.other is not None:
             try_out(networks.other, space.input_size)
-        data = _data(settings, source, space, networks)
+        data = beside_gpu(_data(settings, source, space, networks), device)
         space.given = tuple(read_start(Path(file), space) for file in settings.start_from)
         bound_space(space, settings, stages, begun)  # last, since latencies take their time
         assert space.budget is not None

@@ -253,9 +253,10 @@ def _plain(train: Images, spec: ViewSpec) -> Tensor | None:
 def _augmented(train: Images, spec: ViewSpec) -> Iterator[Batch]:
     """The same images that training on `AugmentedImages` with this seed sees in its first epochs, in chunks."""
     data = AugmentedImages(train, spec.augmentation, spec.seed, spec.mixing)
+    each = len(train) // (2 * train.workers) if train.workers else _CHUNK  # some for every worker
+    chunks = torch.split(torch.arange(len(train)), max(2, min(_CHUNK, each)))
     for view in range(spec.count):
-        for indices in torch.split(torch.arange(len(train)), _CHUNK):
-            yield data.batch(view, indices)
+        yield from data.batches(view, chunks)
 
 
 def _half(logits: Tensor) -> Array:

@@ -11,12 +11,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from nas_kd.data import prefetching
-from nas_kd.data.prefetching import wait_for, work_ahead
+from nas_kd.data.prefetching import fitting, wait_for, work_ahead
 from nas_kd.errors import DataError
 
 
@@ -163,3 +164,12 @@ def test_that_most_of_the_time_is_waiting_is_told_once(
     for _ in range(2):
         list(work_ahead(abs, range(5), processes=1, source=f"the cellar {step}", clock=ticking(step)))
     assert caplog.text.count("of the time goes into waiting for images of the cellar") == lines
+
+
+def test_as_many_work_as_find_memory_that_is_shared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    free = SimpleNamespace(f_bavail=64 << 10, f_frsize=1 << 10)  # of a container that asked for nothing
+    monkeypatch.setattr(os, "statvfs", lambda path: free)
+    assert [fitting(8, each << 20) for each in (1, 2, 5, 20)] == [8, 5, 2, 0]
+    monkeypatch.undo()
+    monkeypatch.setattr(prefetching, "_SHARED", str(tmp_path / "nowhere"))
+    assert fitting(8, 1 << 40) == 8

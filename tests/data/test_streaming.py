@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,17 +18,20 @@ import torch
 from PIL import Image
 from torch import nn
 
+from nas_kd.data import images as data_images
 from nas_kd.data.augment import AnyAugmentation, Augmentation, PhotoAugmentation
 from nas_kd.data.images import AugmentedImages, Images
 from nas_kd.data.mixing import Mixing
+from nas_kd.data.prefetching import work_ahead
 from nas_kd.data.splits import DataSpec, Splits, load_splits, with_sample
 from nas_kd.data.streaming import StreamedImages
 from nas_kd.errors import DataError
+from nas_kd.preparation.image_form import beside_gpu
 from nas_kd.training.evaluation import evaluate
 from nas_kd.training.loop import train
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.teacher import Teacher
-from nas_kd.training.views import OnlineViews
+from nas_kd.training.views import OnlineViews, ViewSpec, build_views
 
 EVERYTHING = PhotoAugmentation(scale=(0.3, 1), auto_augment="rand-m5", re_prob=0.5)
 
@@ -89,11 +94,36 @@ def test_the_batches_of_a_seed_are_the_same_whoever_makes_them(
     order = torch.split(torch.randperm(len(kept)), 9)
     assert isinstance(streamed.images, StreamedImages)
     alone = replace(streamed, images=replace(streamed.images, form=replace(streamed.images.form, workers=1)))
-    for data in (streamed, alone):
+    beside = replace(kept, images=replace(both[0].train, workers=2))
+    for data in (streamed, alone, beside):
         for expected, batch in zip(kept.batches(2, order), data.batches(2, order), strict=True):
             assert torch.equal(expected.pixels, batch.pixels)
             assert torch.equal(expected.labels, batch.labels)
     assert torch.equal(kept.sample(30).pixels, streamed.sample(30).pixels)
+    assert torch.equal(kept.sample(30).pixels, beside.sample(30).pixels)
+
+
+def test_photos_in_memory_are_transformed_by_processes_beside_a_gpu(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def counted(work: Callable[[Any], Any], items: Sequence[Any], *, processes: int, source: str) -> Iterator[Any]:
+        asked.append(processes)
+        return work_ahead(work, items, processes=processes, source=source)
+
+    monkeypatch.setattr(data_images, "work_ahead", counted)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    for device, transformed in (("cpu", []), ("cuda", [3, 3])):
+        own = beside_gpu(spec_of(photos), torch.device(device))
+        splits = load_splits(own, tmp_path)
+        views = build_views(splits.train, None, ViewSpec(count=2, augmentation=EVERYTHING), tmp_path / device)
+        assert asked == transformed
+        expected = AugmentedImages(replace(splits.train, workers=0), EVERYTHING).batch(1, torch.arange(5)).pixels
+        assert torch.equal(views.pixels[1, :5], expected)
+    few = AugmentedImages(replace(splits.train, workers=3), Augmentation())
+    assert len(list(few.batches(0, torch.split(torch.arange(12), 4)))) == 3
+    assert asked == [3, 3]
 
 
 def test_a_training_gives_the_same_weights(both: tuple[Splits, Splits]) -> None:
