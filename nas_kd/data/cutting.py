@@ -30,9 +30,10 @@ class DataSpec:
     `train_images` limits the training images, balanced over the classes, and the validation images in proportion.
     `seed` decides every cut; `workers` is the number of decoding threads, `photo_workers` that of processes which
     transform photos that are in memory ahead of time (0: who wants them does). `preprocessing` says how images are
-    resized and cropped. `class_map` is a file with the number of each class, `skip_unreadable` leaves out what cannot
-    be read. With `originals` the training images are kept whole as well, the shorter side up to so many times `img_size`, less
-    where they would take more than `originals_bytes`. What takes more than `memory` bytes when it is decoded is not:
+    resized and cropped. `class_map` is a file with the number of each class, `skip_unreadable` leaves out what
+    cannot be read. With `originals` the training images are kept whole as well, the shorter side up to so many
+    times `img_size`, less where they would take more than `originals_bytes`. What takes more than `memory` bytes
+    when it is decoded is not:
     each image is decoded when it is looked at; None is no bound. Raises DataError for a value outside its range.
     """
 
