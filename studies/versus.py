@@ -109,7 +109,7 @@ def _in_time(base: str, study: str, share: int, words: str, **more: Any) -> Pair
 _resnet20_in_time = functools.partial(
     _in_time,
     "ResNet-20 on CIFAR-10",
-    "--model cifar_resnet20 --img-size 32 --val-fraction 0.1 --views 1 --refine-epochs 1 --proxy-images 1600 --amp",
+    "--model cifar_resnet20 --img-size 32 --val-fraction 0.1 --views 1 --refine-epochs 1 --proxy-images 1600",
     images=12_800,
     totals=(60,),
     rates={OURS: (0.005, 0.01), PRUNED: (0.0075, 0.02)},
