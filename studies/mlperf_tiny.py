@@ -194,7 +194,13 @@ class Study:
         print(f"{time.strftime('%H:%M')} {key}", file=sys.stderr, flush=True)
         started, bench = time.process_time(), self.bench
         torch.manual_seed(seed)
-        network = self.made(arm)
+        row = {"point": self.name, "arm": arm, "seed": seed, "epochs": epochs}
+        try:
+            network = self.made(arm)
+        except NasKdError as error:
+            print(error, file=sys.stderr, flush=True)
+            self.records[key] = {**row, "failed": str(error)}
+            return
         making = time.process_time() - started
         if epochs:
             weight = 0.0 if arm == PLAIN else 0.9
@@ -206,7 +212,7 @@ class Study:
         spec, fresh = Int8Spec(seed=seed), fresh_images(bench.job.settings, splits.train, splits.num_classes)
         made = quantise_network(network, splits, folder, spec, fresh)
         self.records[key] = {
-            **{"point": self.name, "arm": arm, "seed": seed, "epochs": epochs},
+            **row,
             **{"images": epochs * len(splits.train), "params": counted.params, "macs": counted.macs},
             **asdict(device_of(folder / INT8)),
             **{"float": made.exact.test_accuracy, "int8": made.int8.test_accuracy, "recovered": made.recovered},
@@ -274,6 +280,8 @@ def page(studies: list[Study]) -> Iterator[str]:
 
 def table_row(arm: str, group: list[Row]) -> str:
     last = group[-1]
+    if "failed" in last:
+        return f"| {arm}: {last['failed']} |{' |' * (1 + len(COLUMNS.split(',')))}"
     scores = [spread([100 * row[kind] for row in group]) for kind in ("int8", "float")]
     costs = [f"{max(row[kind] for row in group):,}" for kind in ("flash", "ram", "cycles", "params", "macs", "images")]
     seconds = f"{sum(row['seconds'] for row in group) / len(group):.0f}"

@@ -89,8 +89,11 @@ def _refinement(workshop: Workshop, wanted: Wanted) -> tuple[Candidate, Refineme
             seeded = dataclasses.replace(workshop, settings=dataclasses.replace(settings, seed=seed))
             return fresh_student(seeded, space, genotype, splits.num_classes)
         student = wanted.start.build() if wanted.start is not None else space.student(genotype)
-        recalibrate(student.to(workshop.device), views.sample(CALIBRATION))
-        return student
+        return student.to(workshop.device)
+
+    def settle(student: nn.Module) -> None:
+        if role != "no teacher":  # what is inherited
+            recalibrate(student, views.sample(CALIBRATION))
 
     refinement = Refinement(
         data=fresh if online else views,
@@ -102,7 +105,7 @@ def _refinement(workshop: Workshop, wanted: Wanted) -> tuple[Candidate, Refineme
     )
 
     digest = genotype.digest if wanted.start is None else f"{genotype.digest} {wanted.start.digest}"
-    return Candidate(role=role, digest=digest, build=build), refinement
+    return Candidate(role=role, digest=digest, build=build, settle=settle), refinement
 
 
 def _recipe(settings: Settings, role: Role, epochs: int) -> Recipe:

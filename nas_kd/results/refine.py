@@ -29,11 +29,13 @@ _logger = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Candidate:
     """A student to be trained for long: what it is for, a digest that names it, and how to build it. The argument of
-    `build` numbers students that learn together, whose weights must differ; one that learns alone is number 0."""
+    `build` numbers students that learn together, whose weights must differ; one that learns alone is number 0, and is
+    `settled` before it is trained (one that was trained before is not)."""
 
     role: str
     digest: str
     build: Callable[[int], nn.Module]
+    settle: Callable[[nn.Module], object] = nn.Module.eval
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -102,6 +104,7 @@ def kept_at(candidate: Candidate, refinement: Refinement) -> Path:
 
 def _alone(candidate: Candidate, refinement: Refinement, report: Callable[[int, float], None], run: Run) -> Refined:
     network, splits = candidate.build(0), refinement.splits
+    candidate.settle(network)
     result = train(network, refinement.data, refinement.recipe, val=splits.val, report=report, run=run)
     test = evaluate(network, splits.test)
     return Refined(network=network, val_accuracy=result.accuracy, test_accuracy=test)

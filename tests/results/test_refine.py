@@ -151,3 +151,11 @@ def test_a_killed_training_goes_on(
     resumed = refine(candidate, refinement, report=report)
     assert [epoch for epoch, _ in reports] in ([1, 2], [2])
     assert resumed.test_accuracy == first[1].test_accuracy
+
+
+def test_only_what_is_trained_is_settled(refinement: Refinement) -> None:
+    settled: list[bool] = []
+    candidate = replace(CANDIDATE, settle=lambda network: settled.append(network.training))
+    refined = [refine(candidate, refinement) for _ in range(2)]
+    assert len(settled) == (refinement.peers == 0)
+    assert refined[0].val_accuracy == refined[1].val_accuracy
