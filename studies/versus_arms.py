@@ -89,7 +89,7 @@ class Bench:
         self.job = prepare(parse_study([*study, *own, "--out", str(out)]), InMemoryStorage())
         self.materials = gather(self.job, self.stages)
         self.base = self.materials.base.network
-        self.records = Records(out / "rows.jsonl")
+        self.records = Records(out / "rows.jsonl", latest=True)
 
     @property
     def amp(self) -> bool:

@@ -77,7 +77,7 @@ def write_page(folder: Path, page: Path) -> None:
 def read_pair(folder: Path) -> Row:
     """What is known of a pair, with its `rows` at the learning rates that were chosen, and its `teacher`."""
     text = (folder / "rows.jsonl").read_text(encoding="utf-8")
-    records = Records(folder / "rows.jsonl")
+    records = Records(folder / "rows.jsonl", latest=True)
     keys = dict.fromkeys(line.split('"')[3] for line in text.splitlines() if line.startswith('{"key":"row '))
     if "pair" not in records:
         return {"rows": []}

@@ -18,11 +18,12 @@ class Records:
     """Records by key, each written to the disk as it comes; the last line of a killed run may be torn and is ignored.
 
     Several processes may append to one file: what one has written the others find when they look for it, and of two
-    records with one key the first counts. Raises OutputError when the file cannot be read or written.
+    records with one key the first counts. Of a file with the `latest` the last does: one process alone writes it, and
+    brings what it holds up to date. Raises OutputError when the file cannot be read or written.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, latest: bool = False) -> None:
+        self.path, self.latest = path, latest
         self._known: dict[str, Record] = {}
         self._lines = self._bytes = 0  # of the file that were read
         rest = self._catch_up()
@@ -50,7 +51,8 @@ class Records:
         self._lines += 1
         try:
             entry = json.loads(line)
-            self._known.setdefault(entry["key"], entry["record"])
+            key, record = entry["key"], entry["record"]
+            self._known[key] = record if self.latest else self._known.get(key, record)
         except (ValueError, KeyError, TypeError):
             if line.strip():
                 _logger.warning("line %d of %s is damaged: what it held is done again", self._lines, self.path)
@@ -68,7 +70,7 @@ class Records:
         return tuple(self._known.values())
 
     def __setitem__(self, key: str, record: Record) -> None:
-        if key in self:  # another process was faster
+        if key in self and not self.latest:  # another process was faster
             return
         line = json.dumps({"key": key, "record": record}, separators=(",", ":")) + "\n"
         try:

@@ -61,6 +61,18 @@ def test_what_another_process_wrote_is_found_and_the_first_counts(tmp_path: Path
     assert "d" in other
 
 
+def test_the_latest_counts_where_it_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    for number in (1, 2):
+        records = Records(path, latest=True)
+        records["a"], records["b"] = {"n": number}, {"n": 0}
+        records["a"] = {"n": 10 * number}
+        assert "c" not in records  # reads what it wrote itself
+        assert records["a"] == {"n": 10 * number}
+    assert [record["n"] for record in Records(path, latest=True).values()] == [20, 0]
+    assert Records(path)["a"] == {"n": 1}
+
+
 def test_a_file_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(OutputError, match=r"cannot read .*folder"):
