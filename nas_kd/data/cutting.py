@@ -33,8 +33,8 @@ class DataSpec:
     resized and cropped. `class_map` is a file with the number of each class, `skip_unreadable` leaves out what
     cannot be read. With `originals` the training images are kept whole as well, the shorter side up to so many
     times `img_size`, less where they would take more than `originals_bytes`. What takes more than `memory` bytes
-    when it is decoded is not:
-    each image is decoded when it is looked at; None is no bound. Raises DataError for a value outside its range.
+    when it is decoded is not: each image is decoded when it is looked at; None is no bound. Raises DataError for a
+    value outside its range.
     """
 
     dataset: str | None = None

@@ -125,10 +125,8 @@ class Images:
         return self.pixels[indices.to(self.pixels.device, non_blocking=True)]
 
     def ahead(self, work: Callable[[In], Out], items: Sequence[In]) -> Iterator[Out]:
-        """What `work`, which transforms images, makes of each item; ahead of time where there are workers."""
-        if not self.workers:
-            return map(work, items)
-        return work_ahead(work, items, processes=self.workers, source="the photos in memory")
+        """What `work`, which looks at images, makes of each item, when it is asked for: nothing takes time here."""
+        return map(work, items)
 
     def chunks(self, size: int) -> Iterator[Tensor]:
         """The pixels of all images in order, so many at a time."""
@@ -267,12 +265,17 @@ class AugmentedImages:
 
     def _ahead(self, work: Callable[[Tensor], Out], order: Sequence[Tensor]) -> Iterator[Out]:
         """What `work` makes of the images of each of these indices."""
+        workers = self._photo_workers(max(map(len, order), default=0))
+        if not workers:
+            return self.images.ahead(work, order)
+        return work_ahead(work, order, processes=workers, source="the photos in memory")
+
+    def _photo_workers(self, together: int) -> int:
+        """How many processes transform photos that are in memory, so many at a time."""
         images = self.images
-        if isinstance(images, Images):
-            each = max(map(len, order), default=0) * images[:1].pixels.numel()
-            workers = 0 if isinstance(self.augmentation, Augmentation) else fitting(images.workers, each)
-            images = replace(images, workers=workers)
-        return images.ahead(work, order)
+        if isinstance(self.augmentation, Augmentation) or not isinstance(images, Images):
+            return 0
+        return fitting(images.workers, together * math.prod(images.shape))
 
     def _labels(self, indices: Tensor) -> Tensor:
         return self.images.labels[indices.to(self.images.labels.device, non_blocking=True)]
