@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import threading
+import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from nas_kd.arguments.parsing import guarded
-from nas_kd.arguments.worker import WorkerSettings, parse_worker
+from nas_kd.arguments.worker import LIBRARY, MODELS, PARTS, TRIALS, WorkerSettings, parse_worker
+
+if TYPE_CHECKING:
+    from nas_kd.progress import Stages
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -16,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_worker(settings: WorkerSettings) -> int:
-    """Trains trials until the study has what it wants, then models of its results."""
+    """Makes blocks of the library of a study that begins, trains trials until it has what it wants, then models of its
+    results."""
     from nas_kd.progress import Stages, configure, console_for
 
     console = console_for(sys.stderr)
@@ -25,17 +32,28 @@ def run_worker(settings: WorkerSettings) -> int:
         from nas_kd.search.signals import follow_parent
 
         threading.Thread(target=follow_parent, daemon=True).start()
+    did = _work(settings, Stages(console, quiet=settings.quiet))
+    if not settings.quiet:
+        console_for(sys.stdout).print(f"the study has what it wants; {did}")
+    return 0
 
+
+def _work(settings: WorkerSettings, stages: Stages) -> str:
+    """Does the parts of the work that are asked for; says what was this worker's."""
+    from nas_kd.pipeline.blocks_elsewhere import take_blocks
     from nas_kd.pipeline.elsewhere import take_models
     from nas_kd.workers.joining import join
 
-    stages = Stages(console, quiet=settings.quiet)
-    trials = 0 if settings.models else join(settings, stages)
-    models = take_models(settings, stages) if settings.models or not settings.leash else 0
-    if not settings.quiet:
-        of_these = f"{trials} of its trials were this worker's" + (f", and {models} of its models" if models else "")
-        console_for(sys.stdout).print(f"the study has what it wants; {of_these}")
-    return 0
+    began, parts = time.monotonic(), PARTS if settings.part is None else (settings.part,)
+    blocks = take_blocks(settings, stages) if LIBRARY in parts else None
+    waited = int(time.monotonic() - began)
+    # a study whose blocks were at hand is about to begin
+    left = max(0, settings.wait - waited) if blocks is None else max(settings.wait, settings.grace_period)
+    trials = join(dataclasses.replace(settings, wait=left), stages) if TRIALS in parts else 0
+    models = take_models(settings, stages) if MODELS in parts else 0
+    words = {"blocks of its library": blocks or 0, "models": models}
+    more = "".join(f", {count} of its {what}" for what, count in words.items() if count)
+    return f"{trials} of its trials were this worker's{more}"
 
 
 if __name__ == "__main__":

@@ -12,11 +12,13 @@ from nas_kd.arguments.shared import add_workers
 from nas_kd.arguments.study import STORAGE
 from nas_kd.errors import NasKdError
 
+LIBRARY, TRIALS, MODELS = PARTS = "library", "trials", "models"  # of a study's work, in its order
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSettings:
-    """The arguments of `python -m nas_kd.worker`. With `leash` it ends when its standard input does,
-    and trains either trials or `models`; else both."""
+    """The arguments of `python -m nas_kd.worker`. It does all parts of a study's work, or one `part` of them; with
+    `leash` it ends when its standard input does."""
 
     storage: str
     study_name: str
@@ -29,7 +31,7 @@ class WorkerSettings:
     num_gpus: float | None
     wait: int
     leash: bool
-    models: bool
+    part: str | None
     quiet: bool
     debug: bool
 
@@ -38,7 +40,7 @@ def worker_parser(prog: str = "python -m nas_kd.worker") -> argparse.ArgumentPar
     """The parser of the command that joins a study."""
     parser = Parser(
         prog=prog,
-        description="Joins a running study: trains trials beside its other workers until it has what it wants.",
+        description="Joins a study: blocks of its library, trials and models, beside its other workers.",
         epilog=f"example: {prog} --storage postgresql+psycopg://me@db/nas --study-name resnet18-digits-params1M",
     )
     add = parser.add_argument
@@ -73,7 +75,7 @@ def worker_parser(prog: str = "python -m nas_kd.worker") -> argparse.ArgumentPar
         help="GPUs that Ray gives to each, also a share of one (1, or 0 in a cluster without)",
     )
     add("--leash", action="store_true", help=argparse.SUPPRESS)
-    add("--models", action="store_true", help=argparse.SUPPRESS)
+    add("--part", choices=PARTS, help=argparse.SUPPRESS)
     add("-q", "--quiet", action="store_true", help="print nothing but errors")
     add("--debug", action="store_true", help="tracebacks and debug messages")
     return parser

@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -48,9 +48,28 @@ from nas_kd.training.views import weights_digest
 _VERSION = 4  # of what the entries hold
 _MODULES_BYTES = 128 << 20  # of a block's entries that stay in memory until their damages are measured
 
+_OF_A_BLOCK = "inherit", "train", "measure"  # stages
+
 Report = Callable[[str], None]
 Make = Callable[[str, Report], None]
-Share = Callable[[Mapping[str, float], Make, Report], Collection[str]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenBlocks:
+    """Blocks of the library in `folder` that lack something, the dearest first: the predicted share of each in all the
+    work, what makes one, and whom to tell."""
+
+    folder: Path
+    shares: Mapping[str, float]
+    make: Make
+    report: Report
+
+
+Share = Callable[[OpenBlocks], Collection[str]]
+
+
+def pass_over(words: str) -> None:
+    """The report that tells nobody."""
 
 
 def build_library(
@@ -59,7 +78,7 @@ def build_library(
     images: Images,
     spec: LibrarySpec,
     folder: Path,
-    report: Report = lambda words: None,
+    report: Report = pass_over,
 ) -> Library:
     """The library of a trained `base`; entries that `folder` has already are taken from there.
 
@@ -165,16 +184,17 @@ class Builder:
         return self.recorder.record(names, max((self.held_out[name] for name in names), key=lambda part: part.stop))
 
     def build(self, report: Report, share: Share | None = None) -> Library:
-        """Makes what is missing, and returns the library. `share` is given the blocks that lack something, with
-        predicted seconds, and what makes one of them: it may leave blocks to other processes that build in the same
-        folder, and returns those; what they lack in the end is made here."""
+        """Makes what is missing, and returns the library. `share` is given the blocks that lack something: it may leave
+        some to other processes, whose entries come into the library's folder, and returns those; what they lack in
+        the end is made here."""
         report(self.effort.step("prepare", "", "frames found"))
         self.rank(report)
         names: Collection[str] = list(self.recorder.frames)
         left = {} if share is None else self.left(names)
         if share is not None and left:
             self.make([name for name in names if name not in left], report)
-            names, report = share(left, lambda name, tell: self.make([name], tell), report), lambda words: None
+            names = share(OpenBlocks(folder=self.folder, shares=left, make=self._make_one, report=report))
+            report = pass_over
             self.bench.forget(names)
         self.make(names, report)
         return Library(self.base, self.analysis, self.folder, self.bench.order, self.bench.entries)
@@ -204,11 +224,15 @@ class Builder:
     # entries
 
     def left(self, names: Collection[str]) -> dict[str, float]:
-        """The blocks of which something is still to be made, with the seconds that all of it is predicted to take."""
-        stages, seconds = ("inherit", "train", "measure"), self.effort.seconds
+        """The blocks of which something is still to be made, with the predicted share of each in all the work; the
+        dearest first."""
         blocks = [self.analysis.block(name) for name in names]
         left = [block.name for block in blocks if self._missing(block) or self._due(block) or self._unmeasured(block)]
-        return {name: sum(seconds[stage, name] for stage in stages) for name in left}
+        shares = {name: sum(self.effort.step(stage, name, "").share for stage in _OF_A_BLOCK) for name in left}
+        return dict(sorted(shares.items(), key=lambda item: -item[1]))
+
+    def _make_one(self, name: str, report: Report) -> None:
+        self.make([name], report)
 
     def make(self, names: Collection[str], report: Report) -> None:
         """What is still to be made of some blocks: every entry in closed form, trained where that is worth it, with

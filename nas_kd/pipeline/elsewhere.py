@@ -15,6 +15,7 @@ import optuna
 import torch
 from torch import nn
 
+from nas_kd.arguments.worker import MODELS as PART
 from nas_kd.arguments.worker import WorkerSettings
 from nas_kd.costs.latency import limited_threads
 from nas_kd.data.arrays import load
@@ -35,14 +36,7 @@ from nas_kd.search.storage import storage_errors
 from nas_kd.search.workers import RetryingStudy
 from nas_kd.training.ranks import current
 from nas_kd.training.views import Views, open_views
-from nas_kd.workers.crew import (
-    LocalWorker,
-    local_workers,
-    run_to_end,
-    share_of_threads,
-    stop_all,
-    worker_arguments,
-)
+from nas_kd.workers.crew import local_workers, run_to_end, share_of_threads, stop_all, worker_arguments
 from nas_kd.workers.joining import joined, own_workers
 from nas_kd.workers.kit import Kit, damaged, equip, fetch, locate, read_kit, settings_of, view_files
 from nas_kd.workers.ray_crew import ray_workers
@@ -50,7 +44,7 @@ from nas_kd.workers.ray_crew import ray_workers
 MODELS = "nas_kd models"  # the study's user attribute: what is to be trained once the search is done
 COMING, DONE = "coming", "done"
 _POLL = 1.0  # seconds between two looks for models
-_FILE = "file"  # what a job notes: the SHA-256 of its model in the artifact store
+FILE = "file"  # what a job notes: the SHA-256 of what it made in the artifact store
 _logger = logging.getLogger(__name__)
 
 
@@ -109,13 +103,7 @@ def train_with_workers(job: Job, plan: Sequence[Wanted], materials: Materials, c
     with storage_errors("share out models"):
         jobs = post_jobs(job.storage, job.settings.name, list(models))
         study.set_user_attr(MODELS, dataclasses.asdict(_plan(job, kit, workshop, models)))
-        with _more_processes(job, count) as others:
-
-            def sleep(seconds: float) -> None:
-                time.sleep(seconds)
-                for other in others:
-                    other.code()  # a process that is asked for no code is there even when it is dead
-
+        with more_processes(job, count, PART) as sleep:
             do_jobs(jobs, run, grace=job.settings.grace_period, sleep=sleep)
         for name, notes in done_jobs(jobs).items():
             _bring(kit, job.cache / name, notes)
@@ -129,7 +117,6 @@ def forget_models(job: Job) -> None:
         study = _study_of(job)
         if study is not None:
             study.set_user_attr(MODELS, DONE)
-        if study is not None and open_jobs(job.storage, job.settings.name) is not None:
             remove_jobs(job.storage, job.settings.name)
 
 
@@ -160,27 +147,34 @@ def _plan(job: Job, kit: Kit, workshop: Workshop, models: Mapping[str, Wanted]) 
 
 
 @contextmanager
-def _more_processes(job: Job, count: int) -> Iterator[Sequence[LocalWorker]]:
-    """Other processes of this machine, while the block runs; each, this one too, has its share of the threads."""
-    command = [*worker_arguments(job.settings.name, job.settings.grace_period), "--models", "--out", str(job.out)]
+def more_processes(job: Job, count: int, part: str) -> Iterator[Callable[[float], None]]:
+    """Other processes of this machine that do a part of the study's work while the block runs; each, this one too, has
+    its share of the threads. What waits beside them sleeps by what this gives."""
+    command = [*worker_arguments(job.settings.name, job.settings.grace_period, part), "--out", str(job.out)]
     others = local_workers(command, storage_url(job.settings, job.out), job.settings.device, count, first=1)
+
+    def sleep(seconds: float) -> None:
+        time.sleep(seconds)
+        for other in others:
+            other.code()  # a process that is asked for no code is there even when it is dead
+
     try:
         for other in others:
             other.start()
         with limited_threads(share_of_threads(count)):
-            yield others
+            yield sleep
         for other in others:
             if other.code():
-                _logger.warning("a process beside this one ended (%s): others have trained its model", other.words())
+                _logger.warning("a process beside this one ended (%s): others have done its work", other.words())
     finally:
         stop_all(others)
 
 
 def _bring(kit: Kit, path: Path, notes: Notes) -> None:
-    if path.exists() or _FILE not in notes:
+    if path.exists() or FILE not in notes:
         return
     try:
-        open_store(str(kit.artifacts)).get(str(notes[_FILE]), path)
+        open_store(str(kit.artifacts)).get(str(notes[FILE]), path)
     except ArtifactError as error:
         _logger.warning("a model that was trained elsewhere is trained here again: %s", error)
 
@@ -200,10 +194,10 @@ def take_models(settings: WorkerSettings, stages: Stages, sleep: Callable[[float
         if plan is None or jobs is None:
             return 0
         if settings.ray is not None:
-            with ray_workers(settings, study.study_name, "--models") as workers:
+            with ray_workers(settings, study.study_name, PART) as workers:
                 return run_to_end(workers)
         if settings.jobs > 1:
-            return run_to_end(own_workers(settings, study.study_name, "--models"))
+            return run_to_end(own_workers(settings, study.study_name, PART))
         site = _site(study, kit, plan, settings, device)
         with stages.stage("models", sum(model["epochs"] for model in plan.models.values())) as advance:
             return _train(jobs, plan, site, settings.grace_period, advance)
@@ -229,7 +223,7 @@ def _train(jobs: RetryingStudy, plan: Plan, site: _Site, grace: float, advance: 
         if path.name != name:
             raise StudyError(f"this machine makes another model of {name}: use the same versions of nas_kd and timm")
         refined = refine_in(site.workshop, wanted, advance)
-        return refined.val_accuracy, {} if site.store is None else {_FILE: open_store(site.store).put(path)}
+        return refined.val_accuracy, {} if site.store is None else {FILE: open_store(site.store).put(path)}
 
     return do_jobs(jobs, run, grace=grace)
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from nas_kd.costs.latency import limited_threads
 from nas_kd.data.images import Images
 from nas_kd.genotype import Genotype
-from nas_kd.library.building import Make, Report, Share, open_builder
+from nas_kd.library.building import Make, OpenBlocks, Share, open_builder
+from nas_kd.library.building import pass_over as tell_nobody
 from nas_kd.library.effort import Step
+from nas_kd.library.inputs import LibraryInputs
 from nas_kd.library.spec import LibrarySpec
+from nas_kd.pipeline import blocks_elsewhere
 from nas_kd.pipeline.baselines import Wanted, whole_space
 from nas_kd.pipeline.elsewhere import are_shared, forget_models, train_with_workers
 from nas_kd.pipeline.helpers import Claims, Helpers, helping, pass_over, processes
@@ -26,13 +27,11 @@ from nas_kd.preparation.job import Job
 from nas_kd.preparation.materials import Materials
 from nas_kd.progress import Advance
 from nas_kd.results.refine import Refined
-from nas_kd.training.checkpoint import load_exactly
-from nas_kd.training.tensor_files import read_tensors, write_tensors
 from nas_kd.workers.crew import share_of_threads
 
 LIBRARY, MODELS = "library", "models"  # the stages
 WORTH = {LIBRARY: 15.0, MODELS: 30.0}  # predicted seconds must be left of them: another process takes ten to begin
-_TENSORS, _PIXELS = "tensors.safetensors", "pixels of the images"
+_TENSORS = "tensors.safetensors"
 
 # models of the results
 
@@ -114,39 +113,42 @@ def _is_worth(job: Job, blocks: int) -> bool:
 def sharing_library(helpers: Helpers, base: nn.Module, images: Images, spec: LibrarySpec) -> Iterator[Share | None]:
     """What shares out the blocks of a library while it is built in the block, None where that does not pay. This
     process has a helper's threads, so that a block is the same whoever makes it."""
-    count = _for_library(helpers.job)
-    if count == 1:
+    job, inputs = helpers.job, LibraryInputs(base=base, images=images, spec=spec)
+    count, is_open = _for_library(job), blocks_elsewhere.are_open(job)
+    if count == 1 and not is_open:
         yield None
         return
+    share = (
+        functools.partial(blocks_elsewhere.make_with_workers, job, count, inputs)
+        if is_open
+        else functools.partial(_share_blocks, helpers, count, inputs)
+    )
     with limited_threads(share_of_threads(count)):
-        yield functools.partial(_share_blocks, helpers, count, (base, images, spec))
-    if helpers.job.settings.jobs > 1:  # others run the trials
+        yield functools.partial(_share_if_worth, job, share)
+    blocks_elsewhere.forget_blocks(job)
+    if job.settings.jobs > 1:  # others run the trials
         helpers.stop()
 
 
-def _share_blocks(
-    helpers: Helpers,
-    count: int,
-    given: tuple[nn.Module, Images, LibrarySpec],
-    left: Mapping[str, float],
-    make: Make,
-    report: Report,
-) -> list[str]:
-    """Makes blocks of a library, dearest first, beside others; returns those that these took."""
-    base, images, spec = given
-    blocks = sorted(left, key=lambda name: -left[name])
-    if not _is_worth(helpers.job, len(blocks)):
-        for name in blocks:
-            make(name, report)
-        return []
-    write_tensors(helpers.folder / _TENSORS, {**base.state_dict(), _PIXELS: images.pixels})
-    plan = {"blocks": blocks, "spec": dataclasses.asdict(spec), "mean": images.mean, "std": images.std}
-    claims = helpers.share(LIBRARY, plan, count)
+def _share_if_worth(job: Job, share: Share, blocks: OpenBlocks) -> Collection[str]:
+    """Makes blocks of a library, beside others where that pays; returns those that these took."""
+    if _is_worth(job, len(blocks.shares)):
+        return share(blocks)
+    for name in blocks.shares:
+        blocks.make(name, blocks.report)
+    return ()
+
+
+def _share_blocks(helpers: Helpers, count: int, inputs: LibraryInputs, blocks: OpenBlocks) -> list[str]:
+    """Makes blocks of a library beside helpers; returns those that these took."""
+    inputs.write(helpers.folder / _TENSORS)
+    names = list(blocks.shares)
+    claims = helpers.share(LIBRARY, {"blocks": names, **inputs.facts}, count)
 
     def advance(words: str, share: float = 0, /) -> None:
-        report(Step(words, share))
+        blocks.report(Step(words, share))
 
-    taken = claims.work(blocks, functools.partial(_make_block, make), advance)
+    taken = claims.work(names, functools.partial(_make_block, blocks.make), advance)
     claims.wait(advance)
     return taken
 
@@ -157,17 +159,11 @@ def _make_block(make: Make, name: str, tell: Advance) -> None:
 
 def make_blocks(job: Job, plan: Mapping[str, Any], claims: Claims) -> None:
     """A helper's part of the library, of which it keeps what students need."""
-    path = claims.folder.parent / _TENSORS
-    tensors, _ = read_tensors(path)
-    pixels = tensors.pop(_PIXELS)
-    load_exactly(job.space.base.to(job.device), tensors, path)
-    labels = torch.zeros(len(pixels), dtype=torch.int64)
-    images = Images(pixels, labels, tuple(plan["mean"]), tuple(plan["std"]))
-    spec = LibrarySpec(**{**plan["spec"], "rounds": tuple(plan["spec"]["rounds"])})
+    inputs = LibraryInputs.read(claims.folder.parent / _TENSORS, job.space.base.to(job.device), plan)
 
-    def share(left: Mapping[str, float], make: Make, report: Report) -> tuple[str, ...]:
-        claims.work(plan["blocks"], functools.partial(_make_block, make), pass_over)
+    def share(blocks: OpenBlocks) -> tuple[str, ...]:
+        claims.work(plan["blocks"], functools.partial(_make_block, blocks.make), pass_over)
         return ()
 
-    builder = open_builder(job.space.base, job.space.analysis, images, spec, job.cache)
-    job.space.library = builder.build(lambda words: None, share)
+    builder = open_builder(inputs.base, job.space.analysis, inputs.images, inputs.spec, job.cache)
+    job.space.library = builder.build(tell_nobody, share)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,19 +91,25 @@ def _open_gcs(bucket: str) -> ArtifactStore:
 def pack(folder: Path) -> Path:
     """One file with all that is in a folder, beside it; the same bytes for the same content."""
     packed = folder.with_name(folder.name + _PACKED)
-
-    def write(draft: Path) -> None:
-        with zipfile.ZipFile(draft, "w") as archive:  # no compression: weights have nothing to give
-            for path in sorted(folder.iterdir()):
-                archive.writestr(zipfile.ZipInfo(path.name), path.read_bytes())
-
-    replace_file(packed, write)
+    pack_files(sorted(folder.iterdir()), packed)
     return packed
 
 
-def unpack(packed: Path) -> None:
-    """The folder that `pack` made a file of, beside it. Raises ArtifactError for a file that is none of its own."""
-    folder = packed.with_name(packed.name.removesuffix(_PACKED))
+def pack_files(paths: Iterable[Path], packed: Path) -> None:
+    """Keeps files by their names alone in one file, `packed`."""
+
+    def write(draft: Path) -> None:
+        with zipfile.ZipFile(draft, "w") as archive:  # no compression: weights have nothing to give
+            for path in paths:
+                archive.writestr(zipfile.ZipInfo(path.name), path.read_bytes())
+
+    replace_file(packed, write)
+
+
+def unpack(packed: Path, folder: Path | None = None) -> None:
+    """Puts what was packed into a folder: the one that it was, beside it, unless another one is given. Raises
+    ArtifactError for a file that is none of its own."""
+    folder = folder or packed.with_name(packed.name.removesuffix(_PACKED))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(packed) as archive:

@@ -30,18 +30,19 @@ from nas_kd.search.workers import (
     running,
 )
 
-SUFFIX = " models"  # of the name of a study's jobs
+MODELS, LIBRARY = "models", "library"  # kinds of jobs: each has a study of its own, of the study's name and this word
 _KEY = "job"
 _POLL = 0.5  # seconds between two looks at what others do
 _logger = logging.getLogger(__name__)
 Notes = Mapping[str, Any]
 
 
-def post_jobs(storage: BaseStorage, name: str, keys: Sequence[str]) -> RetryingStudy:
-    """The jobs of the study `name`, these and no others; what was done or begun of them before stays so."""
-    with storage_errors(f"share out the models of {name!r}"):
-        optuna.create_study(storage=storage, study_name=name + SUFFIX, direction="maximize", load_if_exists=True)
-        jobs = RetryingStudy(name + SUFFIX, storage)
+def post_jobs(storage: BaseStorage, name: str, keys: Sequence[str], kind: str = MODELS) -> RetryingStudy:
+    """The jobs of a kind of the study `name`, these and no others; what was done or begun of them before stays so."""
+    with storage_errors(f"share out the {kind} of {name!r}"):
+        own = _name(name, kind)
+        optuna.create_study(storage=storage, study_name=own, direction="maximize", load_if_exists=True)
+        jobs = RetryingStudy(own, storage)
         there = set()
         for trial in jobs.get_trials(deepcopy=False):
             if trial.state == TrialState.WAITING and key_of(trial) not in keys:  # of another plan
@@ -56,17 +57,27 @@ def post_jobs(storage: BaseStorage, name: str, keys: Sequence[str]) -> RetryingS
     return jobs
 
 
-def open_jobs(storage: BaseStorage, name: str) -> RetryingStudy | None:
+def open_jobs(storage: BaseStorage, name: str, kind: str = MODELS) -> RetryingStudy | None:
     """The jobs of a study while there are any."""
-    if name + SUFFIX not in optuna.get_all_study_names(storage):
-        return None
-    return RetryingStudy(name + SUFFIX, storage)
+    with suppress(KeyError):  # there are none, or they were put away at this moment
+        return RetryingStudy(_name(name, kind), storage)
+    return None
 
 
-def remove_jobs(storage: BaseStorage, name: str) -> None:
-    """Forgets the jobs of a study: all are done."""
-    with storage_errors(f"put away the models of {name!r}"):
-        optuna.delete_study(study_name=name + SUFFIX, storage=storage)
+def remove_jobs(storage: BaseStorage, name: str, kind: str = MODELS) -> None:
+    """Forgets the jobs of a study, if there are any: all are done."""
+    with storage_errors(f"put away the {kind} of {name!r}"), suppress(KeyError):
+        optuna.delete_study(study_name=_name(name, kind), storage=storage)
+
+
+def _name(name: str, kind: str) -> str:
+    return f"{name} {kind}"
+
+
+def study_of(name: str) -> tuple[str, str | None]:
+    """The study that one in the storage belongs to, and what kind of jobs it is: None where it is a study itself."""
+    own, _, kind = name.rpartition(" ")
+    return (own, kind) if own and kind in (MODELS, LIBRARY) else (name, None)
 
 
 def key_of(job: FrozenTrial) -> str:
@@ -122,7 +133,7 @@ def _do(jobs: RetryingStudy, job: optuna.Trial, run: Callable[[str], tuple[float
     except NasKdError as error:
         if is_from_outside(error):
             raise
-        _logger.warning("a model is left to the study's own command: %s", error)
+        _logger.warning("a job is left to the study's own command: %s", error)
         job.set_user_attr(ERROR, str(error)[:200])
         jobs.tell(job, state=TrialState.FAIL)
         return False
@@ -131,6 +142,6 @@ def _do(jobs: RetryingStudy, job: optuna.Trial, run: Callable[[str], tuple[float
             job.set_user_attr(name, value)
         jobs.tell(job, score)
     except (ValueError, UpdateFinishedTrialError):  # both mean: it is finished
-        _logger.warning("a model was given to another worker: this one was silent for too long")
+        _logger.warning("a job was given to another worker: this one was silent for too long")
         return False
     return True

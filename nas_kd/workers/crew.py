@@ -21,7 +21,7 @@ import torch
 from optuna.trial import FrozenTrial
 
 from nas_kd.arguments.study import STORAGE, Settings
-from nas_kd.arguments.worker import WorkerSettings
+from nas_kd.arguments.worker import TRIALS, WorkerSettings
 from nas_kd.budget import short
 from nas_kd.errors import NasKdError, OutputError, StudyError
 from nas_kd.preparation.job import storage_url
@@ -72,7 +72,7 @@ class Crew:
 
 def crew_of(settings: Settings, out: Path) -> Crew:
     """The workers that a study's settings ask for."""
-    command = [*worker_arguments(settings.name, settings.grace_period), "--out", str(out)]
+    command = [*worker_arguments(settings.name, settings.grace_period, TRIALS), "--out", str(out)]
     return Crew(
         workers=tuple(local_workers(command, storage_url(settings, out), settings.device, settings.jobs)),
         trials=settings.trials,
@@ -81,9 +81,9 @@ def crew_of(settings: Settings, out: Path) -> Crew:
     )
 
 
-def worker_arguments(name: str, grace: int) -> list[str]:
-    """The arguments of a worker that ends when the process that started it does."""
-    return ["--leash", "--quiet", "--study-name", name, "--grace-period", str(grace)]
+def worker_arguments(name: str, grace: int, part: str) -> list[str]:
+    """The arguments of a worker for one part of a study's work, which ends when the process that started it does."""
+    return ["--leash", "--quiet", "--study-name", name, "--grace-period", str(grace), "--part", part]
 
 
 def file_arguments(settings: WorkerSettings) -> list[str]:

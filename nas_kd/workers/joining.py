@@ -9,11 +9,11 @@ from contextlib import contextmanager
 import optuna
 from optuna.storages import BaseStorage
 
-from nas_kd.arguments.worker import WorkerSettings
+from nas_kd.arguments.worker import TRIALS, WorkerSettings
 from nas_kd.errors import StudyError, nearest
 from nas_kd.preparation.job import choose_device
 from nas_kd.progress import Stages
-from nas_kd.search.jobs import SUFFIX
+from nas_kd.search.jobs import study_of
 from nas_kd.search.rungs import make_pruner
 from nas_kd.search.sampler import KnapsackSampler, make_sampler
 from nas_kd.search.storage import CONFIG, close_storage, open_storage, storage_errors
@@ -44,10 +44,10 @@ def join(settings: WorkerSettings, stages: Stages, sleep: Callable[[float], None
     device = choose_device(settings.device if settings.ray is None else "cpu")
     with joined(settings, sleep) as (_, study, kit):
         if settings.ray is not None:
-            with ray_workers(settings, study.study_name) as workers:
+            with ray_workers(settings, study.study_name, TRIALS) as workers:
                 return _lead(study, kit, workers, settings, stages)
         if settings.jobs > 1:
-            return _lead(study, kit, own_workers(settings, study.study_name), settings, stages)
+            return _lead(study, kit, own_workers(settings, study.study_name, TRIALS), settings, stages)
         with stages.stage("files"):
             cache = locate(kit, settings.out, settings.artifacts)
         with stages.stage("model"):
@@ -86,9 +86,9 @@ def _lead(study: optuna.Study, kit: Kit, workers: Sequence[Worker], settings: Wo
     return count_trained(study) - before
 
 
-def own_workers(settings: WorkerSettings, name: str, *more: str) -> list[LocalWorker]:
-    """A worker's own `--jobs` on this machine."""
-    command = [*worker_arguments(name, settings.grace_period), *file_arguments(settings), *more]
+def own_workers(settings: WorkerSettings, name: str, part: str) -> list[LocalWorker]:
+    """A worker's own `--jobs` on this machine, for a part of the study's work."""
+    command = [*worker_arguments(name, settings.grace_period, part), *file_arguments(settings)]
     return local_workers(command, settings.storage, settings.device, settings.jobs)
 
 
@@ -125,15 +125,28 @@ def find_study(
         sleep(_POLL)
 
 
-def _named(storage: BaseStorage, name: str) -> optuna.Study | None:
-    known = [other for other in optuna.get_all_study_names(storage) if not other.endswith(SUFFIX)]
-    names = [other for other in known if not name or other == name]
+def is_begun(storage: BaseStorage, settings: WorkerSettings) -> bool:
+    """Whether there are trials to join."""
+    study = _named(storage, settings.study_name)
+    return study is not None and read_kit(study) is not None
+
+
+def _named(storage: BaseStorage, wanted: str) -> optuna.Study | None:
+    known = [other for other in optuna.get_all_study_names(storage) if study_of(other)[1] is None]
+    name = the_one(known, wanted)
+    if name is None:
+        return None
+    study = RetryingStudy(name, storage)
+    return study if CONFIG in study.user_attrs or study.get_trials(deepcopy=False) else None
+
+
+def the_one(known: Sequence[str], wanted: str) -> str | None:
+    """The study of the wanted name, or the only one where none is named; None where there is none. Raises StudyError
+    for several."""
+    names = [name for name in known if not wanted or name == wanted]
     if len(names) > 1:
         raise StudyError(f"the storage holds {len(names)} studies: give --study-name, e.g. {sorted(names)[0]!r}")
-    if not names:
-        return None
-    study = RetryingStudy(names[0], storage)
-    return study if CONFIG in study.user_attrs or study.get_trials(deepcopy=False) else None
+    return names[0] if names else None
 
 
 def _absent(storage: BaseStorage, name: str) -> str:

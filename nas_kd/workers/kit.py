@@ -39,7 +39,7 @@ from nas_kd.training.tensor_files import write_tensors
 from nas_kd.training.views import OnlineViews, Views, open_views, weights_digest
 
 KIT = "nas_kd kit"  # the study's user attribute
-_PRIVATE = {"storage": None, "quiet": False, "debug": False, "device": None}  # nothing of other workers' concern
+PRIVATE = {"storage": None, "quiet": False, "debug": False, "device": None}  # nothing of other workers' concern
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +110,7 @@ def _describe(job: Job, materials: Materials) -> Kit:
         write_tensors(job.cache / weights, job.space.base.state_dict())
     return Kit(
         version=__version__,
-        settings={**dataclasses.asdict(job.settings), **_PRIVATE},
+        settings={**dataclasses.asdict(job.settings), **PRIVATE},
         num_classes=splits.num_classes,
         mean=splits.mean,
         std=splits.std,

@@ -99,15 +99,15 @@ def _last_line(error: BaseException) -> str:
 
 
 @contextmanager
-def ray_workers(settings: WorkerSettings, name: str, *more: str) -> Iterator[list[RayWorker]]:
-    """A worker's `--jobs` for the study of this name, as tasks of the Ray cluster that `--ray` names.
+def ray_workers(settings: WorkerSettings, name: str, part: str) -> Iterator[list[RayWorker]]:
+    """A worker's `--jobs` for a part of the study of this name, as tasks of the Ray cluster that `--ray` names.
 
     Raises StudyError when there is none, or Ray is not installed.
     """
     ray = _connect(settings.ray or "auto")
     try:
         gpus = _gpus(settings.num_gpus, ray.cluster_resources())
-        arguments = [*worker_arguments(name, settings.grace_period), *file_arguments(settings), *more]
+        arguments = [*worker_arguments(name, settings.grace_period, part), *file_arguments(settings)]
         arguments += ["--device", settings.device] if settings.device else []
         yield [RayWorker(ray, gpus, arguments, settings.storage) for _ in range(settings.jobs)]
     finally:

@@ -1,0 +1,304 @@
+"""Blocks of the library are made by workers on other machines too: each is a job in the study's storage."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+from optuna.storages import BaseStorage, InMemoryStorage
+from safetensors import SafetensorError
+
+from nas_kd import __version__
+from nas_kd.arguments.study import restore_settings
+from nas_kd.arguments.worker import LIBRARY as PART
+from nas_kd.arguments.worker import WorkerSettings
+from nas_kd.errors import ArtifactError, CheckpointError, StudyError
+from nas_kd.library.building import Builder, OpenBlocks, open_builder
+from nas_kd.library.effort import Step
+from nas_kd.library.inputs import LibraryInputs
+from nas_kd.library.library import entry_file, made_choices
+from nas_kd.pipeline.elsewhere import FILE, more_processes
+from nas_kd.preparation.cycles import note_cycles
+from nas_kd.preparation.job import Job, choose_device, in_chans_of, make_base
+from nas_kd.preparation.latency import note_latency
+from nas_kd.preparation.opening import make_space
+from nas_kd.progress import Advance, Stages
+from nas_kd.search.artifacts import open_store, pack_files, unpack
+from nas_kd.search.jobs import LIBRARY, Notes, do_jobs, done_jobs, open_jobs, post_jobs, remove_jobs, study_of
+from nas_kd.search.storage import close_storage, open_storage, storage_errors
+from nas_kd.search.workers import RetryingStudy
+from nas_kd.training.evaluation import predict_logits
+from nas_kd.training.ranks import current
+from nas_kd.workers.crew import run_to_end
+from nas_kd.workers.joining import is_begun, own_workers, the_one
+from nas_kd.workers.kit import PRIVATE, damaged, fetch
+from nas_kd.workers.ray_crew import ray_workers
+
+BLOCKS = "nas_kd blocks"  # the user attribute of these jobs: what workers need for them
+_INPUTS = "inputs-{}.safetensors"  # of a library's folder
+_PERCENT = 100
+_POLL = 1.0  # seconds between two looks for blocks
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What workers need to make blocks: of the study its version and settings, the classes and the `facts` of the
+    library's inputs, which are in the file `inputs`; the `library`'s folder, and the channels' order in it. Paths are
+    relative to the study's cache, which is `folder` on its own machine; `files` are in the artifact store, by SHA-256.
+    """
+
+    version: str
+    settings: Mapping[str, Any]
+    num_classes: int
+    facts: Mapping[str, Any]
+    inputs: str
+    library: str
+    folder: str
+    artifacts: str | None
+    files: Mapping[str, str] = field(default_factory=dict)
+
+
+# the study's own command
+
+
+def are_open(job: Job) -> bool:
+    """Whether workers elsewhere can make blocks: they reach the study's storage."""
+    is_shared = job.settings.storage is not None and not isinstance(job.storage, InMemoryStorage)
+    return is_shared and current().size == 1
+
+
+def make_with_workers(job: Job, count: int, inputs: LibraryInputs, blocks: OpenBlocks) -> Collection[str]:
+    """Makes blocks of a library here, in `count` processes, and wherever workers are; what comes of others is fetched.
+    Returns the blocks that these made."""
+    names = {_key(blocks.folder.name, name): name for name in blocks.shares}
+    packed = {key: job.cache / f"{blocks.folder.name}-{name}.zip" for key, name in names.items()}
+    own = set[str]()
+
+    def run(key: str) -> tuple[float, Notes]:
+        own.add(key)
+        blocks.make(names[key], blocks.report)
+        return blocks.shares[names[key]], {}
+
+    with storage_errors("share out blocks of the library"):
+        jobs = post_jobs(job.storage, job.settings.name, list(names), LIBRARY)
+        note_latency(jobs, job.settings, job.space)
+        note_cycles(jobs, job.space)
+        plan = _plan(job, inputs, blocks.folder)
+        jobs.set_user_attr(BLOCKS, dataclasses.asdict(plan))
+        told = _Told(jobs, names, blocks, own)
+        with more_processes(job, count, PART) as sleep:
+            do_jobs(jobs, run, grace=job.settings.grace_period, sleep=told.beside(sleep))
+        told.tell()
+        for key, notes in done_jobs(jobs).items():
+            if key in names and key not in own:
+                _bring(plan, packed[key], blocks.folder, notes)
+    return [name for key, name in names.items() if key not in own]
+
+
+@dataclass(slots=True)
+class _Told:
+    """Tells of the blocks that others made, not those in `own`, as they are done."""
+
+    jobs: RetryingStudy
+    names: Mapping[str, str]
+    blocks: OpenBlocks
+    own: Collection[str]
+    done: set[str] = field(default_factory=set)
+
+    def tell(self) -> None:
+        """Tells of what was done since the last time."""
+        for key in sorted(done_jobs(self.jobs).keys() & self.names.keys() - self.done - set(self.own)):
+            self.done.add(key)
+            name = self.names[key]
+            self.blocks.report(Step(f"{name}: made by another process", self.blocks.shares[name]))
+
+    def beside(self, sleep: Callable[[float], None]) -> Callable[[float], None]:
+        """What sleeps so, and tells."""
+
+        def sleep_and_tell(seconds: float) -> None:
+            sleep(seconds)
+            self.tell()
+
+        return sleep_and_tell
+
+
+def forget_blocks(job: Job) -> None:
+    """Lets workers go: there are no blocks for them."""
+    if are_open(job):
+        remove_jobs(job.storage, job.settings.name, LIBRARY)
+        for path in job.cache.glob(_INPUTS.format("library-*")):
+            path.unlink(missing_ok=True)
+
+
+def _key(library: str, block: str) -> str:
+    return f"{library} {block}"
+
+
+def _plan(job: Job, inputs: LibraryInputs, folder: Path) -> Plan:
+    path = _INPUTS.format(folder.name)
+    if not (job.cache / path).exists():
+        inputs.write(job.cache / path)
+    store = open_store(job.settings.artifacts) if job.settings.artifacts else None
+    paths = path, f"{folder.name}/importance.safetensors"
+    return Plan(
+        version=__version__,
+        settings={**dataclasses.asdict(job.settings), **PRIVATE},
+        num_classes=predict_logits(inputs.base, inputs.images[:1]).shape[1],
+        facts=inputs.facts,
+        inputs=path,
+        library=folder.name,
+        folder=str(job.cache.resolve()),
+        artifacts=None if store is None else store.address,
+        files={} if store is None else {each: store.put(job.cache / each) for each in paths},
+    )
+
+
+def _bring(plan: Plan, packed: Path, folder: Path, notes: Notes) -> None:
+    """Fetches the entries of a block that was made elsewhere, where they are not in the folder already."""
+    if FILE not in notes:
+        return
+    try:
+        open_store(str(plan.artifacts)).get(str(notes[FILE]), packed)
+        unpack(packed, folder)
+    except ArtifactError as error:
+        _logger.warning("a block that was made elsewhere is made here again: %s", error)
+    packed.unlink(missing_ok=True)
+
+
+# workers
+
+
+def take_blocks(settings: WorkerSettings, stages: Stages, sleep: Callable[[float], None] = time.sleep) -> int | None:
+    """Makes blocks of the library of a study that is about to begin, beside its command and other workers; returns how
+    many. None when it has no library to make: it has begun, or has not posted any within `settings.wait` seconds.
+
+    Raises a NasKdError for everything that is wrong with the storage, the study or its files.
+    """
+    device = choose_device(settings.device if settings.ray is None else "cpu")
+    storage = open_storage(settings.storage, grace=settings.grace_period)
+    try:
+        with storage_errors("use the study in its storage"):
+            found = _await_blocks(storage, settings, sleep)
+            if found is None:
+                return None
+            name, jobs, plan = found
+            if settings.ray is not None:
+                with ray_workers(settings, name, PART) as workers:
+                    return run_to_end(workers)
+            if settings.jobs > 1:
+                return run_to_end(own_workers(settings, name, PART))
+            with stages.stage("library", _PERCENT) as advance:
+                return _make(jobs, plan, settings, device, advance)
+    finally:
+        close_storage(storage)
+
+
+def _await_blocks(
+    storage: BaseStorage, settings: WorkerSettings, sleep: Callable[[float], None]
+) -> tuple[str, RetryingStudy, Plan] | None:
+    """The study, the blocks of its library that are shared out, and their plan; None where its trials have begun, or
+    nothing is heard of it for as long as the worker waits."""
+    deadline = time.monotonic() + settings.wait
+    while True:
+        found = _find(storage, settings.study_name)
+        if found is not None or is_begun(storage, settings) or time.monotonic() >= deadline:
+            return found
+        sleep(_POLL)
+
+
+def _find(storage: BaseStorage, wanted: str) -> tuple[str, RetryingStudy, Plan] | None:
+    studies = map(study_of, optuna.get_all_study_names(storage))
+    name = the_one([own for own, kind in studies if kind == LIBRARY], wanted)
+    jobs = None if name is None else open_jobs(storage, name, LIBRARY)
+    if name is None or jobs is None:
+        return None
+    noted: Mapping[str, Any] = {}
+    with suppress(KeyError):  # they were put away at this moment
+        noted = jobs.user_attrs.get(BLOCKS, {})
+    if not noted:  # it is about to be told
+        return None
+    if noted.get("version") != __version__:
+        raise StudyError(
+            f"the study {name!r} was begun by nas_kd {noted.get('version')}, this is {__version__}: install that "
+            "version here"
+        )
+    return name, jobs, Plan(**noted)
+
+
+def _make(jobs: RetryingStudy, plan: Plan, settings: WorkerSettings, device: torch.device, advance: Advance) -> int:
+    """Makes blocks until none is left; those of another folder than the study's own go into its artifact store."""
+    cache = _locate(plan, settings)
+    store = None if cache == Path(plan.folder) else settings.artifacts or plan.artifacts
+    builder = _builder(jobs, plan, cache, device)
+    made = 0
+
+    def share(blocks: OpenBlocks) -> tuple[str, ...]:
+        nonlocal made
+
+        def run(key: str) -> tuple[float, Notes]:
+            library, _, name = key.partition(" ")
+            if library != plan.library:
+                raise StudyError(f"this is a worker for another library than {library}")
+            if name in blocks.shares:  # else all of it is here
+                blocks.make(name, blocks.report)
+            return 0.0, {} if store is None else {FILE: _put(store, builder, name)}
+
+        made = do_jobs(jobs, run, grace=settings.grace_period)
+        return ()
+
+    builder.build(lambda words: advance(words, _PERCENT * getattr(words, "share", 0.0)), share)
+    return made
+
+
+def _locate(plan: Plan, settings: WorkerSettings) -> Path:
+    """The folder with a plan's files: the study's own where it can be read, else one that they are fetched into. Raises
+    ArtifactError where they are not to be had."""
+    own = Path(plan.folder)
+    if (own / plan.inputs).exists():
+        return own
+    address = settings.artifacts or plan.artifacts
+    if address is None or not plan.files:
+        raise ArtifactError(
+            f"the files of the study are not here (there is no {own / plan.inputs}): run its command with --artifacts "
+            "STORE, or put its --out into a folder that this machine shares"
+        )
+    cache = Path(settings.out or Path("results") / restore_settings(plan.settings).name) / "cache"
+    fetch(plan.files, address, cache)
+    return cache
+
+
+def _builder(jobs: RetryingStudy, plan: Plan, cache: Path, device: torch.device) -> Builder:
+    """What builds the plan's library on this machine. Raises ArtifactError for a file that is missing or damaged,
+    StudyError where another library would come of it."""
+    settings = dataclasses.replace(restore_settings(plan.settings), pretrained=False, out=str(cache.parent))
+    base = make_base(settings, plan.num_classes, in_chans_of(settings)).to(device)
+    path = cache / plan.inputs
+    try:
+        inputs = LibraryInputs.read(path, base, plan.facts)
+    except (OSError, SafetensorError, CheckpointError) as error:
+        raise damaged(path, str(error).splitlines()[0]) from error
+    space = make_space(settings, base.eval(), begun=jobs.user_attrs)
+    builder = open_builder(space.base, space.analysis, inputs.images, inputs.spec, cache)
+    if builder.folder.name != plan.library:
+        raise StudyError("this machine makes another library of the study: use the same versions of nas_kd and timm")
+    return builder
+
+
+def _put(store: str, builder: Builder, name: str) -> str:
+    """Keeps the entries of a block in an artifact store."""
+    block = builder.analysis.block(name)
+    files = [entry_file(builder.folder, block, index).path for index in made_choices(block)]
+    packed = builder.folder.with_name(f"{builder.folder.name}-{name}.zip")
+    pack_files(files, packed)
+    digest = open_store(store).put(packed)
+    packed.unlink()
+    return digest
