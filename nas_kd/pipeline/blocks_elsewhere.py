@@ -25,14 +25,24 @@ from nas_kd.library.building import Builder, OpenBlocks, open_builder
 from nas_kd.library.effort import Step
 from nas_kd.library.inputs import LibraryInputs
 from nas_kd.library.library import entry_file, made_choices
-from nas_kd.pipeline.elsewhere import FILE, more_processes
+from nas_kd.pipeline.elsewhere import DONE, FILE, more_processes
 from nas_kd.preparation.cycles import note_cycles
 from nas_kd.preparation.job import Job, choose_device, in_chans_of, make_base
 from nas_kd.preparation.latency import note_latency
 from nas_kd.preparation.opening import make_space
 from nas_kd.progress import Advance, Stages
 from nas_kd.search.artifacts import open_store, pack_files, unpack
-from nas_kd.search.jobs import LIBRARY, Notes, do_jobs, done_jobs, open_jobs, post_jobs, remove_jobs, study_of
+from nas_kd.search.jobs import (
+    LIBRARY,
+    Notes,
+    are_there,
+    do_jobs,
+    done_jobs,
+    open_jobs,
+    post_jobs,
+    remove_jobs,
+    study_of,
+)
 from nas_kd.search.storage import close_storage, open_storage, storage_errors
 from nas_kd.search.workers import RetryingStudy
 from nas_kd.training.evaluation import predict_logits
@@ -131,12 +141,21 @@ class _Told:
         return sleep_and_tell
 
 
-def forget_blocks(job: Job) -> None:
-    """Lets workers go: there are no blocks for them."""
+def end_blocks(job: Job) -> None:
+    """Lets workers go: there are no blocks for them any more."""
     if are_open(job):
-        remove_jobs(job.storage, job.settings.name, LIBRARY)
+        with storage_errors("end the sharing of blocks"):
+            jobs = open_jobs(job.storage, job.settings.name, LIBRARY)
+            if jobs is not None:
+                jobs.set_user_attr(BLOCKS, DONE)
         for path in job.cache.glob(_INPUTS.format("library-*")):
             path.unlink(missing_ok=True)
+
+
+def forget_blocks(job: Job) -> None:
+    """Puts the blocks away, once the study has its trials: until then nothing else may get their number."""
+    if are_open(job):
+        remove_jobs(job.storage, job.settings.name, LIBRARY)
 
 
 def _key(library: str, block: str) -> str:
@@ -176,6 +195,8 @@ def _bring(plan: Plan, packed: Path, folder: Path, notes: Notes) -> None:
 
 # workers
 
+_Found = tuple[str, RetryingStudy, Plan | None]
+
 
 def take_blocks(settings: WorkerSettings, stages: Stages, sleep: Callable[[float], None] = time.sleep) -> int | None:
     """Makes blocks of the library of a study that is about to begin, beside its command and other workers; returns how
@@ -191,22 +212,22 @@ def take_blocks(settings: WorkerSettings, stages: Stages, sleep: Callable[[float
             if found is None:
                 return None
             name, jobs, plan = found
+            if plan is None:
+                return 0
             if settings.ray is not None:
                 with ray_workers(settings, name, PART) as workers:
                     return run_to_end(workers)
             if settings.jobs > 1:
                 return run_to_end(own_workers(settings, name, PART))
             with stages.stage("library", _PERCENT) as advance:
-                return _make(jobs, plan, settings, device, advance)
+                return _make_if_open(jobs, plan, settings, device, advance)
     finally:
         close_storage(storage)
 
 
-def _await_blocks(
-    storage: BaseStorage, settings: WorkerSettings, sleep: Callable[[float], None]
-) -> tuple[str, RetryingStudy, Plan] | None:
-    """The study, the blocks of its library that are shared out, and their plan; None where its trials have begun, or
-    nothing is heard of it for as long as the worker waits."""
+def _await_blocks(storage: BaseStorage, settings: WorkerSettings, sleep: Callable[[float], None]) -> _Found | None:
+    """The study, the blocks of its library that are shared out, and their plan, None where all are made; nothing where
+    its trials have begun, or nothing is heard of it for as long as the worker waits."""
     deadline = time.monotonic() + settings.wait
     while True:
         found = _find(storage, settings.study_name)
@@ -215,23 +236,37 @@ def _await_blocks(
         sleep(_POLL)
 
 
-def _find(storage: BaseStorage, wanted: str) -> tuple[str, RetryingStudy, Plan] | None:
+def _find(storage: BaseStorage, wanted: str) -> _Found | None:
     studies = map(study_of, optuna.get_all_study_names(storage))
     name = the_one([own for own, kind in studies if kind == LIBRARY], wanted)
     jobs = None if name is None else open_jobs(storage, name, LIBRARY)
     if name is None or jobs is None:
         return None
-    noted: Mapping[str, Any] = {}
+    noted: Any = None
     with suppress(KeyError):  # they were put away at this moment
-        noted = jobs.user_attrs.get(BLOCKS, {})
-    if not noted:  # it is about to be told
+        noted = jobs.user_attrs.get(BLOCKS)
+    if noted is None:  # it is about to be told
         return None
+    if noted == DONE:
+        return name, jobs, None
     if noted.get("version") != __version__:
         raise StudyError(
             f"the study {name!r} was begun by nas_kd {noted.get('version')}, this is {__version__}: install that "
             "version here"
         )
     return name, jobs, Plan(**noted)
+
+
+def _make_if_open(
+    jobs: RetryingStudy, plan: Plan, settings: WorkerSettings, device: torch.device, advance: Advance
+) -> int:
+    """Makes blocks; none where others made the last of them meanwhile, and their files are gone."""
+    try:
+        return _make(jobs, plan, settings, device, advance)
+    except (ArtifactError, KeyError):
+        if are_there(jobs) and jobs.user_attrs.get(BLOCKS) != DONE:
+            raise
+        return 0
 
 
 def _make(jobs: RetryingStudy, plan: Plan, settings: WorkerSettings, device: torch.device, advance: Advance) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 import optuna
 
 from nas_kd.pipeline.ahead import Begin, proxy_of, rounds_of
+from nas_kd.pipeline.blocks_elsewhere import forget_blocks
 from nas_kd.pipeline.elsewhere import expect_models
 from nas_kd.pipeline.helpers import Helpers
 from nas_kd.pipeline.showcase import announce
@@ -34,6 +35,7 @@ def search(job: Job, materials: Materials, stages: Stages, helpers: Helpers | No
     settings = job.settings
     with storage_errors(f"use the study {settings.name!r} in its storage"):
         study = _open(job, materials)
+        forget_blocks(job)
         note_latency(study, settings, job.space)  # before workers join
         note_cycles(study, job.space)
         kit = publish(job, materials, study)

@@ -125,7 +125,7 @@ def sharing_library(helpers: Helpers, base: nn.Module, images: Images, spec: Lib
     )
     with limited_threads(share_of_threads(count)):
         yield functools.partial(_share_if_worth, job, share)
-    blocks_elsewhere.forget_blocks(job)
+    blocks_elsewhere.end_blocks(job)
     if job.settings.jobs > 1:  # others run the trials
         helpers.stop()
 

@@ -106,7 +106,7 @@ def do_jobs(
     with signals.handled():
         try:
             retry_lost_trials(jobs)
-            while True:
+            while are_there(jobs):
                 stop_if_asked()
                 retry_abandoned(jobs, watch)
                 taken = jobs.take()
@@ -115,13 +115,23 @@ def do_jobs(
                 elif running(jobs):
                     sleep(_POLL)
                 else:
-                    return done
+                    break
         except BaseException as error:
-            if isinstance(error, KeyError) and jobs.study_name not in optuna.get_all_study_names(jobs._storage):
+            if isinstance(error, KeyError) and not are_there(jobs):
                 return done  # the study's command has what it wants, and has put the jobs away
             if is_from_outside(error):
                 release_own_trials(jobs)
             raise
+    return done
+
+
+def are_there(jobs: optuna.Study) -> bool:
+    """Whether jobs are still those of their name: SQLite gives the number of what was put away to the next study, whose
+    trials would be taken for jobs."""
+    try:
+        return bool(jobs._storage.get_study_id_from_name(jobs.study_name) == jobs._study_id)
+    except KeyError:
+        return False
 
 
 def _do(jobs: RetryingStudy, job: optuna.Trial, run: Callable[[str], tuple[float, Notes]], grace: float) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 WORKER = "worker"  # the user attribute of a trial that names the process which runs it
@@ -117,23 +118,27 @@ class RetryingStudy(optuna.Study):
         for trial in sorted(waiting, key=_turn):
             identity = trial._trial_id
             with suppress(UpdateFinishedTrialError):  # another worker was faster, and so it says False below
-                self._sign(identity)
+                sign(self._storage, identity, TrialState.WAITING)
                 if self._is_own(identity) and self._storage.set_trial_state_values(identity, state=TrialState.RUNNING):
-                    self._sign(identity)  # the rest of the race: it was signed once more as it was taken
+                    # the rest of the race: it was signed once more as it was taken
+                    sign(self._storage, identity, TrialState.RUNNING)
                     return identity
         return None
 
     def _is_own(self, trial_id: int) -> bool:
-        return bool(self._storage.get_trial(trial_id).user_attrs.get(WORKER) == worker_name())
-
-    def _sign(self, trial_id: int) -> None:
-        if not self._is_own(trial_id):
-            self._storage.set_trial_user_attr(trial_id, WORKER, worker_name())
+        return _worker(self._storage.get_trial(trial_id)) == worker_name()
 
     def _begin(self) -> int:
         """A new trial, its worker noted in the same step."""
         signed = create_trial(state=TrialState.RUNNING, user_attrs={WORKER: worker_name()})
         return self._storage.create_new_trial(self._study_id, template_trial=signed)
+
+
+def sign(storage: BaseStorage, trial_id: int, state: TrialState) -> None:
+    """Notes this process as a trial's worker, while the trial is in that state: what another one runs stays its own."""
+    found = storage.get_trial(trial_id)
+    if found.state == state and _worker(found) != worker_name():
+        storage.set_trial_user_attr(trial_id, WORKER, worker_name())
 
 
 def _turn(trial: FrozenTrial) -> tuple[bool, bool, int]:
@@ -240,7 +245,8 @@ def _sign_of_life(attributes: Mapping[str, Any]) -> tuple[Any, ...]:
 
 @contextmanager
 def beating(trial: optuna.Trial, interval: float) -> Iterator[None]:
-    """Counts the trial's beat up every so many seconds while the block runs."""
+    """Counts the trial's beat up every so many seconds while the block runs, and signs it again where another worker,
+    which thought that it waited, has signed it too."""
     stop = threading.Event()
 
     def beat() -> None:
@@ -249,6 +255,7 @@ def beating(trial: optuna.Trial, interval: float) -> Iterator[None]:
             count += 1
             with suppress(Exception):  # a beat that is lost is no reason to stop: the trial itself will notice
                 trial.storage.set_trial_user_attr(trial._trial_id, BEAT, count)
+                sign(trial.storage, trial._trial_id, TrialState.RUNNING)
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()

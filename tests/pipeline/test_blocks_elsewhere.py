@@ -33,7 +33,7 @@ from nas_kd.library.effort import Step
 from nas_kd.library.entries import EntryFile
 from nas_kd.library.library import Library, made_choices
 from nas_kd.pipeline import blocks_elsewhere, sharing
-from nas_kd.pipeline.blocks_elsewhere import BLOCKS, FILE, take_blocks
+from nas_kd.pipeline.blocks_elsewhere import BLOCKS, FILE, end_blocks, forget_blocks, take_blocks
 from nas_kd.pipeline.helpers import helping
 from nas_kd.pipeline.sharing import sharing_library
 from nas_kd.preparation.job import Job, prepare
@@ -101,7 +101,9 @@ def build_shared(study: tuple[Job, Given], told: list[str]) -> Library:
     job, (base, images, spec) = study
     shutil.rmtree(next(iter(job.cache.glob("library-*")), job.cache / "none"), ignore_errors=True)
     with helping(job) as helpers, two_threads(), sharing_library(helpers, base, images, spec) as share:
-        return open_builder(base, job.space.analysis, images, spec, job.cache).build(told.append, share)
+        library = open_builder(base, job.space.analysis, images, spec, job.cache).build(told.append, share)
+    forget_blocks(job)
+    return library
 
 
 @contextmanager
@@ -251,6 +253,8 @@ def test_where_there_is_no_library_to_make_a_worker_goes_on(study: tuple[Job, Gi
         take_blocks(settings_of(url, tmp_path, "--wait", "1"), QUIET, lambda s: naps.append(s) or time.sleep(s)) is None
     )
     assert naps
+    end_blocks(study[0])  # all are made, its trials are about to begin
+    assert take_blocks(settings_of(url, tmp_path), QUIET) == 0
     post_jobs(study[0].storage, "t", [], LIBRARY)
     with pytest.raises(StudyError, match="holds 2 studies: give --study-name"):
         take_blocks(replace(settings_of(url, tmp_path), study_name=""), QUIET)
