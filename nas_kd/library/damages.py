@@ -11,6 +11,7 @@ from nas_kd.library.frame_training import run_in_parts
 from nas_kd.library.recorder import Recorder
 from nas_kd.students.frames import Frame, Passage, disjoint, replaying
 from nas_kd.training.losses import distillation_loss
+from nas_kd.training.small_maps import reached_taps
 
 _TEMPERATURE = 4.0  # of the KL, as in the distillation that follows
 _SECONDS = 0.4  # of one pass through the base, by prediction: so many images does a damage see
@@ -81,6 +82,6 @@ class Damages:
         for at in torch.split(torch.arange(len(pixels)), self._part):
             now = {frame: tuple(zero.expand(len(at), *shape) for shape in own) for frame, own in shapes.items()}
             now |= {frame: tuple(tensor[at] for tensor in tensors) for frame, tensors in given.items()}
-            with replaying(self.base, now):
+            with replaying(self.base, now), reached_taps(self.base):
                 logits.append(self.base(pixels[at]))
         return torch.cat(logits)

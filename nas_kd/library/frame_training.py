@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nas_kd.library.refit import batch_statistics
 from nas_kd.students.frames import Passage, run_frame
 from nas_kd.training.evaluation import averaging_statistics, contiguous_where_it_overflows, even_split
+from nas_kd.training.small_maps import reached_taps
 
 MOST_IMAGES = 256  # that a layer is fitted or measured on
 PART = 64  # images that pass a frame at a time where it does not matter: more do not stay in a processor's cache
@@ -48,7 +49,8 @@ def frame_error(got: Sequence[Tensor], wanted: Sequence[Tensor], scales: Sequenc
 @torch.no_grad()
 def run_in_parts(module: nn.Module, passage: Passage, at_once: int = PART) -> tuple[Tensor, ...]:
     """What a frame in eval mode writes for a passage, `at_once` images at a time."""
-    parts = [run_frame(module, passage[part]) for part in torch.split(torch.arange(len(passage)), at_once)]
+    with reached_taps(module):
+        parts = [run_frame(module, passage[part]) for part in torch.split(torch.arange(len(passage)), at_once)]
     return tuple(torch.cat(outputs) for outputs in zip(*parts, strict=True))
 
 
@@ -58,7 +60,7 @@ def recalibrate_frame(
 ) -> None:
     """Recomputes the running statistics of a frame's batch norms but `spared` ones as averages over a passage; ends in
     eval mode."""
-    with averaging_statistics(module, spared) as found:
+    with averaging_statistics(module, spared) as found, reached_taps(module):
         if found:
             for part in even_split(torch.arange(len(passage)), at_once):
                 run_frame(module, passage[part])
@@ -74,7 +76,7 @@ def distil_frame(module: nn.Module, parameters: Sequence[nn.Parameter], passage:
     batch_size = images_for(passage, _BATCH_POSITIONS, recipe.batch_size)
     order = torch.empty(0, dtype=torch.int64)
     module.eval()
-    with batch_statistics(module), contiguous_where_it_overflows(module):
+    with batch_statistics(module), reached_taps(module), contiguous_where_it_overflows(module):
         for _ in range(recipe.steps):
             if len(order) < batch_size:
                 order = torch.randperm(len(passage), generator=generator)

@@ -14,6 +14,7 @@ from nas_kd.data.images import Images, normalise
 from nas_kd.library.frame_training import MOST_IMAGES, PART, images_for
 from nas_kd.students.frames import Frame, Passage, find_frames, joined, recording, with_skips
 from nas_kd.training.evaluation import device_of, memory_layout, suits_channels_last
+from nas_kd.training.small_maps import reached_taps
 
 _PART_BYTES = 32 << 20  # of the largest activation, of images that run at once
 _FIT_BYTES = 96 << 20  # of the largest activation, of images that a fit sees at once
@@ -94,7 +95,7 @@ class Recorder:
     @torch.no_grad()
     def _run(self, names: Sequence[str], images: Images, at_once: int) -> dict[str, Passage]:
         wanted = {name: self.frames[name] for name in names}
-        with recording(self.base, wanted) as passages, _stopping(self.base, wanted):
+        with recording(self.base, wanted) as passages, _stopping(self.base, wanted), reached_taps(self.base):
             for start in range(0, len(images), at_once):
                 with suppress(_Enough):
                     self.base(self._normalised(images[start : start + at_once]))

@@ -18,6 +18,7 @@ from nas_kd.library.spec import LibrarySpec, plan_library
 from nas_kd.preparation.effort import more_epochs, student_share
 from nas_kd.preparation.job import Job
 from nas_kd.training.evaluation import LOOK_CALIBRATION, memory_layout, suits_channels_last
+from nas_kd.training.small_maps import reached_taps
 
 _BASELINES = 3  # that are refined beside the front
 PROBE = 0.4  # of an epoch does it take to anchor a network from elsewhere and to fit its head
@@ -38,18 +39,19 @@ def time_step(base: nn.Module, images: Tensor, clock: Callable[[], float] = time
     network = copy.deepcopy(base).requires_grad_(True)
     images = memory_layout(images, suits_channels_last(network))
     forward, step = 0.0, 0.0
-    for _ in range(2):
-        network.eval()
-        started = clock()
-        with torch.inference_mode():
-            network(images)
+    with reached_taps(network):
+        for _ in range(2):
+            network.eval()
+            started = clock()
+            with torch.inference_mode():
+                network(images)
+                _wait(images.device)
+            forward = clock() - started
+            network.train()
+            started = clock()
+            torch.autograd.backward(network(images).square().mean())
             _wait(images.device)
-        forward = clock() - started
-        network.train()
-        started = clock()
-        torch.autograd.backward(network(images).square().mean())
-        _wait(images.device)
-        step = clock() - started
+            step = clock() - started
     return forward, step
 
 

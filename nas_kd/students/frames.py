@@ -302,11 +302,11 @@ def _begun_late(passage: Passage, skips: tuple[Frame, ...], wrote: Mapping[Frame
 @contextmanager
 def replaying(base: nn.Module, outputs: Mapping[Frame, tuple[Tensor, ...]]) -> Iterator[None]:
     """Inside the block these frames of `base` do not run: each gives the tensors that are set down for it."""
-    patched: list[nn.Module] = []
+    patched: list[tuple[nn.Module, object]] = []
 
     def patch(module: nn.Module, forward: object) -> None:
+        patched.append((module, vars(module).get("forward")))
         module.forward = forward  # type: ignore[assignment]  # an instance's attribute hides the class's method
-        patched.append(module)
 
     def giver(tensors: tuple[Tensor, ...], structure: pytree.TreeSpec) -> object:
         return lambda *arguments, **keywords: pytree.tree_unflatten([t.clone() for t in tensors], structure)
@@ -319,8 +319,10 @@ def replaying(base: nn.Module, outputs: Mapping[Frame, tuple[Tensor, ...]]) -> I
                 patch(module, lambda tensor: tensor)
         yield
     finally:
-        for module in patched:
+        for module, before in reversed(patched):
             del module.forward
+            if before is not None:  # it was hidden already
+                module.forward = before  # type: ignore[assignment]
 
 
 def frame_structure(tensors: int) -> pytree.TreeSpec:

@@ -24,6 +24,7 @@ from nas_kd.training.evaluation import (
     recalibrate,
     suits_channels_last,
 )
+from nas_kd.training.small_maps import reached_taps
 
 _logger = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def input_moments(network: nn.Module, images: Images, *, batch_size: int = 64) -
     if len(images) < 2:
         raise DataError(f"batch norm needs at least 2 images, got {len(images)}")
     device, last = device_of(network), suits_channels_last(network)
-    with _watched(network) as seen, eval_mode(network), torch.inference_mode():
+    with _watched(network) as seen, eval_mode(network), reached_taps(network), torch.inference_mode():
         for pixels in torch.split(images.pixels, batch_size):
             network(memory_layout(normalise(pixels, images.mean, images.std, device), last))
     return seen

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nas_kd.data.images import Images, ImageSet, normalise
 from nas_kd.errors import DataError
+from nas_kd.training.small_maps import reached_taps
 
 CALIBRATION = 512  # images are enough to recalibrate batch norms on
 LOOK_CALIBRATION = 256  # these before a look at a student whose training has not ended
@@ -40,7 +41,7 @@ def predict_logits(model: nn.Module, images: ImageSet, *, batch_size: int = 64, 
     if device.type == "cuda":
         batch_size = max(batch_size, _GPU_LOOK)
     length = batch_size if padded and device.type == "cuda" else 0
-    with eval_mode(model), torch.inference_mode():
+    with eval_mode(model), reached_taps(model), torch.inference_mode():
         pieces = []
         for pixels in images.chunks(batch_size):
             inputs = memory_layout(normalise(_padded(pixels, length), images.mean, images.std, device), last)
@@ -64,7 +65,7 @@ def recalibrate(model: nn.Module, images: Images, *, batch_size: int = 128) -> N
     device = device_of(model)
     if device.type == "cuda":
         batch_size = max(batch_size, _GPU_LOOK)
-    with averaging_statistics(model) as found, torch.no_grad():
+    with averaging_statistics(model) as found, reached_taps(model), torch.no_grad():
         if found:
             for indices in even_split(torch.arange(len(images)), batch_size):
                 model(normalise(images.pixels[indices], images.mean, images.std, device))

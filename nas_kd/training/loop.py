@@ -34,6 +34,7 @@ from nas_kd.training.ranks import Ranks, current
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.recomputing import recomputing
 from nas_kd.training.resume import Keeper, Progress, Stateful
+from nas_kd.training.small_maps import reached_taps
 from nas_kd.training.step_graph import StepGraphs
 from nas_kd.training.step_memory import LARGE_STEP, kept_bytes, pieces_for, step_bytes
 
@@ -365,7 +366,7 @@ def _layout(network: nn.Module, recipe: Recipe) -> Iterator[None]:
     if recipe.channels_last:
         network.to(memory_format=torch.channels_last)
     try:
-        with contiguous_where_it_overflows(network) if recipe.channels_last else nullcontext():
+        with reached_taps(network), contiguous_where_it_overflows(network) if recipe.channels_last else nullcontext():
             yield
     finally:
         if recipe.channels_last:  # safetensors refuses weights in another layout
