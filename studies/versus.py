@@ -8,6 +8,8 @@
     python studies/versus.py resnet20_third_time … the same, at a third
     python studies/versus.py lite0_half_time --dataset folder --data-dir photos --initial-checkpoint FILE
     python studies/versus.py lite0_third_time … the same, at a third
+    python studies/versus.py mobilenetv2_half_time --dataset folder --data-dir cifar10 --teacher FOLDER
+    python studies/versus.py mobilenetv2_third_time … the same, at a third
     python studies/versus.py fashion --dataset torch/fashion_mnist --data-dir DIR --teacher FOLDER
     python studies/versus.py fashion_tight … the same, at a third of the MACs
 
@@ -122,9 +124,20 @@ _lite0_in_time = functools.partial(
     totals=(250,),
     rates={OURS: (0.005, 0.01), PRUNED: (0.0075, 0.02)},
 )
+_mobilenetv2_in_time = functools.partial(
+    _in_time,
+    "MobileNetV2 on CIFAR-10",
+    "--model mobilenetv2_100 --reduction 16 --img-size 32 --val-fraction 0.1 --views 1 --refine-epochs 1 "
+    "--proxy-images 1600",
+    images=12_800,
+    totals=(150,),
+    rates={OURS: (0.005, 0.01), PRUNED: (0.0075, 0.02)},
+)
 
 
 PAIRS = {
+    "mobilenetv2_half_time": _mobilenetv2_in_time(50, "half"),
+    "mobilenetv2_third_time": _mobilenetv2_in_time(33, "a third"),
     "resnet20_half_time": _resnet20_in_time(50, "half"),
     "resnet20_third_time": _resnet20_in_time(33, "a third"),
     "lite0_half_time": _lite0_in_time(50, "half"),
