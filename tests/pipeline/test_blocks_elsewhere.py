@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -97,19 +98,19 @@ def another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks_elsewhere, "_plan", lambda *given: replace(plan(*given), folder=ELSEWHERE))
 
 
-def build_shared(study: tuple[Job, Given], told: list[str]) -> Library:
+def build_shared(study: tuple[Job, Given], told: list[str], threads: int = 2) -> Library:
     job, (base, images, spec) = study
     shutil.rmtree(next(iter(job.cache.glob("library-*")), job.cache / "none"), ignore_errors=True)
-    with helping(job) as helpers, two_threads(), sharing_library(helpers, base, images, spec) as share:
+    with helping(job) as helpers, as_many(threads), sharing_library(helpers, base, images, spec) as share:
         library = open_builder(base, job.space.analysis, images, spec, job.cache).build(told.append, share)
     forget_blocks(job)
     return library
 
 
 @contextmanager
-def two_threads() -> Iterator[None]:
-    """As on a machine of two cores."""
-    torch.set_num_threads(2)
+def as_many(threads: int) -> Iterator[None]:
+    """As on a machine of so many cores."""
+    torch.set_num_threads(threads)
     try:
         yield
     finally:
@@ -118,8 +119,10 @@ def two_threads() -> Iterator[None]:
 
 def start_worker(url: str, out: Path, *more: str) -> subprocess.Popen[str]:
     arguments = ["--storage", url, "--study-name", "s", "--out", str(out), "--wait", "600", *more]
-    command = [warm_python(), "-m", "nas_kd.worker", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    python = sys.executable if "--ray=local" in more else warm_python()  # Ray knows its processes by number
+    command = [python, "-m", "nas_kd.worker", *arguments]
+    # Ray's tasks give way to others by default, and would starve beside a busy process
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
 
 
@@ -155,19 +158,25 @@ def assert_same(library: Library, alone: Library) -> None:
         assert replace(library.entries[key], seconds=0.0) == replace(entry, seconds=0.0)
 
 
-@pytest.mark.parametrize("url", ["sqlite", "postgresql"], indirect=True)
+@pytest.mark.parametrize(
+    ("url", "more"),
+    [("sqlite", ()), ("postgresql", ()), pytest.param("sqlite", ("--ray=local",), marks=pytest.mark.slow)],
+    indirect=["url"],
+)
 @pytest.mark.usefixtures("worth", "another_machine")
 def test_a_worker_makes_blocks_that_are_the_same_here(
-    study: tuple[Job, Given], alone: Library, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    study: tuple[Job, Given], alone: Library, url: str, more: tuple[str, ...], tmp_path: Path, monkeypatch: Any
 ) -> None:
-    worker = start_worker(url, tmp_path, "--part", "library")
+    worker = start_worker(url, tmp_path, "--part", "library", *more)
     began = only_after(lambda jobs: others_at_work(jobs, worker_name()) or worker.poll() is not None)
     monkeypatch.setattr(blocks_elsewhere, "do_jobs", began)
+    if more:  # a process of this machine would have made them all before Ray begins
+        monkeypatch.setattr(sharing, "_for_library", lambda job: 1)
     told = list[str]()
-    library = build_shared(study, told)
+    library = build_shared(study, told, threads=1 if more else 2)
     said, errors = worker.communicate()
     assert worker.returncode == 0, errors
-    assert "blocks of its library" in said
+    assert more or "blocks of its library" in said
     assert sum(step.share for step in told if isinstance(step, Step)) == pytest.approx(1)
     theirs = {path.name for path in (tmp_path / "cache").glob("library-*/*-*.safetensors")}
     assert theirs
