@@ -102,7 +102,7 @@ def _in_time(base: str, study: str, share: int, words: str, **more: Any) -> Pair
         study=f"{study} --budget latency={share}% --proxy-epochs 1",
         ours={"knapsack, small": small, "knapsack, closed forms": Ours(space=SPACE, stages=True, rounds=())},
         peers=(WHOLE, TAYLOR, rounded, f"{TAYLOR}, multiples of 8"),
-        timed=("knapsack, small", rounded),
+        timed=("knapsack, small", "knapsack, closed forms", rounded),
         seeds={"knapsack, small": 2, "knapsack, closed forms": 2, WHOLE: 2, TAYLOR: 2, rounded: 2},
         **more,
     )
@@ -113,7 +113,7 @@ _resnet20_in_time = functools.partial(
     "ResNet-20 on CIFAR-10",
     "--model cifar_resnet20 --img-size 32 --val-fraction 0.1 --views 1 --refine-epochs 1 --proxy-images 1600",
     images=12_800,
-    totals=(60,),
+    totals=(60, 200),
     rates={OURS: (0.005, 0.01), PRUNED: (0.0075, 0.02)},
 )
 _lite0_in_time = functools.partial(
