@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 
 _CONTAINER = Path("/sys/fs/cgroup/memory.max")
-_KEPT, _BLOCK = 128 << 20, 32 << 20  # bytes that the C library keeps free, and from which on a block is the system's
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # as mallopt names them
+_KEPT = 128 << 20  # bytes that the C library keeps free
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # as mallopt names them
 
 
 def memory_of_machine() -> int:
@@ -22,14 +22,14 @@ def memory_of_machine() -> int:
 
 
 def keep_some() -> None:
-    """Lets the C library (glibc) keep some of what is freed, for the rest of the process: else each training step
-    fetches most of its memory from the system anew (docs/decisions.md). Who has set the C library up by the
-    environment is left alone."""
+    """Lets the C library (glibc) keep some of what is freed, large blocks too, for the rest of the process: else each
+    training step fetches most of its memory from the system anew, page by page (docs/decisions.md). Who has set the C
+    library up by the environment is left alone."""
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return
     with contextlib.suppress(AttributeError, TypeError, OSError):  # another C library
         library = ctypes.CDLL(None)
-        library.mallopt(_MMAP_THRESHOLD, _BLOCK)
+        library.mallopt(_MMAP_MAX, 0)  # no block is the system's own, which would go back to it when it is freed
         library.mallopt(_TRIM_THRESHOLD, _KEPT)
 
 
