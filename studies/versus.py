@@ -46,7 +46,7 @@ import peers
 import plain_optuna
 import torch
 from torch import nn
-from versus_arms import FASTNAS, FRESH, OURS, PLAIN, PRUNED, Bench, Ours
+from versus_arms import FASTNAS, FRESH, OURS, PLAIN, PRUNED, Bench, Ours, OutOfReachError
 from versus_page import write_page
 
 from nas_kd.arguments.parsing import guarded
@@ -300,10 +300,15 @@ class Versus:
 
     def run(self, run: Run) -> None:
         """Trains and tests a network and writes its row; does nothing when it is there, or when there is no time."""
-        if run.key in self.records:
+        if run.key in self.records or beyond(run.arm) in self.records:
             return
         print(f"{time.strftime('%H:%M')} {run}", file=sys.stderr, flush=True)
-        made = self.bench.made(run.arm, run.seed)
+        try:
+            made = self.bench.made(run.arm, run.seed)
+        except OutOfReachError as error:
+            print(error, file=sys.stderr)
+            self.records[beyond(run.arm)] = True
+            return
         images = self.images(run, made.library + made.other)
         if images == 0:
             return
@@ -348,11 +353,17 @@ class Versus:
             self.records[TEACHER] = {**counted, "test": test}
 
 
+def beyond(arm: str) -> str:
+    """The key under which it is noted that an arm does not get within the bound."""
+    return f"beyond {arm}"
+
+
 def facts(pair: Pair, bench: Bench, command: str) -> dict[str, Any]:
     """What the page says of a pair beside its rows."""
     chosen = {arm: Versus(pair, bench).lr(arm) for arm in pair.arms if arm != PLAIN}
     kind, amount = next(iter(bench.job.budget.items()))
-    bound = {"bounded": kind, "bound": amount, "train": len(bench.materials.splits.train)}
+    out = [arm for arm in pair.arms if beyond(arm) in bench.records]
+    bound = {"bounded": kind, "bound": amount, "train": len(bench.materials.splits.train), "beyond": out}
     return {"title": pair.title, "study": pair.study, **bound, "command": command, "rates": chosen}
 
 

@@ -49,6 +49,10 @@ PLAIN, FASTNAS, TIMM = "Optuna and timm alone", "ModelOpt FastNAS", "timm "
 SCORED = 1000  # validation images that FastNAS scores a network by
 
 
+class OutOfReachError(Exception):
+    """An arm has no network within the bound."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ours:
     """One of our arms: which choices its library holds, with the widths of residual streams or not, for how many steps
@@ -152,7 +156,8 @@ class Bench:
             return Made(network=peers.small_model(arm.removeprefix(TIMM), calibration, classes))
         started = time.process_time()
         network = self._pruned(arm, calibration)
-        assert network is not None, f"{arm} cannot get within the budget"
+        if network is None:
+            raise OutOfReachError(f"{arm} cannot get within the budget")
         recalibrate(network, calibration)
         return Made(network=network, other=time.process_time() - started)
 

@@ -123,6 +123,8 @@ def pair_lines(pair: Row) -> Iterator[str]:
         else:
             yield f"\n### After {rows[0]['images']:,} images of distillation\n"
         yield from table(rows)
+    for arm in pair.get("beyond", ()):
+        yield f"\n`{arm}` does not get within the bound."
     yield from tried(pair)
 
 
