@@ -19,6 +19,7 @@ import optuna
 import pytest
 import servers
 import torch
+from libraries import assert_same_library
 from optuna.trial import TrialState
 from rich.console import Console
 from torch import nn
@@ -31,7 +32,6 @@ from nas_kd.data.images import AugmentedImages, Images
 from nas_kd.errors import ArtifactError, StudyError
 from nas_kd.library.building import LibrarySpec, build_library, open_builder
 from nas_kd.library.effort import Step
-from nas_kd.library.entries import EntryFile
 from nas_kd.library.library import Library, made_choices
 from nas_kd.pipeline import blocks_elsewhere, sharing
 from nas_kd.pipeline.blocks_elsewhere import BLOCKS, FILE, end_blocks, forget_blocks, take_blocks
@@ -147,17 +147,6 @@ def only_after(event: Callable[[optuna.Study], object]) -> Callable[..., int]:
     return do
 
 
-def assert_same(library: Library, alone: Library) -> None:
-    files = sorted(path.name for path in alone.folder.glob("*.safetensors"))
-    assert sorted(path.name for path in library.folder.glob("*.safetensors")) == files
-    for name in files:
-        (_, tensors), (_, wanted) = (EntryFile(own.folder / name).read() or (None, {}) for own in (library, alone))
-        assert tensors.keys() == wanted.keys()
-        assert all(torch.equal(tensors[key], tensor) for key, tensor in wanted.items())
-    for key, entry in alone.entries.items():
-        assert replace(library.entries[key], seconds=0.0) == replace(entry, seconds=0.0)
-
-
 @pytest.mark.parametrize(
     ("url", "more"),
     [("sqlite", ()), ("postgresql", ()), pytest.param("sqlite", ("--ray=local",), marks=pytest.mark.slow)],
@@ -180,7 +169,7 @@ def test_a_worker_makes_blocks_that_are_the_same_here(
     assert sum(step.share for step in told if isinstance(step, Step)) == pytest.approx(1)
     theirs = {path.name for path in (tmp_path / "cache").glob("library-*/*-*.safetensors")}
     assert theirs
-    assert_same(library, alone)
+    assert_same_library(library, alone)
     assert optuna.get_all_study_names(study[0].storage) == []
     left = [*study[0].cache.glob("inputs-*"), *study[0].cache.glob("*.zip"), *(tmp_path / "cache").glob("*.zip")]
     assert left == []
@@ -210,7 +199,7 @@ def test_what_a_killed_process_was_at_is_made_here(
     assert "ended (SIGKILL)" in caplog.text
     blocks = len([block for block in study[0].space.blocks if made_choices(block)])
     assert sorted(states) == [TrialState.COMPLETE] * blocks + [TrialState.FAIL]  # each once, one was taken over
-    assert_same(library, alone)
+    assert_same_library(library, alone)
 
 
 @pytest.mark.usefixtures("worth")
@@ -223,7 +212,7 @@ def test_a_block_that_is_lost_on_its_way_is_made_here(
     with caplog.at_level(logging.WARNING, "nas_kd"):
         library = build_shared(study, [])
     assert "a block that was made elsewhere is made here again" in caplog.text
-    assert_same(library, alone)
+    assert_same_library(library, alone)
 
 
 @pytest.mark.usefixtures("worth", "another_machine")

@@ -18,6 +18,7 @@ import optuna
 import pytest
 import timm
 import torch
+from libraries import assert_same_library
 from optuna.trial import TrialState
 from rich.console import Console
 from torch import Tensor, nn
@@ -28,7 +29,6 @@ from nas_kd.data.images import AugmentedImages, Images
 from nas_kd.genotype import Genotype
 from nas_kd.library.building import LibrarySpec, build_library, open_builder
 from nas_kd.library.effort import Step
-from nas_kd.library.entries import EntryFile
 from nas_kd.library.library import Library
 from nas_kd.pipeline import ahead, helpers, sharing
 from nas_kd.pipeline.baselines import Wanted, whole_space
@@ -129,18 +129,6 @@ def build_shared(others: Helpers, given: Given, told: list[str]) -> Library:
         return open_builder(base, job.space.analysis, images, spec, job.cache).build(told.append, share)
 
 
-def assert_same(library: Library, alone: Library) -> None:
-    files = sorted(path.name for path in alone.folder.glob("*.safetensors"))
-    assert sorted(path.name for path in library.folder.glob("*.safetensors")) == files
-    for name in files:
-        (_, tensors), (_, wanted) = (EntryFile(own.folder / name).read() or (None, {}) for own in (library, alone))
-        assert tensors.keys() == wanted.keys()
-        assert all(torch.equal(tensors[key], tensor) for key, tensor in wanted.items())
-    assert library.entries.keys() == alone.entries.keys()
-    for key, entry in library.entries.items():
-        assert replace(entry, seconds=0.0) == replace(alone.entries[key], seconds=0.0)
-
-
 @pytest.fixture(scope="module")
 def shared(others: Helpers, blocks: Given) -> tuple[Library, list[str]]:
     """A library of which this process makes one block, the other all others, and what is said meanwhile. The other has
@@ -158,7 +146,7 @@ def test_another_process_makes_the_same_blocks(
     library, told = shared
     assert done_file(others.folder / "library", others.others[0].pid).exists()
     assert sum(step.share for step in told if isinstance(step, Step)) == pytest.approx(1)
-    assert_same(library, alone)
+    assert_same_library(library, alone)
 
 
 def test_the_same_process_then_trains_the_same_models(
@@ -282,7 +270,7 @@ def test_blocks_of_a_process_that_is_killed_are_made_here(
     with caplog.at_level(logging.WARNING):
         library = build_shared(others, blocks, [])
     assert "ended (SIGKILL)" in caplog.text
-    assert_same(library, alone)
+    assert_same_library(library, alone)
 
 
 def test_what_a_process_that_dies_leaves_is_trained_here(
@@ -332,7 +320,7 @@ def test_a_process_that_cannot_begin_is_done_without(
     with helping(study[0]) as others, caplog.at_level(logging.WARNING):
         library = build_shared(others, blocks, [])
     assert "there is no process beside this one: No such file" in caplog.text
-    assert_same(library, alone)
+    assert_same_library(library, alone)
 
 
 @pytest.mark.parametrize(
