@@ -79,9 +79,10 @@ class Damages:
         pixels, logits = self._pixels[part], []
         zero = pixels.new_zeros(())
         shapes = {frame: self.recorder.shapes[self._names[frame]] for frame in blanks or ()}
-        for at in torch.split(torch.arange(len(pixels)), self._part):
-            now = {frame: tuple(zero.expand(len(at), *shape) for shape in own) for frame, own in shapes.items()}
-            now |= {frame: tuple(tensor[at] for tensor in tensors) for frame, tensors in given.items()}
-            with replaying(self.base, now), reached_taps(self.base):
-                logits.append(self.base(pixels[at]))
+        with reached_taps(self.base):
+            for at in torch.split(torch.arange(len(pixels)), self._part):
+                now = {frame: tuple(zero.expand(len(at), *shape) for shape in own) for frame, own in shapes.items()}
+                now |= {frame: tuple(tensor[at] for tensor in tensors) for frame, tensors in given.items()}
+                with replaying(self.base, now):
+                    logits.append(self.base(pixels[at]))
         return torch.cat(logits)

@@ -47,10 +47,8 @@ from nas_kd.search.storage import close_storage, open_storage, storage_errors
 from nas_kd.search.workers import RetryingStudy
 from nas_kd.training.evaluation import predict_logits
 from nas_kd.training.ranks import current
-from nas_kd.workers.crew import run_to_end
-from nas_kd.workers.joining import is_begun, own_workers, the_one
-from nas_kd.workers.kit import PRIVATE, damaged, fetch
-from nas_kd.workers.ray_crew import ray_workers
+from nas_kd.workers.joining import is_begun, lead_to_end, the_one
+from nas_kd.workers.kit import PRIVATE, cache_here, check_version, damaged, locate_files
 
 BLOCKS = "nas_kd blocks"  # the user attribute of these jobs: what workers need for them
 _INPUTS = "inputs-{}.safetensors"  # of a library's folder
@@ -76,6 +74,11 @@ class Plan:
     artifacts: str | None
     files: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def paths(self) -> tuple[str, str]:
+        """The files that a worker reads."""
+        return self.inputs, f"{self.library}/importance.safetensors"
+
 
 # the study's own command
 
@@ -90,7 +93,6 @@ def make_with_workers(job: Job, count: int, inputs: LibraryInputs, blocks: OpenB
     """Makes blocks of a library here, in `count` processes, and wherever workers are; what comes of others is fetched.
     Returns the blocks that these made."""
     names = {_key(blocks.folder.name, name): name for name in blocks.shares}
-    packed = {key: job.cache / f"{blocks.folder.name}-{name}.zip" for key, name in names.items()}
     own = set[str]()
 
     def run(key: str) -> tuple[float, Notes]:
@@ -110,7 +112,7 @@ def make_with_workers(job: Job, count: int, inputs: LibraryInputs, blocks: OpenB
         told.tell()
         for key, notes in done_jobs(jobs).items():
             if key in names and key not in own:
-                _bring(plan, packed[key], blocks.folder, notes)
+                _bring(plan, blocks.folder, names[key], notes)
     return [name for key, name in names.items() if key not in own]
 
 
@@ -167,8 +169,7 @@ def _plan(job: Job, inputs: LibraryInputs, folder: Path) -> Plan:
     if not (job.cache / path).exists():
         inputs.write(job.cache / path)
     store = open_store(job.settings.artifacts) if job.settings.artifacts else None
-    paths = path, f"{folder.name}/importance.safetensors"
-    return Plan(
+    plan = Plan(
         version=__version__,
         settings={**dataclasses.asdict(job.settings), **PRIVATE},
         num_classes=predict_logits(inputs.base, inputs.images[:1]).shape[1],
@@ -177,12 +178,20 @@ def _plan(job: Job, inputs: LibraryInputs, folder: Path) -> Plan:
         library=folder.name,
         folder=str(job.cache.resolve()),
         artifacts=None if store is None else store.address,
-        files={} if store is None else {each: store.put(job.cache / each) for each in paths},
     )
+    if store is None:
+        return plan
+    return dataclasses.replace(plan, files={each: store.put(job.cache / each) for each in plan.paths})
 
 
-def _bring(plan: Plan, packed: Path, folder: Path, notes: Notes) -> None:
+def _packed(folder: Path, block: str) -> Path:
+    """The file in which the entries of a block travel."""
+    return folder.with_name(f"{folder.name}-{block}.zip")
+
+
+def _bring(plan: Plan, folder: Path, block: str, notes: Notes) -> None:
     """Fetches the entries of a block that was made elsewhere, where they are not in the folder already."""
+    packed = _packed(folder, block)
     if FILE not in notes:
         return
     try:
@@ -214,11 +223,8 @@ def take_blocks(settings: WorkerSettings, stages: Stages, sleep: Callable[[float
             name, jobs, plan = found
             if plan is None:
                 return 0
-            if settings.ray is not None:
-                with ray_workers(settings, name, PART) as workers:
-                    return run_to_end(workers)
-            if settings.jobs > 1:
-                return run_to_end(own_workers(settings, name, PART))
+            if (led := lead_to_end(settings, name, PART)) is not None:
+                return led
             with stages.stage("library", _PERCENT) as advance:
                 return _make_if_open(jobs, plan, settings, device, advance)
     finally:
@@ -249,11 +255,7 @@ def _find(storage: BaseStorage, wanted: str) -> _Found | None:
         return None
     if noted == DONE:
         return name, jobs, None
-    if noted.get("version") != __version__:
-        raise StudyError(
-            f"the study {name!r} was begun by nas_kd {noted.get('version')}, this is {__version__}: install that "
-            "version here"
-        )
+    check_version(name, noted)
     return name, jobs, Plan(**noted)
 
 
@@ -271,8 +273,10 @@ def _make_if_open(
 
 def _make(jobs: RetryingStudy, plan: Plan, settings: WorkerSettings, device: torch.device, advance: Advance) -> int:
     """Makes blocks until none is left; those of another folder than the study's own go into its artifact store."""
-    cache = _locate(plan, settings)
-    store = None if cache == Path(plan.folder) else settings.artifacts or plan.artifacts
+    own, address = Path(plan.folder), settings.artifacts or plan.artifacts
+    here = cache_here(settings.out, restore_settings(plan.settings).name)
+    cache = locate_files(own, plan.paths, here, address, plan.files)
+    store = None if cache == own else address
     builder = _builder(jobs, plan, cache, device)
     made = 0
 
@@ -292,23 +296,6 @@ def _make(jobs: RetryingStudy, plan: Plan, settings: WorkerSettings, device: tor
 
     builder.build(lambda words: advance(words, _PERCENT * getattr(words, "share", 0.0)), share)
     return made
-
-
-def _locate(plan: Plan, settings: WorkerSettings) -> Path:
-    """The folder with a plan's files: the study's own where it can be read, else one that they are fetched into. Raises
-    ArtifactError where they are not to be had."""
-    own = Path(plan.folder)
-    if (own / plan.inputs).exists():
-        return own
-    address = settings.artifacts or plan.artifacts
-    if address is None or not plan.files:
-        raise ArtifactError(
-            f"the files of the study are not here (there is no {own / plan.inputs}): run its command with --artifacts "
-            "STORE, or put its --out into a folder that this machine shares"
-        )
-    cache = Path(settings.out or Path("results") / restore_settings(plan.settings).name) / "cache"
-    fetch(plan.files, address, cache)
-    return cache
 
 
 def _builder(jobs: RetryingStudy, plan: Plan, cache: Path, device: torch.device) -> Builder:
@@ -332,7 +319,7 @@ def _put(store: str, builder: Builder, name: str) -> str:
     """Keeps the entries of a block in an artifact store."""
     block = builder.analysis.block(name)
     files = [entry_file(builder.folder, block, index).path for index in made_choices(block)]
-    packed = builder.folder.with_name(f"{builder.folder.name}-{name}.zip")
+    packed = _packed(builder.folder, name)
     pack_files(files, packed)
     digest = open_store(store).put(packed)
     packed.unlink()

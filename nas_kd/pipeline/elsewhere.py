@@ -36,10 +36,9 @@ from nas_kd.search.storage import storage_errors
 from nas_kd.search.workers import RetryingStudy
 from nas_kd.training.ranks import current
 from nas_kd.training.views import Views, open_views
-from nas_kd.workers.crew import local_workers, run_to_end, share_of_threads, stop_all, worker_arguments
-from nas_kd.workers.joining import joined, own_workers
+from nas_kd.workers.crew import local_workers, share_of_threads, stop_all, worker_arguments
+from nas_kd.workers.joining import joined, lead_to_end
 from nas_kd.workers.kit import Kit, damaged, equip, fetch, locate, read_kit, settings_of, view_files
-from nas_kd.workers.ray_crew import ray_workers
 
 MODELS = "nas_kd models"  # the study's user attribute: what is to be trained once the search is done
 COMING, DONE = "coming", "done"
@@ -193,11 +192,8 @@ def take_models(settings: WorkerSettings, stages: Stages, sleep: Callable[[float
         jobs = None if plan is None else open_jobs(storage, study.study_name)
         if plan is None or jobs is None:
             return 0
-        if settings.ray is not None:
-            with ray_workers(settings, study.study_name, PART) as workers:
-                return run_to_end(workers)
-        if settings.jobs > 1:
-            return run_to_end(own_workers(settings, study.study_name, PART))
+        if (led := lead_to_end(settings, study.study_name, PART)) is not None:
+            return led
         site = _site(study, kit, plan, settings, device)
         with stages.stage("models", sum(model["epochs"] for model in plan.models.values())) as advance:
             return _train(jobs, plan, site, settings.grace_period, advance)

@@ -28,6 +28,7 @@ from nas_kd.workers.crew import (
     file_arguments,
     local_workers,
     run_crew,
+    run_to_end,
     worker_arguments,
 )
 from nas_kd.workers.kit import Kit, check_space, equip, locate, read_kit, settings_of
@@ -90,6 +91,15 @@ def own_workers(settings: WorkerSettings, name: str, part: str) -> list[LocalWor
     """A worker's own `--jobs` on this machine, for a part of the study's work."""
     command = [*worker_arguments(name, settings.grace_period, part), *file_arguments(settings)]
     return local_workers(command, settings.storage, settings.device, settings.jobs)
+
+
+def lead_to_end(settings: WorkerSettings, name: str, part: str) -> int | None:
+    """Runs a worker's `--jobs` for a part of a study's work to their end, where there are several or a Ray cluster has
+    them: gives 0, what they did is not this worker's own; else None."""
+    if settings.ray is not None:
+        with ray_workers(settings, name, part) as workers:
+            return run_to_end(workers)
+    return run_to_end(own_workers(settings, name, part)) if settings.jobs > 1 else None
 
 
 def _work(study: optuna.Study, objective: Objective, settings: WorkerSettings, stages: Stages) -> int:

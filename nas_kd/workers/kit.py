@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,12 +139,17 @@ def read_kit(study: optuna.Study) -> Kit | None:
         if study.user_attrs.get(CONFIG) is None and study.get_trials(deepcopy=False):
             raise StudyError(f"the study {study.study_name!r} in this storage was not made by nas_kd")
         return None
+    check_version(study.study_name, noted)
+    return Kit(**{**noted, "mean": tuple(noted["mean"]), "std": tuple(noted["std"])})
+
+
+def check_version(name: str, noted: Mapping[str, Any]) -> None:
+    """Raises StudyError where another version of nas_kd noted something for workers."""
     if noted.get("version") != __version__:
         raise StudyError(
-            f"the study {study.study_name!r} was begun by nas_kd {noted.get('version')}, this is {__version__}: "
+            f"the study {name!r} was begun by nas_kd {noted.get('version')}, this is {__version__}: "
             "install that version here, or start over with --new-study"
         )
-    return Kit(**{**noted, "mean": tuple(noted["mean"]), "std": tuple(noted["std"])})
 
 
 def settings_of(kit: Kit) -> Settings:
@@ -153,22 +158,31 @@ def settings_of(kit: Kit) -> Settings:
 
 
 def locate(kit: Kit, out: str | None, artifacts: str | None) -> Path:
-    """The folder with a kit's files: the study's own where it can be read, else one that they are fetched into.
+    """The folder with a kit's files, as `locate_files` finds it."""
+    cache = cache_here(out, settings_of(kit).name)
+    return locate_files(Path(kit.folder), list(kit.paths()), cache, artifacts or kit.artifacts, kit.files)
+
+
+def cache_here(out: str | None, name: str) -> Path:
+    """Where a worker keeps what it fetches for a study."""
+    return Path(out or Path("results") / name) / "cache"
+
+
+def locate_files(own: Path, paths: Sequence[str], cache: Path, address: str | None, files: Mapping[str, str]) -> Path:
+    """The folder with these files of a study: its `own` where the first can be read, else `cache`, into which those of
+    the artifact store at `address` are fetched by their SHA-256, `files`.
 
     Raises ArtifactError when they are nowhere to be had, or a file is missing or was altered.
     """
-    own = Path(kit.folder)
-    if (own / kit.weights).exists():
+    if (own / paths[0]).exists():
         return own
-    cache = Path(out or Path("results") / settings_of(kit).name) / "cache"
-    address = artifacts or kit.artifacts
-    missing = [path for path in kit.paths() if not (cache / path).exists()]
-    if missing and (address is None or not kit.files):
+    missing = [path for path in paths if not (cache / path).exists()]
+    if missing and (address is None or not files):
         raise ArtifactError(
-            f"the files of the study are not here (there is no {own / kit.weights}): run its command with --artifacts "
+            f"the files of the study are not here (there is no {own / paths[0]}): run its command with --artifacts "
             "STORE, or put its --out into a folder that this machine shares"
         )
-    fetch({path: kit.files[path] for path in missing}, address, cache)
+    fetch({path: files[path] for path in missing if path in files}, address, cache)
     return cache
 
 
