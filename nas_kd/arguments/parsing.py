@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from nas_kd.arguments.torchrun import end
 from nas_kd.data.memory import keep_some
 from nas_kd.errors import NasKdError
 
@@ -123,7 +124,7 @@ def guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None)
         if "--debug" in arguments:
             traceback.print_exc()
         sys.stderr.write(f"nas_kd: {error}\n")
-        return 2
+        return end(2)
     except KeyboardInterrupt:
         sys.stderr.write("nas_kd: stopped; what is finished is kept, the same command goes on from there\n")
-        return 130
+        return end(130)
