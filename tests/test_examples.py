@@ -24,6 +24,7 @@ from torch import nn
 
 import nas_kd
 from nas_kd.__main__ import main
+from nas_kd.networks.int8 import quantise
 from nas_kd.search.storage import close_storage, open_storage
 
 ROOT = Path(__file__).parent.parent
@@ -91,16 +92,26 @@ def test_onnx_inference_needs_no_torch(place: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
     Image.fromarray(pixels).resize((120, 90), Image.Resampling.BICUBIC).save(place / "photo.png")
     program = "import runpy, sys; runpy.run_path(sys.argv[0]); assert 'torch' not in sys.modules"
-    begin = f"import sys; sys.argv = {[str(EXAMPLES / 'onnx_inference.py'), str(place / RESULT), 'photo.png']!r}; "
-    done = subprocess.run(
-        [sys.executable, "-c", begin + program], cwd=place, capture_output=True, text=True, check=True
-    )
-    told = {name: float(value) for name, value in (line.split(": ") for line in done.stdout.splitlines())}
+
+    def told(*more: str) -> dict[str, float]:
+        words = [str(EXAMPLES / "onnx_inference.py"), str(place / RESULT), "photo.png", *more]
+        done = subprocess.run(
+            [sys.executable, "-c", f"import sys; sys.argv = {words!r}; {program}"],
+            cwd=place,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return {name: float(value) for name, value in (line.split(": ") for line in done.stdout.splitlines())}
+
     model = nas_kd.load(place / RESULT).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-    logits = model(transform(Image.open(place / "photo.png"))[None])[0].tolist()
-    assert told == pytest.approx(dict(zip(("cat", "dog", "owl"), logits, strict=True)), abs=0.002)
-    assert list(told) == sorted(told, key=lambda name: -told[name])
+    image = transform(Image.open(place / "photo.png"))[None]
+    found, logits = told(), dict(zip(("cat", "dog", "owl"), model(image)[0].tolist(), strict=True))
+    assert found == pytest.approx(logits, abs=0.002)
+    assert list(found) == sorted(found, key=lambda name: -found[name])
+    quantise(place / RESULT / "model.onnx", image, place / RESULT / "model.int8.onnx")
+    assert told("model.int8.onnx") == pytest.approx(logits, abs=0.1 * max(map(abs, logits.values())))
 
 
 def test_own_photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

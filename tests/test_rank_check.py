@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
+import servers
 from injection import exit_code
+from optuna.trial import TrialState
+from warm import warm_python
 
 from nas_kd.costs.latency import limited_threads
 from nas_kd.genotype import Genotype
-from nas_kd.pipeline.helpers import Claims
 from nas_kd.preparation.records import Records
 from nas_kd.progress import Advance
-from nas_kd.rank_check import main, measuring
+from nas_kd.rank_check import elsewhere, main, measuring
+from nas_kd.rank_check.parts import Measuring
 from nas_kd.results.rank_rows import FILE, RankCheck, read_check
+from nas_kd.search.jobs import done_jobs
+from nas_kd.search.storage import close_storage, open_storage
+from nas_kd.search.workers import WORKER
 from nas_kd.study import main as study
+from nas_kd.worker import main as work
+from nas_kd.workers import kit
 
 BASE = (
     "--model test_resnet --img-size 32 --teacher-epochs 1 --train-images 100 --budget macs=40%"
@@ -61,6 +73,18 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     done = subprocess.run(command(out, "--near", "3"), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return out, done.stdout, done.stderr
+
+
+@pytest.fixture
+def shared(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A storage that several machines reach."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'shared.db'}"
+        return
+    if servers.postgres_folder() is None:
+        pytest.skip("PostgreSQL is not installed")
+    with servers.postgres() as server:
+        yield server.url
 
 
 @pytest.fixture
@@ -211,37 +235,135 @@ def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-@pytest.mark.usefixtures("two_threads")
-def test_another_process_measures_the_same(
-    finished: tuple[Path, str, str], prepared: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one, mine = measuring.Measuring.one, list[Genotype]()
+@pytest.fixture
+def mine(monkeypatch: pytest.MonkeyPatch) -> list[Genotype]:
+    """What the command itself measures."""
+    one, found = Measuring.one, list[Genotype]()
 
-    def noted(own: measuring.Measuring, genotype: Genotype, tell: Advance) -> None:
-        mine.append(genotype)
+    def noted(own: Measuring, genotype: Genotype, tell: Advance) -> None:
+        found.append(genotype)
         one(own, genotype, tell)
 
-    monkeypatch.setattr(measuring.Measuring, "one", noted)
-    monkeypatch.setattr(Claims, "work", lambda claims, parts, do, advance: list(parts))  # the other takes them all
-    assert main([*BASE, *SMALL, "--starts", "study", "--out", str(prepared), "-q"]) == 0
-    assert len(mine) == 1
-    assert set(records(prepared).values()) == {1}
-    ours, first = result(prepared).groups[0], result(finished[0]).groups[0]
+    monkeypatch.setattr(Measuring, "one", noted)
+    return found
+
+
+def only_after(event: Callable[[optuna.Study], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command does jobs once something has happened to another process, which has them all until then."""
+    do_jobs = elsewhere.do_jobs
+
+    def do(jobs: Any, *arguments: Any, **more: Any) -> int:
+        while not event(jobs):
+            time.sleep(0.05)
+        return do_jobs(jobs, *arguments, **more)
+
+    monkeypatch.setattr(elsewhere, "do_jobs", do)
+
+
+def others_at_work(jobs: optuna.Study) -> list[int]:
+    """The processes that are at a job."""
+    found = jobs.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    return [int(str(job.user_attrs[WORKER]).rpartition(":")[2]) for job in found if WORKER in job.user_attrs]
+
+
+def kill_others(jobs: optuna.Study) -> bool:
+    """Whether a process was at a job; there is none any more."""
+    found = others_at_work(jobs)
+    for process in found:
+        os.kill(process, signal.SIGKILL)
+    return bool(found)
+
+
+def left_in(url: str) -> list[str]:
+    """What a storage still holds."""
+    storage = open_storage(url)
+    try:
+        return optuna.get_all_study_names(storage)
+    finally:
+        close_storage(storage)
+
+
+def check_same(out: Path, finished: tuple[Path, str, str]) -> None:
+    """What was measured with others is what one process measures, and nothing of the sharing is left."""
+    assert set(records(out).values()) == {1}
+    ours, first = result(out).groups[0], result(finished[0]).groups[0]
     start = parts(finished[0])[-2]
     assert ours.truth == first.truth
     assert ours.row("accuracy", start, 4).values == first.row("accuracy", start, 4).values  # type: ignore[union-attr]
-    assert not list(prepared.glob("cache/sharing-*"))
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_what_a_process_that_ends_had_taken_is_measured_here(
-    prepared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_another_process_measures_the_same(
+    finished: tuple[Path, str, str], prepared: Path, mine: list[Genotype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measuring, "HELPER", "nas_kd.rank_check.nowhere")
-    monkeypatch.setattr(Claims, "work", lambda claims, parts, do, advance: list(parts))
+    only_after(done_jobs, monkeypatch)
+    assert main([*BASE, *SMALL, "--starts", "study", "--out", str(prepared), "-q"]) == 0
+    assert 1 <= len(mine) < 3
+    check_same(prepared, finished)
+    assert left_in(f"sqlite:///{prepared / 'study.db'}") == []
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_what_a_process_that_dies_had_taken_is_measured_here(
+    finished: tuple[Path, str, str],
+    prepared: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    only_after(kill_others, monkeypatch)
     assert main([*BASE, *SMALL, "--starts", "study", "--out", str(prepared)]) == 0
     assert capsys.readouterr().err.count("a process beside this one ended") == 1
-    assert set(records(prepared).values()) == {1}
+    check_same(prepared, finished)
+
+
+@pytest.mark.parametrize("shared", [pytest.param("postgresql", marks=pytest.mark.slow), "sqlite"], indirect=True)
+def test_a_worker_on_another_machine_measures_the_same(
+    shared: str,
+    finished: tuple[Path, str, str],
+    prepared: Path,
+    tmp_path: Path,
+    mine: list[Genotype],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another machine: its folder is its own, and what it needs is in the artifact store alone."""
+    describe = kit._describe
+    monkeypatch.setattr(kit, "_describe", lambda *given: dataclasses.replace(describe(*given), folder="elsewhere"))
+    only_after(done_jobs, monkeypatch)
+    joining = ["--storage", shared, "--wait", "600", "--out", str(tmp_path / "joined"), "--device", "cpu"]
+    worker = subprocess.Popen(
+        [warm_python(), "-m", "nas_kd.worker", *joining], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    stored = ["--storage", shared, "--artifacts", str(tmp_path / "store")]
+    assert main([*BASE, *SMALL, "--starts", "study", "--out", str(prepared), "-q", *stored]) == 0
+    printed, said = worker.communicate(timeout=600)
+    assert worker.returncode == 0, said
+    assert re.search(r"the rank check has its genotypes; [123] of them were this worker's", printed)
+    assert len(mine) < 3
+    check_same(prepared, finished)
+    assert left_in(shared) == []
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_worker_of_another_version_measures_nothing(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it would find has other keys; the command goes on without it."""
+    shared = f"sqlite:///{tmp_path / 'shared.db'}"
+    joining = ["--storage", shared, "--device", "cpu", "--out", str(tmp_path / "joined"), "--part", "genotypes", "-q"]
+    plan = elsewhere.Plan
+
+    def other(**facts: Any) -> elsewhere.Plan:
+        return plan(**{**facts, "keys": {**facts["keys"], "truth": "another"}})
+
+    def do(jobs: Any, *arguments: Any, **more: Any) -> int:
+        assert work(joining) == 2
+        return do_jobs(jobs, *arguments, **more)
+
+    do_jobs = elsewhere.do_jobs
+    monkeypatch.setattr(elsewhere, "Plan", other)
+    monkeypatch.setattr(elsewhere, "do_jobs", do)
+    assert main([*BASE, *SMALL, "--starts", "study", "--out", str(prepared), "-q", "--storage", shared]) == 0
+    assert "use the same versions of nas_kd and timm" in capsys.readouterr().err
 
 
 def test_ctrl_c_says_that_nothing_is_lost(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nas_kd.arguments.parsing import model_name, number, path, size
+from nas_kd.arguments.parsing import model_name, number, path, size, storage
 from nas_kd.budget import ACCELERATOR, ACCELERATORS
 from nas_kd.data.preprocessing import INTERPOLATIONS
 from nas_kd.errors import NasKdError
@@ -228,6 +228,16 @@ def add_onnx(add: Callable[..., object]) -> None:
         "--onnx",
         action=argparse.BooleanOptionalAction,
         help="write the front's models as ONNX as well (where onnx is installed)",
+    )
+
+
+def add_storage(add: Callable[..., object]) -> None:
+    """Where a study lives."""
+    add(
+        "--storage",
+        type=storage,
+        metavar="URL",
+        help="Optuna storage: a URL, or a file for SQLite (study.db in the output folder, or $NAS_KD_STORAGE)",
     )
 
 

@@ -26,6 +26,7 @@ from nas_kd.arguments.shared import (
     add_proxy_rate,
     add_recipe,
     add_report,
+    add_storage,
     add_workers,
     check_teacher,
 )
@@ -249,12 +250,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     add_onnx(add)
     add("--int8", action="store_true", help="write the front's models and the teacher as int8 too, and measure them")
     add("--new-study", action="store_true", help="begin anew under this name; the study that had it is kept")
-    add(
-        "--storage",
-        type=storage,
-        metavar="URL",
-        help="Optuna storage: a URL, or a file for SQLite (study.db in the output folder, or $NAS_KD_STORAGE)",
-    )
+    add_storage(add)
     add_workers(parser)
 
 
@@ -264,7 +260,7 @@ def parse_study(argv: Sequence[str]) -> Settings:
     # starting over is done once: the same command again resumes
     again = (without_password(argument) for argument in argv if argument != "--new-study")
     arguments["command"] = command_line("python -m nas_kd.study", list(again))
-    arguments["storage"] = arguments["storage"] or _storage_of_environment()
+    arguments["storage"] = arguments["storage"] or storage_of_environment()
     return settings_from(arguments)
 
 
@@ -275,7 +271,8 @@ def settings_like(asked: Mapping[str, Any], command: str, **fixed: Any) -> Setti
     return settings_from({**defaults, **fixed, **asked, "command": command})
 
 
-def _storage_of_environment() -> str | None:
+def storage_of_environment() -> str | None:
+    """What $NAS_KD_STORAGE names. Raises NasKdError for what is no storage."""
     try:
         return storage(os.environ.get(STORAGE, "")) or None
     except argparse.ArgumentTypeError as error:

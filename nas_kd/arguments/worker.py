@@ -13,6 +13,7 @@ from nas_kd.arguments.study import STORAGE
 from nas_kd.errors import NasKdError
 
 LIBRARY, TRIALS, MODELS = PARTS = "library", "trials", "models"  # of a study's work, in its order
+GENOTYPES = "genotypes"  # of a rank check
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +41,7 @@ def worker_parser(prog: str = "python -m nas_kd.worker") -> argparse.ArgumentPar
     """The parser of the command that joins a study."""
     parser = Parser(
         prog=prog,
-        description="Joins a study: blocks of its library, trials and models, beside its other workers.",
+        description="Joins a study: blocks of its library, trials and models, beside its others; or a rank check.",
         epilog=f"example: {prog} --storage postgresql+psycopg://me@db/nas --study-name resnet18-digits-params1M",
     )
     add = parser.add_argument
@@ -75,7 +76,7 @@ def worker_parser(prog: str = "python -m nas_kd.worker") -> argparse.ArgumentPar
         help="GPUs that Ray gives to each, also a share of one (1, or 0 in a cluster without)",
     )
     add("--leash", action="store_true", help=argparse.SUPPRESS)
-    add("--part", choices=PARTS, help=argparse.SUPPRESS)
+    add("--part", choices=(*PARTS, GENOTYPES), help=argparse.SUPPRESS)
     add("-q", "--quiet", action="store_true", help="print nothing but errors")
     add("--debug", action="store_true", help="tracebacks and debug messages")
     return parser

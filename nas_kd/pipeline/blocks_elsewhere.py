@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import optuna
 import torch
 from optuna.storages import BaseStorage, InMemoryStorage
 from safetensors import SafetensorError
@@ -35,19 +34,19 @@ from nas_kd.search.artifacts import open_store, pack_files, unpack
 from nas_kd.search.jobs import (
     LIBRARY,
     Notes,
+    Told,
     are_there,
     do_jobs,
     done_jobs,
     open_jobs,
     post_jobs,
     remove_jobs,
-    study_of,
 )
 from nas_kd.search.storage import close_storage, open_storage, storage_errors
 from nas_kd.search.workers import RetryingStudy
 from nas_kd.training.evaluation import predict_logits
 from nas_kd.training.ranks import current
-from nas_kd.workers.joining import is_begun, lead_to_end, the_one
+from nas_kd.workers.joining import find_jobs, is_begun, lead_to_end
 from nas_kd.workers.kit import PRIVATE, cache_here, check_version, damaged, locate_files
 
 BLOCKS = "nas_kd blocks"  # the user attribute of these jobs: what workers need for them
@@ -95,6 +94,9 @@ def make_with_workers(job: Job, count: int, inputs: LibraryInputs, blocks: OpenB
     names = {_key(blocks.folder.name, name): name for name in blocks.shares}
     own = set[str]()
 
+    def report_made(name: str) -> None:
+        blocks.report(Step(f"{name}: made by another process", blocks.shares[name]))
+
     def run(key: str) -> tuple[float, Notes]:
         own.add(key)
         blocks.make(names[key], blocks.report)
@@ -106,7 +108,7 @@ def make_with_workers(job: Job, count: int, inputs: LibraryInputs, blocks: OpenB
         note_cycles(jobs, job.space)
         plan = _plan(job, inputs, blocks.folder)
         jobs.set_user_attr(BLOCKS, dataclasses.asdict(plan))
-        told = _Told(jobs, names, blocks, own)
+        told = Told(jobs, names, own, lambda key, _: report_made(names[key]))
         with more_processes(job, count, PART) as sleep:
             do_jobs(jobs, run, grace=job.settings.grace_period, sleep=told.beside(sleep))
         told.tell()
@@ -114,33 +116,6 @@ def make_with_workers(job: Job, count: int, inputs: LibraryInputs, blocks: OpenB
             if key in names and key not in own:
                 _bring(plan, blocks.folder, names[key], notes)
     return [name for key, name in names.items() if key not in own]
-
-
-@dataclass(slots=True)
-class _Told:
-    """Tells of the blocks that others made, not those in `own`, as they are done."""
-
-    jobs: RetryingStudy
-    names: Mapping[str, str]
-    blocks: OpenBlocks
-    own: Collection[str]
-    done: set[str] = field(default_factory=set)
-
-    def tell(self) -> None:
-        """Tells of what was done since the last time."""
-        for key in sorted(done_jobs(self.jobs).keys() & self.names.keys() - self.done - set(self.own)):
-            self.done.add(key)
-            name = self.names[key]
-            self.blocks.report(Step(f"{name}: made by another process", self.blocks.shares[name]))
-
-    def beside(self, sleep: Callable[[float], None]) -> Callable[[float], None]:
-        """What sleeps so, and tells."""
-
-        def sleep_and_tell(seconds: float) -> None:
-            sleep(seconds)
-            self.tell()
-
-        return sleep_and_tell
 
 
 def end_blocks(job: Job) -> None:
@@ -243,11 +218,10 @@ def _await_blocks(storage: BaseStorage, settings: WorkerSettings, sleep: Callabl
 
 
 def _find(storage: BaseStorage, wanted: str) -> _Found | None:
-    studies = map(study_of, optuna.get_all_study_names(storage))
-    name = the_one([own for own, kind in studies if kind == LIBRARY], wanted)
-    jobs = None if name is None else open_jobs(storage, name, LIBRARY)
-    if name is None or jobs is None:
+    found = find_jobs(storage, wanted, LIBRARY)
+    if found is None:
         return None
+    name, jobs = found
     noted: Any = None
     with suppress(KeyError):  # they were put away at this moment
         noted = jobs.user_attrs.get(BLOCKS)

@@ -22,7 +22,7 @@ from nas_kd.data.images import AugmentedImages, Images, ImageSet, normalise
 from nas_kd.data.splits import Splits
 from nas_kd.errors import OutputError
 from nas_kd.networks.int8 import LayerError, quantise
-from nas_kd.networks.onnx import need, open_session, write_model
+from nas_kd.networks.onnx import PRECISE, need, open_session, write_model
 from nas_kd.results.rows import Int8Row
 from nas_kd.training.fake_quantisation import fake_quantised
 from nas_kd.training.loop import train
@@ -38,6 +38,9 @@ _TOO_MUCH = 0.01  # with which an int8 file is not to be deployed, however fast 
 _RATE, _BATCH = 2e-4, 64  # of AdamW; SGD with momentum ended in NaN on folded weights
 _RECOVERY_IMAGES = 6_000  # that a recovery sees
 _WORST = 5  # layers that are named
+_ARITHMETIC = "exact"  # as int8 is measured: without the overflows of old x86 processors, once part of it
+# for model cards
+_ADVICE = f"{INT8} on x86 without VNNI: session option {PRECISE} = 1, else sums overflow"
 _TIMING = Timing(warmup=3, repeats=10, limit_s=2.0)
 _logger = logging.getLogger(__name__)
 
@@ -94,6 +97,7 @@ class Quantised:
             "int8 test accuracy": round(self.int8.test_accuracy, 4),
             **{name: f"{form.bytes:,} bytes, {form.milliseconds:.3f} ms" for name, form in forms.items()},
             "deploy": self.deploy.file,
+            "ONNX Runtime": _ADVICE,
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -130,7 +134,8 @@ def quantised_once(
     the runtime name, so that an interrupted study makes nothing twice. Raises what that raises."""
     need("onnx", "onnxruntime")
     runtime = importlib.metadata.version("onnxruntime")
-    facts = (weights_digest(network), splits.digest, spec, train_images.augmentation, train_images.mixing)
+    about = (train_images.augmentation, train_images.mixing, _ARITHMETIC)
+    facts = (weights_digest(network), splits.digest, spec, *about)
     machine = (platform.node(), runtime)
     folder = cache / f"int8-{hashlib.sha256(repr((facts, machine)).encode()).hexdigest()[:16]}"
     try:

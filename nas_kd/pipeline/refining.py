@@ -86,8 +86,8 @@ def _refinement(workshop: Workshop, wanted: Wanted) -> tuple[Candidate, Refineme
     def build(number: int) -> nn.Module:
         if online or role == "no teacher":  # from scratch
             seed = derive_seed(settings.seed, "peer", number) if online else settings.seed
-            seeded = dataclasses.replace(workshop, settings=dataclasses.replace(settings, seed=seed))
-            return fresh_student(seeded, space, genotype, splits.num_classes)
+            seeded = dataclasses.replace(settings, seed=seed)
+            return fresh_student(seeded, space, genotype, splits.num_classes).to(workshop.device)
         student = wanted.start.build() if wanted.start is not None else space.student(genotype)
         return student.to(workshop.device)
 
@@ -118,9 +118,9 @@ def _recipe(settings: Settings, role: Role, epochs: int) -> Recipe:
     return dataclasses.replace(recipe, distill=settings.distill)
 
 
-def fresh_student(job: Job | Workshop, space: Space[nn.Module], genotype: Genotype, classes: int) -> nn.Module:
-    """The student of a genotype with random weights, the same for the same seed, on the job's device."""
-    base = make_base(dataclasses.replace(job.settings, pretrained=False), classes, space.input_size[0])
+def fresh_student(settings: Settings, space: Space[nn.Module], genotype: Genotype, classes: int) -> nn.Module:
+    """The student of a genotype with random weights, the same for the same seed."""
+    base = make_base(dataclasses.replace(settings, pretrained=False), classes, space.input_size[0])
     with torch.random.fork_rng():  # the cheap convolutions get weights of their own
-        torch.manual_seed(derive_seed(job.settings.seed, "fresh weights"))
-        return build_student(base, space.analysis, genotype).to(job.device)
+        torch.manual_seed(derive_seed(settings.seed, "fresh weights"))
+        return build_student(base, space.analysis, genotype)

@@ -29,9 +29,9 @@ def run_check(settings: RankSettings) -> int:
     console = console_for(sys.stderr)
     configure(console, quiet=settings.study.quiet, debug=settings.study.debug)
 
-    from nas_kd.rank_check.check import check
+    from nas_kd.rank_check.check import run_stages
 
-    result, job = check(settings, Stages(console, quiet=settings.study.quiet))
+    result, job = run_stages(settings, Stages(console, quiet=settings.study.quiet))
     _conclude(result, job.out, console_for(sys.stdout))
     return 0
 

@@ -8,9 +8,19 @@ from dataclasses import dataclass, fields
 
 from nas_kd.arguments.augment import add_augmentation
 from nas_kd.arguments.parsing import Parser, command_line, number
-from nas_kd.arguments.shared import add_base, add_choices, add_data, add_library, add_proxy_rate, add_recipe, add_report
-from nas_kd.arguments.study import Settings, settings_like
-from nas_kd.errors import NasKdError
+from nas_kd.arguments.shared import (
+    add_base,
+    add_choices,
+    add_data,
+    add_library,
+    add_proxy_rate,
+    add_recipe,
+    add_report,
+    add_storage,
+    add_workers,
+)
+from nas_kd.arguments.study import Settings, settings_like, storage_of_environment
+from nas_kd.errors import NasKdError, without_password
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +69,10 @@ def rank_parser(prog: str = "python -m nas_kd.rank_check") -> argparse.ArgumentP
     )
     add("--val-images", type=number(2), default=2000, metavar="N", help="validation images a score looks at (2000)")
     add_recipe(add)
-    add_report(parser.add_argument_group("output").add_argument)
+    add = parser.add_argument_group("output").add_argument
+    add_report(add)
+    add_storage(add)
+    add_workers(parser)
     return parser
 
 
@@ -73,7 +86,8 @@ def parse_rank_check(argv: Sequence[str]) -> RankSettings:
             "least twice as many"
         )
     _check_counts(own["genotypes"], own["near"])
-    command = command_line("python -m nas_kd.rank_check", argv)
+    command = command_line("python -m nas_kd.rank_check", [*map(without_password, argv)])
+    arguments["storage"] = arguments["storage"] or storage_of_environment()
     return RankSettings(study=settings_like(arguments, command, base_bounds=False), **own)
 
 

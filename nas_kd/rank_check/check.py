@@ -21,9 +21,10 @@ from nas_kd.preparation.records import Record
 from nas_kd.progress import Stages
 from nas_kd.rank_check.arguments import RankSettings
 from nas_kd.rank_check.band import draw_in_band, near_optimum
-from nas_kd.rank_check.measuring import ground_of, measure, records_of
+from nas_kd.rank_check.context import FRESH, RUNGS, Check, CheckContext, context_of
+from nas_kd.rank_check.measuring import measure
 from nas_kd.rank_check.page import render_check
-from nas_kd.rank_check.parts import FRESH, RUNGS, Ground, parts_of
+from nas_kd.rank_check.parts import parts_of, records_in
 from nas_kd.rank_check.statistics import agreement, allowing_for_damage, allowing_for_size, tau_difference
 from nas_kd.results.front import write_atomically
 from nas_kd.results.rank_rows import FILE, GroupRows, RankCheck, ScoreRow
@@ -55,7 +56,7 @@ class _Entry:
         return float(self.records["truth"].get("accuracy", math.nan))
 
 
-def check(settings: RankSettings, stages: Stages) -> tuple[RankCheck, Job]:
+def run_stages(settings: RankSettings, stages: Stages) -> tuple[RankCheck, Job]:
     """Runs every stage, or what is left of them, and writes `rank_check.json` and `rank_check.html`.
 
     What was measured of a genotype is kept in `rank_check.jsonl` as it comes, so that a killed check goes on and a
@@ -63,41 +64,43 @@ def check(settings: RankSettings, stages: Stages) -> tuple[RankCheck, Job]:
     """
     job = prepare(settings.study, InMemoryStorage())
     # before anything is trained: a band without genotypes and records that cannot be read must fail at once
-    records = records_of(job)
+    records = records_in(job.out)
     groups: dict[str, Sequence[Genotype]] = {}
     if settings.genotypes:
         table, count, seed = job.space.table, settings.genotypes, settings.study.seed
         groups["random"] = draw_in_band(table, job.budget, settings.band, count, seed)
     materials = gather(job, stages)
-    ground = ground_of(job, settings, materials)
+    context = context_of(job, settings, materials)
+    check = Check(job=job, settings=settings, materials=materials, context=context)
     if settings.near:
         groups["near"] = near_optimum(
-            ground.space.table,
+            context.space.table,
             job.budget,
-            ground.space.damages(),
+            context.space.damages(),
             band=settings.band,
             count=settings.near,
             seed=settings.study.seed,
         )
     genotypes = list(dict.fromkeys(genotype for group in groups.values() for genotype in group))
-    measured = measure(ground, settings, genotypes, records, stages)
+    measured = measure(check, genotypes, records, stages)
     with stages.stage("ranking"):
-        result = _conclude(settings, ground, {name: _entries(ground, measured, groups[name]) for name in groups})
+        entries = {name: _entries(context, measured, groups[name]) for name in groups}
+        result = _conclude(check, entries)
     write_atomically(job.out / FILE, result.to_json())
     write_atomically(job.out / "rank_check.html", render_check(result))
     return result, job
 
 
 def _entries(
-    ground: Ground, measured: Mapping[tuple[str, str], Record], genotypes: Sequence[Genotype]
+    context: CheckContext, measured: Mapping[tuple[str, str], Record], genotypes: Sequence[Genotype]
 ) -> tuple[_Entry, ...]:
     """The genotypes of a group whose truth is known. Raises TrainingError when they are too few."""
-    table = ground.space.table
-    if ground.library is None:
+    table = context.space.table
+    if context.library is None:
         damages = {"damage (prior)": prior_damages(table)}
     else:
-        damages = {f"damage ({name})": ground.library.damages(kind) for name, kind in (("KL", "kl"), ("nMSE", "nmse"))}
-    names = [part.name for part in parts_of(ground)]
+        damages = {f"damage ({name})": context.library.damages(kind) for name, kind in (("KL", "kl"), ("nMSE", "nmse"))}
+    names = [part.name for part in parts_of(context)]
     entries = [
         _Entry(
             genotype=genotype,
@@ -117,9 +120,9 @@ def _entries(
 Found = tuple[tuple[str, str, int], float, float]  # (name, start, steps), value, seconds
 
 
-def _scores(ground: Ground, entry: _Entry) -> Iterator[Found]:
+def _scores(context: CheckContext, entry: _Entry) -> Iterator[Found]:
     """Every score of a genotype."""
-    cost = ground.space.table.cost(entry.genotype)
+    cost = context.space.table.cost(entry.genotype)
     yield ("params", "", 0), cost.params, 0.0
     yield ("MACs", "", 0), cost.macs, 0.0
     for name, damage in entry.damages.items():
@@ -127,7 +130,7 @@ def _scores(ground: Ground, entry: _Entry) -> Iterator[Found]:
     for name, found in entry.records["zero-cost"].items():
         if name != "genotype":
             yield (name, FRESH, 0), *found
-    for start in ground.starts:
+    for start in context.starts:
         before = 0.0
         for rung in entry.records[start].get("rungs", ()):
             yield from _rung_scores(start, rung, before, cost, entry.damages.get(_DAMAGE))
@@ -152,31 +155,31 @@ def _rung_scores(start: str, rung: Record, before: float, cost: Cost, damage: fl
     yield ("cross-entropy", start, steps), rung["cross_entropy"], looked
 
 
-def _conclude(settings: RankSettings, ground: Ground, groups: Mapping[str, Sequence[_Entry]]) -> RankCheck:
-    job = ground.job
+def _conclude(check: Check, groups: Mapping[str, Sequence[_Entry]]) -> RankCheck:
+    job, settings, context = check.job, check.settings, check.context
     batch_size = settings.study.batch_size
-    library = ground.library
+    library = context.library
     return RankCheck(
         model=settings.study.model,
-        teacher=ground.materials.digest,
-        data=ground.materials.splits.digest,
+        teacher=check.materials.digest,
+        data=check.materials.splits.digest,
         space=space_of(settings.study),
         budget=str(job.budget),
         band=settings.band,
         seed=settings.study.seed,
         command=settings.study.command,
-        truth_steps=ground.truth.steps(batch_size) * ground.truth_portions,
-        truth_images=ground.truth.count * ground.truth_portions,
+        truth_steps=context.truth.steps(batch_size) * context.truth_portions,
+        truth_images=context.truth.count * context.truth_portions,
         library_seconds=None if library is None else library.seconds,
-        default=(SCORE, ground.starts[-1], ground.portions.steps(batch_size) * RUNGS[-1]),
-        groups=tuple(_group(name, ground, entries) for name, entries in groups.items()),
+        default=(SCORE, context.starts[-1], context.portions.steps(batch_size) * RUNGS[-1]),
+        groups=tuple(_group(name, context, entries) for name, entries in groups.items()),
         environment=environment_of(job),
     )
 
 
-def _group(name: str, ground: Ground, entries: Sequence[_Entry]) -> GroupRows:
-    costs = [ground.space.table.cost(entry.genotype) for entry in entries]
-    found = [{key: (value, seconds) for key, value, seconds in _scores(ground, entry)} for entry in entries]
+def _group(name: str, context: CheckContext, entries: Sequence[_Entry]) -> GroupRows:
+    costs = [context.space.table.cost(entry.genotype) for entry in entries]
+    found = [{key: (value, seconds) for key, value, seconds in _scores(context, entry)} for entry in entries]
     truth = tuple(entry.truth for entry in entries)
     nothing = (math.nan, math.nan)
     rows = []

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import hashlib
 import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -17,85 +16,16 @@ from torch import nn
 from nas_kd.data.images import normalise
 from nas_kd.errors import TrainingError
 from nas_kd.genotype import Genotype
-from nas_kd.library.library import Library
-from nas_kd.pipeline.refining import fresh_student
-from nas_kd.preparation.augmenting import images_key
-from nas_kd.preparation.job import TEACHER_LR, Job, proxy_recipe_of, recipe_of
-from nas_kd.preparation.materials import Materials
-from nas_kd.preparation.records import Record
-from nas_kd.rank_check.portions import Portions
-from nas_kd.rank_check.validation import Look, Validation
+from nas_kd.preparation.records import Record, Records
+from nas_kd.progress import Advance
+from nas_kd.rank_check.context import FRESH, LIBRARY, RUNGS, CheckContext
+from nas_kd.rank_check.validation import Look
 from nas_kd.rank_check.zero_cost import ZERO_COST
-from nas_kd.search.space import Space
-from nas_kd.training.evaluation import CALIBRATION, LOOK_CALIBRATION, evaluate, recalibrate
+from nas_kd.training.evaluation import LOOK_CALIBRATION, evaluate, recalibrate
 from nas_kd.training.loop import fit, student_task, train
-from nas_kd.training.recipe import Recipe
 
-FRESH, CLOSED_FORM, LIBRARY = "fresh weights", "closed form", "library"
-RUNGS = (1, 2, 4)  # portions of a proxy after which it is looked at; the last is its end
-_TRUTH_STEPS = 25  # of a portion of a truth, about
 _VERSION = 1  # of what the records hold
 _ZERO_COST_IMAGES = 64
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Ground:
-    """What all trainings of a check share: the job and its materials, the images in portions (`RUNGS[-1]` of them are a
-    proxy) and in those of a truth (`truth_portions` of them), the validation images of the proxies, and whether those
-    begin from `every_start` or as in a study alone."""
-
-    job: Job
-    materials: Materials
-    space: Space[nn.Module]
-    portions: Portions
-    truth: Portions
-    truth_portions: int
-    validation: Validation
-    every_start: bool = True
-    clock: Callable[[], float] = time.monotonic
-
-    @property
-    def starts(self) -> tuple[str, ...]:
-        """Where the proxies start; the last is what a study starts from, and the truth."""
-        starts = (FRESH, CLOSED_FORM) if self.library is None else (FRESH, CLOSED_FORM, LIBRARY)
-        return starts if self.every_start else starts[-1:]
-
-    @property
-    def library(self) -> Library | None:
-        """The space's library of trained block choices, or None."""
-        return self.space.library
-
-    def recipe(self, start: str, portions: int) -> Recipe:
-        """How a student is trained from this start: gently where it inherits."""
-        recipe = recipe_of(self.job.settings, portions)
-        return dataclasses.replace(recipe, lr=TEACHER_LR) if start == FRESH else recipe
-
-    def proxy_recipe(self, start: str) -> Recipe:
-        """How a proxy is trained from this start."""
-        recipe = self.recipe(start, RUNGS[-1])
-        return recipe if start == FRESH else dataclasses.replace(recipe, lr=proxy_recipe_of(self.job.settings).lr)
-
-    def student(self, genotype: Genotype, start: str) -> nn.Module:
-        """The student on its device, its batch norms recalibrated where it inherits."""
-        if start == FRESH:
-            return fresh_student(self.job, self.space, genotype, self.materials.splits.num_classes)
-        student = self._space_of(start).student(genotype).to(self.job.device)
-        recalibrate(student, self.portions.sample(CALIBRATION))
-        return student
-
-    def _space_of(self, start: str) -> Space[nn.Module]:
-        if start == LIBRARY or self.library is None:
-            return self.space
-        space = copy.copy(self.space)
-        space.library = None
-        return space
-
-
-def truth_portions(images: int, batch_size: int) -> tuple[int, int]:
-    """How many images a portion of a truth has, and how many of them there are: they do not depend on the proxies, so
-    that other proxies can be held against the truths that are there."""
-    number = math.ceil(images / (_TRUTH_STEPS * batch_size))
-    return max(2, round(images / number)), number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,52 +37,97 @@ class Part:
     measure: Callable[[Genotype], Record]
 
 
-def parts_of(ground: Ground) -> tuple[Part, ...]:
+def records_in(out: Path) -> Records:
+    """What was measured of a check's genotypes. Raises OutputError when that cannot be read."""
+    return Records(out / "rank_check.jsonl")
+
+
+def parts_of(context: CheckContext) -> tuple[Part, ...]:
     """What is measured of each genotype; the truth comes last."""
-    images = images_key(ground.job.settings, ground.materials.splits)
-    shared = f"{_VERSION} {ground.materials.digest} {images} "
-    shared += f"{ground.job.settings.seed} {getattr(ground.portions.views, 'count', 0)} "
-    parts = [Part(name="zero-cost", key=_digest(shared), measure=functools.partial(_zero_cost, ground))]
-    for start in ground.starts:
+    shared = f"{_VERSION} {context.teacher} {context.images} "
+    shared += f"{context.study.seed} {getattr(context.portions.views, 'count', 0)} "
+    parts = [Part(name="zero-cost", key=_digest(shared), measure=functools.partial(_zero_cost, context))]
+    for start in context.starts:
         about = (
-            f"{start} {ground.portions.count} {ground.proxy_recipe(start)} {len(ground.validation.images)} "
-            f"{_library_key(ground, start)} {LOOK_CALIBRATION}"
+            f"{start} {context.portions.count} {context.proxy_recipe(start)} {len(context.validation.images)} "
+            f"{_library_key(context, start)} {LOOK_CALIBRATION}"
         )
-        measure = functools.partial(_proxy, ground, start)
+        measure = functools.partial(_proxy, context, start)
         parts.append(Part(name=start, key=_digest(shared + about), measure=measure))
-    start = ground.starts[-1]
-    recipe = ground.recipe(start, ground.truth_portions)
-    about = f"truth {start} {ground.truth.count} {recipe} {_library_key(ground, start)}"
-    return (*parts, Part(name="truth", key=_digest(shared + about), measure=functools.partial(_truth, ground)))
+    start = context.starts[-1]
+    recipe = context.recipe(start, context.truth_portions)
+    about = f"truth {start} {context.truth.count} {recipe} {_library_key(context, start)}"
+    return (*parts, Part(name="truth", key=_digest(shared + about), measure=functools.partial(_truth, context)))
 
 
-def _library_key(ground: Ground, start: str) -> str:
-    return ground.library.folder.name if start == LIBRARY and ground.library is not None else ""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Measuring:
+    """What is measured of genotypes, its `parts`, and the `records` that keep it."""
+
+    parts: tuple[Part, ...]
+    records: Records
+
+    def one(self, genotype: Genotype, tell: Advance) -> None:
+        """Measures what is not known of a genotype."""
+        for part in self.parts:
+            if (key := _key(part, genotype)) not in self.records:
+                self.records[key] = {"genotype": genotype.to_json(), **part.measure(genotype)}
+        tell(self.words(genotype))
+
+    def words(self, genotype: Genotype) -> str:
+        """What there is to say of a genotype that was measured."""
+        return f"{genotype.digest}: {100 * self.truth(genotype):.1f} %"
+
+    def truth(self, genotype: Genotype) -> float:
+        """The accuracy after the long training; NaN where that failed."""
+        return float(self.records[_key(self.parts[-1], genotype)].get("accuracy", math.nan))
+
+    def missing(self, genotypes: Sequence[Genotype]) -> list[Genotype]:
+        """Those of which a part is not known."""
+        return [own for own in genotypes if any(_key(part, own) not in self.records for part in self.parts)]
+
+    def found(self, genotype: Genotype) -> dict[str, Record]:
+        """What is known of a genotype, by part."""
+        return {part.name: self.records[_key(part, genotype)] for part in self.parts}
+
+    def take(self, genotype: Genotype, found: Mapping[str, Record]) -> None:
+        """Keeps what another process measured of a genotype, by part."""
+        for part in self.parts:
+            if part.name in found:
+                self.records[_key(part, genotype)] = found[part.name]
+
+
+def _key(part: Part, genotype: Genotype) -> str:
+    return f"{part.name}/{part.key}/{genotype.digest}"
+
+
+def _library_key(context: CheckContext, start: str) -> str:
+    return context.library.folder.name if start == LIBRARY and context.library is not None else ""
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _truth(ground: Ground, genotype: Genotype) -> Record:
+def _truth(context: CheckContext, genotype: Genotype) -> Record:
     """The accuracy on all validation images after a long training."""
-    started = ground.clock()
-    start = ground.starts[-1]
-    student = ground.student(genotype, start)
+    started = context.clock()
+    start = context.starts[-1]
+    student = context.student(genotype, start)
     try:
-        train(student, ground.truth, ground.recipe(start, ground.truth_portions))
+        train(student, context.truth, context.recipe(start, context.truth_portions))
     except TrainingError as error:
         return {"failed": str(error)}
-    accuracy = evaluate(student, ground.materials.splits.val)
-    return {"accuracy": accuracy, "seconds": round(ground.clock() - started, 3)}
+    accuracy = evaluate(student, context.val)
+    return {"accuracy": accuracy, "seconds": round(context.clock() - started, 3)}
 
 
 class _Watch:
     """Looks at a network and keeps what was seen, and when: the time spent looking is no training."""
 
-    def __init__(self, ground: Ground) -> None:
-        self.validation, self.clock = ground.validation, ground.clock
-        self.calibration = ground.portions.sample(LOOK_CALIBRATION)
+    def __init__(self, context: CheckContext) -> None:
+        self.validation, self.clock = context.validation, context.clock
+        self.calibration = context.portions.sample(LOOK_CALIBRATION)
         self.started, self.looking = self.clock(), 0.0
         self.looks: list[tuple[Look, float, float]] = []  # with the seconds of training before it, and its own
 
@@ -166,19 +141,19 @@ class _Watch:
         return look.accuracy
 
 
-def _proxy(ground: Ground, start: str, genotype: Genotype) -> Record:
+def _proxy(context: CheckContext, start: str, genotype: Genotype) -> Record:
     """A short training with a schedule of its own, looked at on its rungs; and at its start where it inherits."""
-    watch = _Watch(ground)
-    student = ground.student(genotype, start)
+    watch = _Watch(context)
+    student = context.student(genotype, start)
     if start != FRESH:
         watch(student)
-    recipe = dataclasses.replace(ground.proxy_recipe(start), eval_epochs=RUNGS)
+    recipe = dataclasses.replace(context.proxy_recipe(start), eval_epochs=RUNGS)
     try:
-        result = fit(student_task(student, recipe, watch), ground.portions, recipe)
+        result = fit(student_task(student, recipe, watch), context.portions, recipe)
     except TrainingError as error:
         return {"failed": str(error)}
     rungs = RUNGS if start == FRESH else (0, *RUNGS)
-    steps = ground.portions.steps(recipe.batch_size)
+    steps = context.portions.steps(recipe.batch_size)
     return {
         "rungs": [
             {
@@ -193,16 +168,16 @@ def _proxy(ground: Ground, start: str, genotype: Genotype) -> Record:
     }
 
 
-def _zero_cost(ground: Ground, genotype: Genotype) -> Record:
+def _zero_cost(context: CheckContext, genotype: Genotype) -> Record:
     """Each zero-cost score of the untrained student, with its seconds."""
-    student = ground.student(genotype, FRESH)
-    images = ground.portions.sample(_ZERO_COST_IMAGES)
-    pixels = normalise(images.pixels, images.mean, images.std, ground.job.device)
-    labels = images.labels.to(ground.job.device)
+    student = context.student(genotype, FRESH)
+    images = context.portions.sample(_ZERO_COST_IMAGES)
+    pixels = normalise(images.pixels, images.mean, images.std, context.device)
+    labels = images.labels.to(context.device)
     record: Record = {}
     for name, score in ZERO_COST.items():
         with torch.random.fork_rng():  # dropout
-            torch.manual_seed(ground.job.settings.seed)
-            started = ground.clock()
-            record[name] = [score(student, pixels, labels), round(ground.clock() - started, 4)]
+            torch.manual_seed(context.study.seed)
+            started = context.clock()
+            record[name] = [score(student, pixels, labels), round(context.clock() - started, 4)]
     return record

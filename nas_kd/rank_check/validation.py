@@ -41,8 +41,13 @@ class Validation:
         )
 
 
-def validation_of(images: ImageSet, teacher: nn.Module, *, count: int, temperature: float, seed: int) -> Validation:
+def validation_images(images: ImageSet, count: int, seed: int) -> Images:
     """At most `count` of the images, drawn by `seed` (a data set may be stored class by class)."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "validation"))
-    chosen = images[torch.randperm(len(images), generator=generator)[:count].sort().values].decoded()
+    return images[torch.randperm(len(images), generator=generator)[:count].sort().values].decoded()
+
+
+def validation_of(images: ImageSet, teacher: nn.Module, *, count: int, temperature: float, seed: int) -> Validation:
+    """Of at most `count` of the images, as `validation_images` draws them."""
+    chosen = validation_images(images, count, seed)
     return Validation(images=chosen, teacher_logits=predict_logits(teacher, chosen), temperature=temperature)

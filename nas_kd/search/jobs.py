@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import optuna
@@ -30,7 +31,8 @@ from nas_kd.search.workers import (
     running,
 )
 
-MODELS, LIBRARY = "models", "library"  # kinds of jobs: each has a study of its own, of the study's name and this word
+# kinds of jobs: each has a study of its own, of the study's name and this word
+MODELS, LIBRARY, GENOTYPES = KINDS = "models", "library", "genotypes"
 _KEY = "job"
 _POLL = 0.5  # seconds between two looks at what others do
 _logger = logging.getLogger(__name__)
@@ -77,7 +79,7 @@ def _name(name: str, kind: str) -> str:
 def study_of(name: str) -> tuple[str, str | None]:
     """The study that one in the storage belongs to, and what kind of jobs it is: None where it is a study itself."""
     own, _, kind = name.rpartition(" ")
-    return (own, kind) if own and kind in (MODELS, LIBRARY) else (name, None)
+    return (own, kind) if own and kind in KINDS else (name, None)
 
 
 def key_of(job: FrozenTrial) -> str:
@@ -88,6 +90,33 @@ def key_of(job: FrozenTrial) -> str:
 def done_jobs(jobs: optuna.Study) -> dict[str, Notes]:
     """What was noted of each job that is done, by its key."""
     return {key_of(job): job.user_attrs for job in jobs.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))}
+
+
+@dataclass(slots=True)
+class Told:
+    """Tells of the jobs with these `keys` that others have done, not those in `own`: of each once, by its key."""
+
+    jobs: RetryingStudy
+    keys: Collection[str]
+    own: Collection[str]
+    each: Callable[[str, Notes], None]
+    done: set[str] = field(default_factory=set)
+
+    def tell(self) -> None:
+        """Tells of what was done since the last time."""
+        found = done_jobs(self.jobs)
+        for key in sorted(found.keys() & set(self.keys) - self.done - set(self.own)):
+            self.done.add(key)
+            self.each(key, found[key])
+
+    def beside(self, sleep: Callable[[float], None]) -> Callable[[float], None]:
+        """What sleeps so, and tells."""
+
+        def sleep_and_tell(seconds: float) -> None:
+            sleep(seconds)
+            self.tell()
+
+        return sleep_and_tell
 
 
 def do_jobs(

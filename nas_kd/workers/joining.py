@@ -13,7 +13,7 @@ from nas_kd.arguments.worker import TRIALS, WorkerSettings
 from nas_kd.errors import StudyError, nearest
 from nas_kd.preparation.job import choose_device
 from nas_kd.progress import Stages
-from nas_kd.search.jobs import study_of
+from nas_kd.search.jobs import GENOTYPES, open_jobs, study_of
 from nas_kd.search.rungs import make_pruner
 from nas_kd.search.sampler import KnapsackSampler, make_sampler
 from nas_kd.search.storage import CONFIG, close_storage, open_storage, storage_errors
@@ -136,9 +136,11 @@ def find_study(
 
 
 def is_begun(storage: BaseStorage, settings: WorkerSettings) -> bool:
-    """Whether there are trials to join."""
+    """Whether there are trials to join, or genotypes of a rank check to measure."""
     study = _named(storage, settings.study_name)
-    return study is not None and read_kit(study) is not None
+    if study is not None and read_kit(study) is not None:
+        return True
+    return find_jobs(storage, settings.study_name, GENOTYPES) is not None
 
 
 def _named(storage: BaseStorage, wanted: str) -> optuna.Study | None:
@@ -148,6 +150,15 @@ def _named(storage: BaseStorage, wanted: str) -> optuna.Study | None:
         return None
     study = RetryingStudy(name, storage)
     return study if CONFIG in study.user_attrs or study.get_trials(deepcopy=False) else None
+
+
+def find_jobs(storage: BaseStorage, wanted: str, kind: str) -> tuple[str, RetryingStudy] | None:
+    """The study of the wanted name, or the only one where none is named, that has jobs of this kind, and these. Raises
+    StudyError for several."""
+    studies = map(study_of, optuna.get_all_study_names(storage))
+    name = the_one([own for own, its in studies if its == kind], wanted)
+    jobs = None if name is None else open_jobs(storage, name, kind)
+    return None if name is None or jobs is None else (name, jobs)
 
 
 def the_one(known: Sequence[str], wanted: str) -> str | None:

@@ -1,0 +1,165 @@
+"""What all trainings of a rank check share: its space, its images in portions, and where students start."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from nas_kd.arguments.study import Settings
+from nas_kd.data.images import ImageSet
+from nas_kd.genotype import Genotype
+from nas_kd.library.library import Library
+from nas_kd.pipeline.refining import fresh_student
+from nas_kd.preparation.augmenting import images_key
+from nas_kd.preparation.job import TEACHER_LR, Job, proxy_recipe_of, recipe_of
+from nas_kd.preparation.materials import Materials
+from nas_kd.rank_check.arguments import RankSettings
+from nas_kd.rank_check.portions import Portions
+from nas_kd.rank_check.validation import Validation, validation_of
+from nas_kd.search.space import Space
+from nas_kd.training.evaluation import CALIBRATION, recalibrate
+from nas_kd.training.recipe import Recipe
+from nas_kd.training.views import OnlineViews, Views
+
+FRESH, CLOSED_FORM, LIBRARY = "fresh weights", "closed form", "library"
+RUNGS = (1, 2, 4)  # portions of a proxy after which it is looked at; the last is its end
+_TRUTH_STEPS = 25  # of a portion of a truth, about
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CheckContext:
+    """What all trainings of a check share, on whichever machine: the `study` that it speaks of; names of the `teacher`
+    and of the `images`, on which records depend; the images in portions (`RUNGS[-1]` of them are a proxy) and in those
+    of a truth (`truth_portions` of them), the validation images, of which `validation` has those of the proxies; and
+    whether these begin from `every_start` or as in a study alone."""
+
+    study: Settings
+    device: torch.device
+    teacher: str
+    images: str
+    num_classes: int
+    val: ImageSet
+    space: Space[nn.Module]
+    portions: Portions
+    truth: Portions
+    truth_portions: int
+    validation: Validation
+    every_start: bool = True
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """Other work on the same cores must not change what a score costs beside a truth."""
+        return time.process_time if self.device.type == "cpu" else time.monotonic
+
+    @property
+    def starts(self) -> tuple[str, ...]:
+        """Where the proxies start; the last is what a study starts from, and the truth."""
+        starts = (FRESH, CLOSED_FORM) if self.library is None else (FRESH, CLOSED_FORM, LIBRARY)
+        return starts if self.every_start else starts[-1:]
+
+    @property
+    def library(self) -> Library | None:
+        """The space's library of trained block choices, or None."""
+        return self.space.library
+
+    def recipe(self, start: str, portions: int) -> Recipe:
+        """How a student is trained from this start: gently where it inherits."""
+        recipe = recipe_of(self.study, portions)
+        return dataclasses.replace(recipe, lr=TEACHER_LR) if start == FRESH else recipe
+
+    def proxy_recipe(self, start: str) -> Recipe:
+        """How a proxy is trained from this start."""
+        recipe = self.recipe(start, RUNGS[-1])
+        return recipe if start == FRESH else dataclasses.replace(recipe, lr=proxy_recipe_of(self.study).lr)
+
+    def student(self, genotype: Genotype, start: str) -> nn.Module:
+        """The student on its device, its batch norms recalibrated where it inherits."""
+        if start == FRESH:
+            return fresh_student(self.study, self.space, genotype, self.num_classes).to(self.device)
+        student = self._space_of(start).student(genotype).to(self.device)
+        recalibrate(student, self.portions.sample(CALIBRATION))
+        return student
+
+    def _space_of(self, start: str) -> Space[nn.Module]:
+        if start == LIBRARY or self.library is None:
+            return self.space
+        space = copy.copy(self.space)
+        space.library = None
+        return space
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Check:
+    """A rank check that is under way: what is asked, what is there, and what its trainings share."""
+
+    job: Job
+    settings: RankSettings
+    materials: Materials
+    context: CheckContext
+
+
+def context_of(job: Job, settings: RankSettings, materials: Materials) -> CheckContext:
+    """What all trainings of a check share, where its command runs."""
+    splits, study = materials.splits, job.settings
+    walk = walk_of(settings, materials.refine_views)
+    return CheckContext(
+        study=study,
+        device=job.device,
+        teacher=materials.digest,
+        images=images_key(study, splits),
+        num_classes=splits.num_classes,
+        val=splits.val,
+        space=with_band(job.space, settings),
+        portions=walk.portions,
+        truth=walk.truth,
+        truth_portions=walk.truth_portions,
+        every_start=settings.starts == "all",
+        validation=validation_of(
+            splits.val,
+            materials.teacher.network,
+            count=settings.val_images,
+            temperature=recipe_of(study, 1).temperature,
+            seed=study.seed,
+        ),
+    )
+
+
+def with_band(space: Space[nn.Module], settings: RankSettings) -> Space[nn.Module]:
+    """A space whose budget is wider by a check's band: half of it is over the budget, and nothing is exported."""
+    space = copy.copy(space)
+    assert space.budget is not None
+    space.budget = space.budget.scaled(1 + settings.band)
+    return space
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Walk:
+    """How trainings walk through the views: in the portions of a proxy, and in so many of a truth."""
+
+    portions: Portions
+    truth: Portions
+    truth_portions: int
+
+
+def walk_of(settings: RankSettings, views: Views | OnlineViews) -> Walk:
+    """How the trainings of a check walk through views."""
+    count, number = truth_portions(settings.truth_images, settings.study.batch_size)
+    return Walk(
+        portions=Portions(views, settings.proxy_images // RUNGS[-1], settings.study.seed),
+        truth=Portions(views, count, settings.study.seed),
+        truth_portions=number,
+    )
+
+
+def truth_portions(images: int, batch_size: int) -> tuple[int, int]:
+    """How many images a portion of a truth has, and how many of them there are: they do not depend on the proxies, so
+    that other proxies can be held against the truths that are there."""
+    number = math.ceil(images / (_TRUTH_STEPS * batch_size))
+    return max(2, round(images / number)), number

@@ -1,0 +1,262 @@
+"""Genotypes of a rank check are measured by other processes and machines too: each is a job in a storage."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from nas_kd.arguments.worker import GENOTYPES as PART
+from nas_kd.arguments.worker import WorkerSettings
+from nas_kd.errors import ArtifactError, StudyError
+from nas_kd.genotype import Genotype
+from nas_kd.pipeline.elsewhere import more_processes
+from nas_kd.preparation.cycles import note_cycles
+from nas_kd.preparation.job import Job, choose_device, recipe_of, storage_url
+from nas_kd.preparation.latency import note_latency
+from nas_kd.progress import Advance, Stages
+from nas_kd.rank_check.arguments import RankSettings
+from nas_kd.rank_check.context import Check, CheckContext, walk_of, with_band
+from nas_kd.rank_check.parts import Measuring, parts_of, records_in
+from nas_kd.rank_check.validation import Validation, validation_images
+from nas_kd.search.artifacts import open_store
+from nas_kd.search.jobs import GENOTYPES, Notes, Told, are_there, do_jobs, post_jobs, remove_jobs
+from nas_kd.search.storage import close_storage, open_storage, storage_errors
+from nas_kd.search.workers import RetryingStudy
+from nas_kd.training.ranks import current
+from nas_kd.training.tensor_files import write_tensors
+from nas_kd.training.views import Views
+from nas_kd.workers.joining import find_jobs, lead_to_end
+from nas_kd.workers.kit import Kit, damaged, equip, fetch, locate, publish, read_kit, settings_of
+
+CHECK = "nas_kd rank check"  # the user attribute of these jobs: what workers need for them, beside the kit
+FOUND = "found"  # what a job notes: the records of its genotype, by part
+_LOGITS = "logits"
+_POLL = 1.0  # seconds between two looks for what is about to be told
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What workers need to measure genotypes, beside a kit: what the check is asked (`settings`, without its study),
+    the `teacher` and `images` on which records depend, the `keys` of its parts, the file `logits` with what the teacher
+    makes of the validation images, the `genotypes` by their jobs, and what is in the artifact store, by SHA-256."""
+
+    settings: Mapping[str, Any]
+    teacher: str
+    images: str
+    keys: Mapping[str, str]
+    logits: str
+    genotypes: Mapping[str, str]
+    files: Mapping[str, str]
+
+
+# the check's own command
+
+
+def is_asked_for(job: Job) -> bool:
+    """Whether others are to measure, however short it takes."""
+    return job.settings.storage is not None or job.settings.jobs > 1
+
+
+def can_be_shared(check: Check) -> bool:
+    """Whether others can have what the trainings need: images in arrays, and views or the base that teaches."""
+    views, splits = check.materials.refine_views, check.materials.splits
+    is_taught = (isinstance(views, Views) and views.folder is not None) or check.settings.study.teacher is None
+    return splits.folder is not None and is_taught and current().size == 1
+
+
+def measure_with_workers(
+    check: Check, measuring: Measuring, genotypes: Sequence[Genotype], count: int, advance: Advance
+) -> None:
+    """Measures genotypes here, in `count` processes, and wherever workers are; what others find is kept here."""
+    job = check.job
+    keys = {_key(measuring, genotype): genotype for genotype in genotypes}
+    own = set[str]()
+
+    def run(key: str) -> tuple[float, Notes]:
+        own.add(key)
+        measuring.one(keys[key], advance)
+        return _score(measuring, keys[key]), {}
+
+    def take(key: str, notes: Notes) -> None:
+        measuring.take(keys[key], notes[FOUND])
+        advance(measuring.words(keys[key]))
+
+    with _storage(job) as storage, storage_errors("share out genotypes of the rank check"):
+        jobs = _post(check, measuring, keys, storage)
+        told = Told(jobs, keys, own, take)
+        with more_processes(job, count, PART) as sleep:
+            do_jobs(jobs, run, grace=job.settings.grace_period, sleep=told.beside(sleep))
+        told.tell()
+        remove_jobs(storage, job.settings.name, GENOTYPES)
+
+
+@contextmanager
+def _storage(job: Job) -> Iterator[Any]:
+    storage = open_storage(storage_url(job.settings, job.out), grace=job.settings.grace_period)
+    try:
+        yield storage
+    finally:
+        close_storage(storage)
+
+
+def _post(check: Check, measuring: Measuring, keys: Mapping[str, Genotype], storage: Any) -> RetryingStudy:
+    """Posts genotypes, after all that workers need to measure them."""
+    job, materials = check.job, check.materials
+    jobs = post_jobs(storage, job.settings.name, [], GENOTYPES)
+    note_latency(jobs, job.settings, job.space)
+    note_cycles(jobs, job.space)
+    whole = dataclasses.replace(materials, sample=materials.splits, proxy_views=materials.refine_views)
+    kit = publish(job, whole, jobs)
+    logits = _write_logits(check)
+    store = open_store(job.settings.artifacts) if job.settings.artifacts else None
+    plan = Plan(
+        settings=without_study(check.settings),
+        teacher=check.context.teacher,
+        images=check.context.images,
+        keys={part.name: part.key for part in measuring.parts},
+        logits=logits,
+        genotypes={key: genotype.to_json() for key, genotype in keys.items()},
+        files={} if store is None else {**kit.files, logits: store.put(job.cache / logits)},
+    )
+    jobs.set_user_attr(CHECK, dataclasses.asdict(plan))
+    return post_jobs(storage, job.settings.name, list(keys), GENOTYPES)
+
+
+def without_study(settings: RankSettings) -> dict[str, Any]:
+    """What a check is asked beside its study."""
+    return {
+        field.name: getattr(settings, field.name) for field in dataclasses.fields(settings) if field.name != "study"
+    }
+
+
+def _write_logits(check: Check) -> str:
+    """The name of the file in the cache with what the teacher makes of the validation images."""
+    settings, context = check.settings, check.context
+    facts = f"{context.teacher} {context.images} {settings.val_images} {settings.study.seed}"
+    name = f"validation-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.safetensors"
+    if not (check.job.cache / name).exists():
+        write_tensors(check.job.cache / name, {_LOGITS: context.validation.teacher_logits})
+    return name
+
+
+def _key(measuring: Measuring, genotype: Genotype) -> str:
+    """Names a genotype's job, and all that it depends on."""
+    parts = " ".join(part.key for part in measuring.parts)
+    return f"{hashlib.sha256(parts.encode()).hexdigest()[:12]} {genotype.digest}"
+
+
+def _score(measuring: Measuring, genotype: Genotype) -> float:
+    """The value of a job: the truth, 0 where the long training failed."""
+    truth = measuring.truth(genotype)
+    return truth if math.isfinite(truth) else 0.0
+
+
+# workers
+
+
+def take_genotypes(settings: WorkerSettings, stages: Stages, sleep: Callable[[float], None] = time.sleep) -> int | None:
+    """Measures genotypes of a rank check beside its command and other workers; returns how many, None where the storage
+    has no rank check.
+
+    Raises a NasKdError for everything that is wrong with the storage, the check or its files.
+    """
+    device = choose_device(settings.device if settings.ray is None else "cpu")
+    storage = open_storage(settings.storage, grace=settings.grace_period)
+    try:
+        with storage_errors("use the rank check in its storage"):
+            found = find_jobs(storage, settings.study_name, GENOTYPES)
+            if found is None:
+                return None
+            name, jobs = found
+            if (led := lead_to_end(settings, name, PART)) is not None:
+                return led
+            return _measure_if_there(jobs, settings, device, stages, sleep)
+    finally:
+        close_storage(storage)
+
+
+def _measure_if_there(
+    jobs: RetryingStudy, settings: WorkerSettings, device: torch.device, stages: Stages, sleep: Callable[[float], None]
+) -> int:
+    """Measures genotypes; none where others measured the last of them meanwhile, and the jobs were put away."""
+    try:
+        deadline = time.monotonic() + max(settings.wait, settings.grace_period)
+        while (noted := jobs.user_attrs.get(CHECK)) is None and time.monotonic() < deadline:
+            sleep(_POLL)  # it is about to be told
+        kit = read_kit(jobs)
+        if noted is None or kit is None:
+            return 0
+        plan = Plan(**noted)
+        cache = locate(kit, settings.out, settings.artifacts)
+        if cache != Path(kit.folder):
+            fetch({plan.logits: plan.files.get(plan.logits, "")}, settings.artifacts or kit.artifacts, cache)
+        measuring = _measuring(kit, plan, cache, device, jobs.user_attrs)
+        with stages.stage("training", len(plan.genotypes)) as advance:
+            return do_jobs(jobs, _measured(plan, measuring, advance), grace=settings.grace_period)
+    except (ArtifactError, KeyError):
+        if are_there(jobs):
+            raise
+        return 0
+
+
+def _measured(plan: Plan, measuring: Measuring, advance: Advance) -> Callable[[str], tuple[float, Notes]]:
+    """What does the job of a key, and notes what it found."""
+
+    def run(key: str) -> tuple[float, Notes]:
+        genotype = Genotype.from_json(plan.genotypes[key])
+        measuring.one(genotype, advance)
+        return _score(measuring, genotype), {FOUND: measuring.found(genotype)}
+
+    return run
+
+
+def _measuring(kit: Kit, plan: Plan, cache: Path, device: torch.device, begun: Mapping[str, Any]) -> Measuring:
+    """What measures a plan's genotypes on this machine. Raises ArtifactError for a file that is missing or damaged,
+    StudyError where something else would be measured."""
+    measuring = Measuring(parts=parts_of(_context(kit, plan, cache, device, begun)), records=records_in(cache.parent))
+    here = {part.name: part.key for part in measuring.parts}
+    if here != plan.keys:
+        raise StudyError(
+            "this machine measures something else of the genotypes: use the same versions of nas_kd and timm"
+        )
+    return measuring
+
+
+def _context(kit: Kit, plan: Plan, cache: Path, device: torch.device, begun: Mapping[str, Any]) -> CheckContext:
+    study = settings_of(kit)
+    settings = RankSettings(study=study, **plan.settings)
+    space, proxy = equip(kit, cache, device, begun)
+    walk = walk_of(settings, proxy.views)
+    path = cache / plan.logits
+    try:
+        logits = load_file(path)[_LOGITS]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise damaged(path, str(error).splitlines()[0]) from error
+    images = validation_images(proxy.val, settings.val_images, study.seed)
+    return CheckContext(
+        study=study,
+        device=device,
+        teacher=plan.teacher,
+        images=plan.images,
+        num_classes=kit.num_classes,
+        val=proxy.val,
+        space=with_band(space, settings),
+        portions=walk.portions,
+        truth=walk.truth,
+        truth_portions=walk.truth_portions,
+        every_start=settings.starts == "all",
+        validation=Validation(images=images, teacher_logits=logits, temperature=recipe_of(study, 1).temperature),
+    )
