@@ -84,8 +84,16 @@ def _study_of(job: Job) -> RetryingStudy | None:
     return study if MODELS in study.user_attrs else None
 
 
-def train_with_workers(job: Job, plan: Sequence[Wanted], materials: Materials, count: int, advance: Advance) -> None:
-    """Trains models here, in `count` processes, and wherever workers are; what comes of others is fetched."""
+def train_with_workers(
+    job: Job,
+    plan: Sequence[Wanted],
+    materials: Materials,
+    count: int,
+    advance: Advance,
+    first: Callable[[], object] = lambda: None,
+) -> None:
+    """Trains models here, in `count` processes, and wherever workers are; what comes of others is fetched. This process
+    does something else `first`."""
     workshop = workshop_of(job, materials)
     models = {file_of(workshop, wanted).name: wanted for wanted in plan}
     study = _study_of(job)
@@ -103,6 +111,7 @@ def train_with_workers(job: Job, plan: Sequence[Wanted], materials: Materials, c
         jobs = post_jobs(job.storage, job.settings.name, list(models))
         study.set_user_attr(MODELS, dataclasses.asdict(_plan(job, kit, workshop, models)))
         with more_processes(job, count, PART) as sleep:
+            first()
             do_jobs(jobs, run, grace=job.settings.grace_period, sleep=sleep)
         for name, notes in done_jobs(jobs).items():
             _bring(kit, job.cache / name, notes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Sequence
@@ -82,9 +83,10 @@ def make_models(
     with stages.stage("latency", 1 + len(plan)) as advance:
         latencies = _latencies(job, plan, advance)
     plan, latencies = _in_time(job, plan, latencies)
-    models = [_timed(_teacher_model(job, materials), latencies[0])]
+    teacher = functools.cache(functools.partial(_teacher_model, job, materials))
     with stages.stage("refine", sum(wanted.epochs for wanted in plan)) as advance:
-        trained = refine_all(job, plan, materials, advance, helpers)
+        trained = refine_all(job, plan, materials, advance, helpers, first=teacher)
+        models = [_timed(teacher(), latencies[0])]
         for wanted, latency, refined in zip(plan, latencies[1:], trained, strict=True):
             cost = wanted.space.cost(wanted.genotype)
             model = Model(role=wanted.role, genotype=wanted.genotype, cost=cost, refined=refined)

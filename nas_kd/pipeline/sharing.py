@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -37,23 +37,31 @@ _TENSORS = "tensors.safetensors"
 
 
 def refine_all(
-    job: Job, plan: Sequence[Wanted], materials: Materials, advance: Advance, helpers: Helpers | None = None
+    job: Job,
+    plan: Sequence[Wanted],
+    materials: Materials,
+    advance: Advance,
+    helpers: Helpers | None = None,
+    first: Callable[[], object] = lambda: None,
 ) -> list[Refined]:
-    """Trains each model of a plan, or fetches what was trained before, in as many processes as pay."""
-    pending = [wanted for wanted in plan if not is_refined(job, wanted, materials)]
+    """Trains each model of a plan, or fetches what was trained before, in as many processes as pay. Where there are
+    others, this one does something else `first`, while they begin."""
+    missing = (wanted for wanted in plan if not is_refined(job, wanted, materials))
+    # dearest first: so all processes end at about the same time
+    pending = sorted(missing, key=lambda wanted: -wanted.epochs * wanted.space.cost(wanted.genotype).macs)
     count = _for_models(job, pending)
     if are_shared(job, pending, materials):
         if helpers is not None:
             helpers.stop()
-        train_with_workers(job, pending, materials, count, advance)
+        train_with_workers(job, pending, materials, count, advance, first)
     elif count > 1:
         with (
             contextlib.nullcontext(helpers) if helpers else helping(job) as others,
             limited_threads(share_of_threads(count)),
         ):
-            dearest = sorted(pending, key=lambda wanted: -wanted.epochs * wanted.space.cost(wanted.genotype).macs)
-            claims = others.share(MODELS, {"models": [_noted(job, wanted) for wanted in dearest]}, count)
-            claims.work(dearest, functools.partial(_refine, job, materials), advance)
+            claims = others.share(MODELS, {"models": [_noted(job, wanted) for wanted in pending]}, count)
+            first()
+            claims.work(pending, functools.partial(_refine, job, materials), advance)
             claims.wait(advance)
     forget_models(job)
     return [refine_one(job, wanted, materials, advance) for wanted in plan]

@@ -35,7 +35,8 @@ def measure(
         started = time.monotonic()
         for genotype in [] if asked else missing[:1]:  # tells what the others take
             own.one(genotype, advance)
-        rest = own.missing(missing)
+        # dearest first: so all processes end at about the same time
+        rest = sorted(own.missing(missing), key=lambda genotype: -check.context.space.cost(genotype).macs)
         if rest and (asked or (count > 1 and (time.monotonic() - started) * len(rest) >= WORTH)):
             measure_with_workers(check, own, rest, count, advance)
         for genotype in own.missing(rest):  # also what one had taken that ended
