@@ -49,9 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_push(settings: PushSettings) -> int:
     """Writes the card, sends the folder, and prints where it is."""
     from nas_kd.results.hub_card import hub_card
-    from nas_kd.results.publish import check_name, publish
+    from nas_kd.results.publish import check_repository, publish
 
-    check_name(settings.repo)
+    check_repository(settings.repo)
     card = hub_card(settings.folder, settings.repo, settings.license)
     if settings.card_only:
         sys.stdout.write(card.text)

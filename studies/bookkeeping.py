@@ -38,7 +38,7 @@ from nas_kd.data.images import Images
 from nas_kd.genotype import Genotype
 from nas_kd.search.options import parse_options
 from nas_kd.search.sampler import KnapsackSampler, make_sampler
-from nas_kd.search.starts import draw, prior_damages
+from nas_kd.search.starts import draw_genotypes, prior_damages
 from nas_kd.search.storage import close_storage, open_storage, open_study, sqlite_url
 from nas_kd.search.trials import Objective, Proxy, count_trained, is_trained, objectives
 from nas_kd.search.work import Limits, _Worker, work
@@ -149,7 +149,7 @@ def run(study: optuna.Study, space: nas_kd.Space[nn.Module], limits: Limits) -> 
 def fill(study: optuna.Study, space: nas_kd.Space[nn.Module], count: int) -> None:
     """Adds finished trials of random genotypes until there are `count`, each with all that a trained one notes."""
     assert space.budget is not None
-    rows, within = draw(space.table, space.budget, seed=1, draws=100 * count)
+    rows, within = draw_genotypes(space.table, space.budget, seed=1, draws=100 * count)
     missing = count - len(study.get_trials(deepcopy=False))
     damages = prior_damages(space.table)
     pattern = next(t for t in study.get_trials() if t.state == TrialState.COMPLETE)

@@ -32,7 +32,7 @@ from nas_kd.library.importance import reconstruction_importance
 from nas_kd.library.refit import layer_inputs, patch_rows, reference_of, refit
 from nas_kd.search.space import Space
 from nas_kd.search.starts import uniform_genotype
-from nas_kd.students.frames import find_frames, joined, recording
+from nas_kd.students.frames import find_frames, join_batches, recording
 from nas_kd.students.inheritance import inherit_student
 from nas_kd.students.unit_importance import unit_importance
 from nas_kd.training.checkpoint import load_checkpoint
@@ -61,7 +61,7 @@ class Ground:
         self.frames = find_frames(self.base, self.analysis, pixels[:2])
         with torch.no_grad(), recording(self.base, self.frames) as passages:
             self.base(pixels)
-        self.passages = {name: joined(parts) for name, parts in passages.items()}
+        self.passages = {name: join_batches(parts) for name, parts in passages.items()}
         self.references = {
             name: reference_of(self.base, self.analysis, self.frames[name], passage)
             for name, passage in self.passages.items()

@@ -47,7 +47,7 @@ from rich.console import Console
 
 from nas_kd.arguments.study import parse_study
 from nas_kd.distill import main as distill
-from nas_kd.pipeline.baselines import Wanted
+from nas_kd.pipeline.baselines import WantedModel
 from nas_kd.pipeline.models import make_models
 from nas_kd.preparation.job import prepare
 from nas_kd.preparation.materials import gather
@@ -229,7 +229,7 @@ def knapsack(arguments: list[str], out: Path, cache: Path) -> list[Row]:
     genotype = solve(job.space.table, job.budget, job.space.damages(), seconds=60)
     assert genotype is not None
     assert settings.refine_epochs is not None
-    wanted = Wanted(role="front", genotype=genotype, space=job.space, epochs=settings.refine_epochs)
+    wanted = WantedModel(role="front", genotype=genotype, space=job.space, epochs=settings.refine_epochs)
     _, model = make_models(job, [wanted], materials, stages)
     accuracy = {"test accuracy": model.test_accuracy, "path": str(out / str(model.path))}
     return [{"params": model.cost.params, "macs": model.cost.macs, **accuracy}]

@@ -46,10 +46,10 @@ from nas_kd.data.splits import DataSpec, Splits, load_splits
 from nas_kd.preparation.job import TRANSFER_LR, transfer_epochs
 from nas_kd.training.anchoring import anchor
 from nas_kd.training.evaluation import CALIBRATION, evaluate, recalibrate
-from nas_kd.training.probe import features_of, find_head, fit_probe, install
+from nas_kd.training.probe import find_head, fit_probe, head_inputs, install
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.teacher import TeacherCache, Teaching, prepare_teacher
-from nas_kd.training.transfer import settle
+from nas_kd.training.transfer import settle_weights
 
 ORIGINALS = 224  # pixels of the pictures that timm crops from
 DETAIL = 2.0  # times their size is the short side of the originals that ours are cropped from, at most
@@ -121,7 +121,7 @@ def norms(ground: Ground) -> Iterator[tuple[str, Scores]]:
     network, seen = ground.network(), ground.augmented.sample(CALIBRATION)
     head = find_head(network, ground.splits.val)
     assert head is not None
-    parts = (features_of(network, head, images) for images in (ground.splits.train, ground.splits.val))
+    parts = (head_inputs(network, head, images) for images in (ground.splits.train, ground.splits.val))
     install(head, fit_probe(*parts, head))
     yield "as loaded", ground.scores(network)
     anchored = copy.deepcopy(network)
@@ -135,7 +135,7 @@ def norms(ground: Ground) -> Iterator[tuple[str, Scores]]:
 def ours(ground: Ground) -> Iterator[tuple[str, Scores]]:
     """The linear probe that the product begins with, and the teacher that it ends with."""
     network, seen = ground.network(), ground.augmented.sample(CALIBRATION)
-    settle(network, ground.splits, seen, head="new")
+    settle_weights(network, ground.splits, seen, head="new")
     yield "linear probe", ground.scores(network)
     recipe = Recipe(epochs=ground.epochs, lr=TRANSFER_LR, distill_weight=0.0, seed=ground.arguments.seed)
     teaching = Teaching(recipe=recipe, augmentation=ground.augmentation, head="new")

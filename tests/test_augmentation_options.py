@@ -15,7 +15,7 @@ from nas_kd.errors import DataError, NasKdError
 from nas_kd.learnt_widths.arguments import parse_structure
 from nas_kd.preparation.augmenting import augmentation_of, mixing_of
 from nas_kd.rank_check.arguments import parse_rank_check
-from nas_kd.workers.kit import Kit, settings_of
+from nas_kd.workers.bundle import Bundle, settings_of
 
 AnySettings = Settings | DistillSettings
 COMMANDS: dict[str, Callable[[Sequence[str]], AnySettings]] = {
@@ -120,12 +120,12 @@ def test_what_cannot_be_done_is_told_as_well() -> None:
 def test_workers_get_the_options() -> None:
     settings = COMMANDS["study"]([*FOLDER, *ALL.split()])
     noted = json.loads(json.dumps(dataclasses.asdict(settings)))
-    kit = Kit(
+    bundle = Bundle(
         version="", settings=noted, num_classes=7, mean=(0.5,), std=(0.5,), proxy_images=8, teacher="t",
         weights="w", images="i", views="v", library=None, folder="",
     )  # fmt: skip
-    assert settings_of(kit).augment == settings.augment
-    assert {"v/shares.npy", "v/plain.npy"} <= set(kit.paths())
-    plain = dataclasses.replace(kit, settings={**noted, "augment": None})
+    assert settings_of(bundle).augment == settings.augment
+    assert {"v/shares.npy", "v/plain.npy"} <= set(bundle.paths())
+    plain = dataclasses.replace(bundle, settings={**noted, "augment": None})
     assert settings_of(plain).augment == AugmentOptions()
     assert not {"v/shares.npy", "v/plain.npy"} & set(plain.paths())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import pickle
 import re
@@ -259,3 +260,17 @@ def test_the_map_names_every_file_once() -> None:
     package = ROOT / "nas_kd"
     files = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if path.name != "__init__.py"}
     assert sorted(named) == sorted(files - {"rank_check/__main__.py"})
+
+
+# each the same wherever it stands
+SAME = {"main": "runs a command", "ignore": "tells nobody", "pass_over": "tells nobody"}
+
+
+def test_a_name_has_one_meaning_in_all_rooms() -> None:
+    """Classes, and functions that other files use: a name stands for one thing."""
+    homes: dict[str, list[str]] = {}
+    for path in sorted((ROOT / "nas_kd").rglob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) or (isinstance(node, ast.FunctionDef) and node.name[0] != "_"):
+                homes.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert {name: found for name, found in homes.items() if len(found) > 1 and name not in SAME} == {}

@@ -19,7 +19,7 @@ from nas_kd.data.images import AugmentedImages
 from nas_kd.data.splits import DataSpec, load_splits
 from nas_kd.distill import main
 from nas_kd.study import main as study_main
-from nas_kd.workers.kit import Kit, images_of
+from nas_kd.workers.bundle import Bundle, images_of
 
 
 @pytest.fixture(scope="module")
@@ -127,12 +127,12 @@ def test_where_originals_are_too_much_it_is_said(
 def test_workers_without_views_get_the_originals(photos: Path, tmp_path: Path) -> None:
     splits = load_splits(spec(photos), tmp_path)
     assert splits.folder is not None
-    kit = Kit(
+    bundle = Bundle(
         version="", settings={}, num_classes=2, mean=splits.mean, std=splits.std, proxy_images=6, teacher="t",
         weights="w", images=splits.folder.name, views=None, library=None, folder="", originals=True,
     )  # fmt: skip
-    assert f"{kit.images}/originals_pixels.npy" in kit.paths()
-    train = images_of(kit, tmp_path)["train"]
+    assert f"{bundle.images}/originals_pixels.npy" in bundle.paths()
+    train = images_of(bundle, tmp_path)["train"]
     seen = [
         AugmentedImages(images, PhotoAugmentation(), 3).batch(0, torch.arange(6)) for images in (train, splits.train)
     ]

@@ -38,7 +38,7 @@ from nas_kd.search.storage import close_storage, open_storage
 from nas_kd.search.workers import WORKER
 from nas_kd.study import main as study
 from nas_kd.worker import main as work
-from nas_kd.workers import kit
+from nas_kd.workers import bundle
 
 BASE = (
     "--model test_resnet --img-size 32 --teacher-epochs 1 --train-images 100 --budget macs=40%"
@@ -326,8 +326,8 @@ def test_a_worker_on_another_machine_measures_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Another machine: its folder is its own, and what it needs is in the artifact store alone."""
-    describe = kit._describe
-    monkeypatch.setattr(kit, "_describe", lambda *given: dataclasses.replace(describe(*given), folder="elsewhere"))
+    describe = bundle._describe
+    monkeypatch.setattr(bundle, "_describe", lambda *given: dataclasses.replace(describe(*given), folder="elsewhere"))
     only_after(done_jobs, monkeypatch)
     joining = ["--storage", shared, "--wait", "600", "--out", str(tmp_path / "joined"), "--device", "cpu"]
     worker = subprocess.Popen(
@@ -350,9 +350,9 @@ def test_a_worker_of_another_version_measures_nothing(
     """What it would find has other keys; the command goes on without it."""
     shared = f"sqlite:///{tmp_path / 'shared.db'}"
     joining = ["--storage", shared, "--device", "cpu", "--out", str(tmp_path / "joined"), "--part", "genotypes", "-q"]
-    plan = elsewhere.Plan
+    plan = elsewhere.GenotypesPlan
 
-    def other(**facts: Any) -> elsewhere.Plan:
+    def other(**facts: Any) -> elsewhere.GenotypesPlan:
         return plan(**{**facts, "keys": {**facts["keys"], "truth": "another"}})
 
     def do(jobs: Any, *arguments: Any, **more: Any) -> int:
@@ -360,7 +360,7 @@ def test_a_worker_of_another_version_measures_nothing(
         return do_jobs(jobs, *arguments, **more)
 
     do_jobs = elsewhere.do_jobs
-    monkeypatch.setattr(elsewhere, "Plan", other)
+    monkeypatch.setattr(elsewhere, "GenotypesPlan", other)
     monkeypatch.setattr(elsewhere, "do_jobs", do)
     assert main([*BASE, *SMALL, "--starts", "study", "--out", str(prepared), "-q", "--storage", shared]) == 0
     assert "use the same versions of nas_kd and timm" in capsys.readouterr().err

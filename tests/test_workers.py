@@ -209,8 +209,8 @@ def test_a_worker_on_another_machine_gets_all_it_needs(shared: str, tmp_path: Pa
     assert main([*first, "--artifacts", str(store), "--library-budget", "0.1", "--base-bounds"]) == 0
     storage = open_storage(shared)
     study = optuna.load_study(study_name=NAME, storage=storage)
-    kit = study.user_attrs["nas_kd kit"]
-    study.set_user_attr("nas_kd kit", {**kit, "settings": {**kit["settings"], "trials": 3}})
+    bundle = study.user_attrs["nas_kd kit"]
+    study.set_user_attr("nas_kd kit", {**bundle, "settings": {**bundle["settings"], "trials": 3}})
     latencies = study.user_attrs["nas_kd latency"]
     study.set_user_attr("nas_kd latency", {**latencies, "facts": {"machine": "another one"}})
     silent = study.ask()
@@ -224,7 +224,7 @@ def test_a_worker_on_another_machine_gets_all_it_needs(shared: str, tmp_path: Pa
         assert trial.state != TrialState.COMPLETE or trial.user_attrs[LATENCY] > 0
         assert "measured" not in trial.user_attrs
     assert found[silent.number].state == TrialState.FAIL or shared.startswith("postgresql")
-    assert {path.name for path in (tmp_path / "second" / "cache").iterdir()} >= {kit["weights"], kit["views"]}
+    assert {path.name for path in (tmp_path / "second" / "cache").iterdir()} >= {bundle["weights"], bundle["views"]}
     close_storage(storage)
 
 
@@ -232,8 +232,8 @@ def test_a_worker_that_is_killed_is_restarted_by_ray(mistake: Path) -> None:
     pytest.importorskip("ray")
     url = f"sqlite:///{mistake / 'study.db'}"
     study = optuna.load_study(study_name=NAME, storage=url)
-    kit = study.user_attrs["nas_kd kit"]
-    study.set_user_attr("nas_kd kit", {**kit, "settings": {**kit["settings"], "trials": 3}})
+    bundle = study.user_attrs["nas_kd kit"]
+    study.set_user_attr("nas_kd kit", {**bundle, "settings": {**bundle["settings"], "trials": 3}})
     process = start(
         "nas_kd.worker", [*joining(mistake), "--jobs", "1", "--ray", "local", "--grace-period", "600"], warm=False
     )

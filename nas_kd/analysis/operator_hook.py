@@ -31,7 +31,7 @@ class OperatorHook(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
+class ForwardPass:
     """What one forward pass makes: its outputs, the activations in between, and twice its MACs."""
 
     outputs: tuple[Tensor, ...]
@@ -39,7 +39,7 @@ class Run:
     flops: int
 
 
-def followed(network: nn.Module, image: Tensor) -> Run:
+def followed(network: nn.Module, image: Tensor) -> ForwardPass:
     """Run a network and follow its activations; flops are by torch's own formulas (`FlopCounterMode` adds up the same
     and also keeps a tree of modules). Shifts, which multiply by one and zero alone, have none."""
     activations, flops, running = Activations(), 0, [""]
@@ -63,7 +63,7 @@ def followed(network: nn.Module, image: Tensor) -> Run:
     finally:
         for handle in handles:
             handle.remove()
-    return Run(outputs=outputs, activations=activations, flops=flops)
+    return ForwardPass(outputs=outputs, activations=activations, flops=flops)
 
 
 def _dropped_last(names: list[str]) -> None:

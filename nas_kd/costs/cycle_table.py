@@ -20,8 +20,8 @@ from nas_kd.analysis.trace import without_storage
 from nas_kd.budget import CYCLES
 from nas_kd.costs.cost_table import CostTable
 from nas_kd.costs.draft import Draft, drafted
-from nas_kd.costs.latency_table import Store
-from nas_kd.costs.layer_times import Floats, Observed, Terms, expected, fit, layers_of, summed
+from nas_kd.costs.latency_table import Measurements
+from nas_kd.costs.layer_times import Floats, Observed, Terms, expected, fit_times, layers_of, summed
 from nas_kd.costs.polynomial import Vector
 from nas_kd.genotype import Choice, Genotype
 from nas_kd.networks.micro import Estimator
@@ -45,11 +45,11 @@ class CycleTable:
         analysis: Analysis,
         input_size: Sequence[int],
         estimator: Estimator | None,
-        store: Store | None = None,
+        store: Measurements | None = None,
     ) -> None:
         self.base, self.analysis, self.estimator = without_storage(base).eval(), analysis, estimator
         self._input_size = tuple(input_size)
-        self._store: Store = {} if store is None else store
+        self._store: Measurements = {} if store is None else store
         self._layers = layers_of(analysis)
         self._observed: dict[str, Observed] = {}
         self._told: Terms | None = None
@@ -103,7 +103,7 @@ class CycleTable:
         if self._told is not None:
             return self._told
         students = [student for _, student in sorted(self._observed.items())]
-        times = fit(self._layers, students)
+        times = fit_times(self._layers, students)
         rows = np.stack([student.row for student in students])
         total: dict[tuple[int, ...], Floats] = {}
         for layer in self._layers:
@@ -178,7 +178,7 @@ def evenly_drawn(blocks: Sequence[Block], count: int, seed: int = 0) -> list[Gen
     return [genotype_of(blocks, row) for row in np.stack(columns, axis=1)]
 
 
-def store_key(estimator: Estimator, base: nn.Module, input_size: Sequence[int]) -> str:
+def cycles_key(estimator: Estimator, base: nn.Module, input_size: Sequence[int]) -> str:
     """Names the file of estimates: of this compiler, accelerator and base. Raises as `drafted` does."""
     facts = repr(estimator.facts).encode() + drafted(base, input_size).content
     return hashlib.sha256(facts).hexdigest()[:16]

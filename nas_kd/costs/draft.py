@@ -42,7 +42,7 @@ def drafted(network: nn.Module, input_size: Sequence[int]) -> Draft:
     meta = without_storage(network).eval()
     run = followed(meta, meta_image(meta, input_size))
     graph = device_graph(run.activations, run.activations.numbers(run.outputs))
-    writer = _Writer(graph, run.activations)
+    writer = _DraftWriter(graph, run.activations)
     for operation in graph.operations:
         if operation.kind not in _WRITERS:
             raise ModelError(f"the network runs {operation.kind}, which the way to int8 files for devices lacks")
@@ -51,7 +51,7 @@ def drafted(network: nn.Module, input_size: Sequence[int]) -> Draft:
     return Draft(content=content, modules=tuple(operation.module for operation in graph.operations))
 
 
-class _Writer:
+class _DraftWriter:
     """The tensors of the file, by those of the graph."""
 
     def __init__(self, graph: DeviceGraph, activations: Activations) -> None:
@@ -107,7 +107,7 @@ def _sliding(window: Window) -> dict[str, Any]:
     return {"padding": word, "strideH": window.strides[0], "strideW": window.strides[1]}
 
 
-def _convolution(writer: _Writer, operation: Operation) -> None:
+def _convolution(writer: _DraftWriter, operation: Operation) -> None:
     window, (outputs, per_group, height, width) = operation.window, operation.shape
     assert window is not None
     inputs = writer.size(operation.reads[0])[-1]
@@ -120,22 +120,22 @@ def _convolution(writer: _Writer, operation: Operation) -> None:
     writer.file.operator(kind, reads, [writer.new(operation.makes[0])], **options)
 
 
-def _matrix(writer: _Writer, operation: Operation) -> None:
+def _matrix(writer: _DraftWriter, operation: Operation) -> None:
     inputs, outputs = operation.shape
     reads = [writer.of(operation.reads[0]), writer.weights((outputs, inputs), 0), writer.bias(outputs)]
     writer.file.operator("FULLY_CONNECTED", reads, [writer.new(operation.makes[0])])
 
 
-def _simple(kind: str, form: Quantisation | None = None) -> Callable[[_Writer, Operation], None]:
-    def write(writer: _Writer, operation: Operation) -> None:
+def _simple(kind: str, form: Quantisation | None = None) -> Callable[[_DraftWriter, Operation], None]:
+    def write(writer: _DraftWriter, operation: Operation) -> None:
         reads = [writer.of(tensor) for tensor in operation.reads]
         writer.file.operator(kind, reads, [writer.new(operation.makes[0], form=form)])
 
     return write
 
 
-def _with_constant(kind: str, fused: str = "") -> Callable[[_Writer, Operation], None]:
-    def write(writer: _Writer, operation: Operation) -> None:
+def _with_constant(kind: str, fused: str = "") -> Callable[[_DraftWriter, Operation], None]:
+    def write(writer: _DraftWriter, operation: Operation) -> None:
         number = writer.constant(np.array([127], dtype=np.int8), Quantisation(scale=3 / 127, zero_point=0))
         reads = [writer.of(operation.reads[0]), number]
         writer.file.operator(kind, reads, [writer.new(operation.makes[0])], fused=fused)
@@ -143,7 +143,7 @@ def _with_constant(kind: str, fused: str = "") -> Callable[[_Writer, Operation],
     return write
 
 
-def _pool(writer: _Writer, operation: Operation) -> None:
+def _pool(writer: _DraftWriter, operation: Operation) -> None:
     read, window = operation.reads[0], operation.window
     before, made = writer.size(read), writer.new(operation.makes[0], like=read)
     after = writer.file.shape(made)
@@ -156,13 +156,13 @@ def _pool(writer: _Writer, operation: Operation) -> None:
     writer.file.operator(operation.kind, [writer.of(read)], [made], **options)
 
 
-def _mean(writer: _Writer, operation: Operation) -> None:
+def _mean(writer: _DraftWriter, operation: Operation) -> None:
     made, where = writer.new(operation.makes[0]), writer.constant(np.array([1, 2], dtype=np.int32))
     keeps = len(writer.file.shape(made)) == 4
     writer.file.operator("MEAN", [writer.of(operation.reads[0]), where], [made], keepDims=keeps)
 
 
-def _pad(writer: _Writer, operation: Operation) -> None:
+def _pad(writer: _DraftWriter, operation: Operation) -> None:
     """Rows and columns as the window says; channels, of which only their number is known, on both sides."""
     read, window = operation.reads[0], operation.window
     batch, *size, channels = writer.size(read)
@@ -177,13 +177,13 @@ def _pad(writer: _Writer, operation: Operation) -> None:
     writer.file.operator("PAD", [writer.of(read), writer.constant(np.array(sides, dtype=np.int32))], [made])
 
 
-def _concatenation(writer: _Writer, operation: Operation) -> None:
+def _concatenation(writer: _DraftWriter, operation: Operation) -> None:
     made = writer.new(operation.makes[0], like=operation.reads[0])
     reads = [writer.of(tensor) for tensor in operation.reads]
     writer.file.operator("CONCATENATION", reads, [made], axis=len(writer.file.shape(made)) - 1)
 
 
-_WRITERS: Mapping[str, Callable[[_Writer, Operation], None]] = {
+_WRITERS: Mapping[str, Callable[[_DraftWriter, Operation], None]] = {
     "CONV_2D": _convolution,
     "FULLY_CONNECTED": _matrix,
     "ADD": _simple("ADD"),

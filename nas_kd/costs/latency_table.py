@@ -21,7 +21,7 @@ from nas_kd.analysis.structure import Analysis, Block, row_of
 from nas_kd.budget import LATENCY
 from nas_kd.costs.cost_table import CostTable
 from nas_kd.costs.latency import Timing
-from nas_kd.costs.layer_times import Layer, Observed, Terms, fit, layers_of, summed, total_of
+from nas_kd.costs.layer_times import Layer, Observed, Terms, fit_times, layers_of, summed, total_of
 from nas_kd.costs.runtimes import REFERENCE, LatencySpec, Measure, Measured, Subject, measurer
 from nas_kd.genotype import Choice, Genotype
 from nas_kd.students.building import build_student
@@ -37,7 +37,7 @@ _DROPPED = 0.6  # how often a block is dropped, beside each of its kinds
 _SPREAD = 0.25  # of widths around a student's own level
 
 
-class Store(Protocol):
+class Measurements(Protocol):
     """Where measurements are kept: JSON objects by key, a dict or a file of records."""
 
     def __contains__(self, key: str, /) -> bool: ...
@@ -53,9 +53,9 @@ class Meter:
     alike. A user's command has no reference.
     """
 
-    def __init__(self, spec: LatencySpec, *, store: Store | None = None, measure: Measure | None = None) -> None:
+    def __init__(self, spec: LatencySpec, *, store: Measurements | None = None, measure: Measure | None = None) -> None:
         self.spec = spec
-        self.store: Store = {} if store is None else store
+        self.store: Measurements = {} if store is None else store
         self._measure = measure or measurer(spec)
         self.measured = 0  # modules that were not in the store
 
@@ -206,7 +206,7 @@ class LatencyTable:
 
     def sums(self) -> Terms:
         """What the layers of students take together, as a sum over blocks and pairs of blocks (nanoseconds)."""
-        return summed(self._layers, fit(self._layers, self._students()))
+        return summed(self._layers, fit_times(self._layers, self._students()))
 
     def correction(self, sums: Terms) -> tuple[float, float]:
         """Offset (as a fraction of the base) and slope of the line through the whole students that were measured.
@@ -286,6 +286,6 @@ def _is_plain(name: str, value: object) -> bool:
     return value is None or isinstance(value, int | float | str | bool)
 
 
-def store_key(spec: LatencySpec) -> str:
+def latencies_key(spec: LatencySpec) -> str:
     """Names the file of measurements: of this specification, machine and versions."""
     return hashlib.sha256(json.dumps(["2", spec.facts()], sort_keys=True).encode()).hexdigest()[:16]

@@ -166,7 +166,7 @@ class Observed:
 Times = Mapping[Kind, Floats]  # nanoseconds that each of the four amounts takes
 
 
-def fit(layers: Sequence[Layer], students: Sequence[Observed]) -> Times:
+def fit_times(layers: Sequence[Layer], students: Sequence[Observed]) -> Times:
     """What explains the times of these students best."""
     rows = np.stack([student.row for student in students])
     amounts = [_amounts(layer, rows) for layer in layers]

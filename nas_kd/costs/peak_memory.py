@@ -35,7 +35,7 @@ _DENSE = 2**14  # entries of a table at most; moments that depend on more choice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Part:
+class MomentTable:
     """Moments that depend on the choices of the same blocks: `table` has one dimension per block of `blocks` and holds
     the largest of them. `owner` is the block whose kinds of convolution they depend on, None when on widths alone."""
 
@@ -54,7 +54,7 @@ class MemoryTable:
     """The peak memory of every genotype of a base: the largest of `parts` and of `sums`, moments that depend on too
     many blocks for a table."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[MomentTable, ...]
     sums: tuple[tuple[int | None, ByChoices], ...]
 
     def many(self, indices: Vector, owner: int | None = None) -> Vector:
@@ -76,7 +76,7 @@ def memory_table(analysis: Analysis, counts: Counts) -> MemoryTable:
 
 
 def largest_of(rows: Sequence[tuple[int | None, ByChoices]], lengths: Sequence[int]) -> MemoryTable:
-    """Return the largest of sums, each with the block that owns it (see `Part`); blocks have `lengths` choices."""
+    """Return the largest of sums, each with the block that owns it (`MomentTable`); blocks have `lengths` choices."""
     bounds = [row.bounds() for _, row in rows]
     floor = max((least for least, _ in bounds), default=0)
     tables: dict[tuple[int | None, tuple[int, ...]], Vector] = {}
@@ -91,7 +91,7 @@ def largest_of(rows: Sequence[tuple[int | None, ByChoices]], lengths: Sequence[i
         key = (owner if owner in blocks else None, blocks)
         table = row.table(blocks, lengths)
         tables[key] = np.maximum(tables[key], table) if key in tables else table
-    parts = tuple(Part(owner=owner, blocks=blocks, table=table) for (owner, blocks), table in tables.items())
+    parts = tuple(MomentTable(owner=owner, blocks=blocks, table=table) for (owner, blocks), table in tables.items())
     return MemoryTable(parts=parts, sums=tuple(sums))
 
 
@@ -107,7 +107,7 @@ class _Rows:
                 self._sources[through[1]] = (index, through[0])
 
     def all(self) -> Iterator[tuple[int | None, Polynomial[int]]]:
-        """Yield every sum that can be the largest, with the block that owns it (see `Part`)."""
+        """Yield every sum that can be the largest, with the block that owns it (see `MomentTable`)."""
         sites = {site.module: (index, site) for index, block in enumerate(self.blocks) for site in block.sites}
         spans: dict[str, tuple[int, int]] = {}  # the first and last moment of each site
         for position, moment in enumerate(self.trace.moments):

@@ -129,7 +129,7 @@ def finish(draft: Path, files: Mapping[str, ArrayFile], extra: Mapping[str, Any]
     (draft / _SIDECAR).write_text(json.dumps(meta, sort_keys=True), encoding="utf-8")
 
 
-def load(folder: Path, only: Collection[str] | None = None) -> tuple[dict[str, Array], dict[str, Any]] | None:
+def load_arrays(folder: Path, only: Collection[str] | None = None) -> tuple[dict[str, Array], dict[str, Any]] | None:
     """The memory-mapped arrays of `folder`, `only` those named, and its extra values; None where there is no folder.
 
     A damaged folder is removed with a warning, so that the caller builds it again.

@@ -19,7 +19,7 @@ from nas_kd.data.arrays import Array, ArrayFile, finish, writing
 from nas_kd.data.originals import OriginalsWriter, originals_bytes, shrunk
 from nas_kd.data.prefetching import wait_for
 from nas_kd.data.preprocessing import Preprocessing
-from nas_kd.data.sources import Part
+from nas_kd.data.sources import SourceSplit
 from nas_kd.errors import DataError
 
 _CHUNK = 256  # images decoded at once by the workers
@@ -29,7 +29,7 @@ _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Form:
+class ImageForm:
     """What images become: `channels` (1 or 3) × `size` × `size`, by so many threads. Of the training images originals
     with the shorter side `original_side` are kept too, unless that is None."""
 
@@ -49,7 +49,7 @@ class Form:
         """What the pixels of an image take."""
         return self.channels * self.size**2
 
-    def open(self, part: Part, index: int) -> Image.Image:
+    def open(self, part: SourceSplit, index: int) -> Image.Image:
         """An image of a part of the source as it is, in as many colours. Raises DataError when it cannot be read."""
         return part.open_image(index).convert("L" if self.channels == 1 else "RGB")
 
@@ -58,7 +58,7 @@ class Form:
 class Chosen:
     """The images of one split: which ones of which part of the source, named by `origin`."""
 
-    part: Part
+    part: SourceSplit
     origin: str
     indices: Array
 
@@ -93,7 +93,7 @@ class UnreadableError(Exception):
 
 
 def decode(
-    chosen: Mapping[str, Chosen], form: Form, class_names: Sequence[str], folder: Path, notes: list[str]
+    chosen: Mapping[str, Chosen], form: ImageForm, class_names: Sequence[str], folder: Path, notes: list[str]
 ) -> None:
     """Decodes the images of every split into `folder`, with their mean and std; `notes` are kept beside them.
 
@@ -112,7 +112,7 @@ def decode(
         finish(draft, files, {**watch.moments(), "notes": notes})
 
 
-def decoded_bytes(chosen: Mapping[str, Chosen], form: Form) -> int:
+def decoded_bytes(chosen: Mapping[str, Chosen], form: ImageForm) -> int:
     """What the images of every split take when they are decoded, with the originals of those to train on."""
     pixels = sum(len(split.indices) for split in chosen.values()) * (form.bytes + 8)
     if form.original_side is None:
@@ -121,7 +121,7 @@ def decoded_bytes(chosen: Mapping[str, Chosen], form: Form) -> int:
 
 
 def look_through(
-    chosen: Mapping[str, Chosen], form: Form, class_names: Sequence[str], folder: Path, extra: Mapping[str, Any]
+    chosen: Mapping[str, Chosen], form: ImageForm, class_names: Sequence[str], folder: Path, extra: Mapping[str, Any]
 ) -> None:
     """Decodes the images of every split as `decode` does and keeps nothing but what it says of them, and `extra`.
 
@@ -141,7 +141,7 @@ def look_through(
         finish(draft, {}, {**extra, **watch.moments(), "notes": notes})
 
 
-def _decode_split(name: str, split: Chosen, form: Form, draft: Path, watch: _Watch) -> dict[str, ArrayFile]:
+def _decode_split(name: str, split: Chosen, form: ImageForm, draft: Path, watch: _Watch) -> dict[str, ArrayFile]:
     keeps = name == "train" and form.original_side is not None
     with ArrayFile(draft / f"{name}_labels.npy", (len(split.indices),), "<i8") as labels, ExitStack() as stack:
         labels.write(split.labels)
@@ -160,7 +160,7 @@ def _decode_split(name: str, split: Chosen, form: Form, draft: Path, watch: _Wat
     return files | (originals.finish() if originals is not None else {})
 
 
-def transform_for(form: Form) -> Callable[[Image.Image], Any]:
+def transform_for(form: ImageForm) -> Callable[[Image.Image], Any]:
     """timm's evaluation transform to a uint8 tensor C×H×W: nothing is normalised yet."""
     from timm.data import create_transform
 
@@ -170,7 +170,7 @@ def transform_for(form: Form) -> Callable[[Image.Image], Any]:
     return transform
 
 
-def _decoded(split: Chosen, form: Form, watch: _Watch, *, keep: bool) -> Iterator[list[tuple[Array, Array]]]:
+def _decoded(split: Chosen, form: ImageForm, watch: _Watch, *, keep: bool) -> Iterator[list[tuple[Array, Array]]]:
     """(C×H×W, the original H×W×C where they are kept) of each image, decoded by threads: Pillow releases the
     interpreter while it works. In place of what cannot be read there are zeros, and `watch` knows."""
     transform = transform_for(form)

@@ -31,7 +31,7 @@ _LOOKS = 15  # images whose size is looked at
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class SourceSplit:
     """One split that is not decoded yet: its labels (int64), what opens one image (of mode L or RGB), and what an image
     is called. `open_image` raises DataError, naming the file, when it cannot be read. Processes can be given it."""
 
@@ -39,10 +39,10 @@ class Part:
     open_image: Callable[[int], Image.Image]
     called: Callable[[int], str]
 
-    def without(self, images: Collection[int]) -> Part:
+    def without(self, images: Collection[int]) -> SourceSplit:
         """The same but for some images."""
         kept = np.setdiff1d(np.arange(len(self.labels)), list(images))
-        return Part(self.labels[kept], partial(_nth, self.open_image, kept), partial(_nth, self.called, kept))
+        return SourceSplit(self.labels[kept], partial(_nth, self.open_image, kept), partial(_nth, self.called, kept))
 
 
 def _nth(of: Callable[[int], Any], kept: Array, index: int) -> Any:
@@ -81,13 +81,13 @@ class Source:
 
     name: str
     class_names: tuple[str, ...]
-    train: Part
-    val: Part | None = None
-    test: Part | None = None
+    train: SourceSplit
+    val: SourceSplit | None = None
+    test: SourceSplit | None = None
     fingerprint: str
     side: int
 
-    def parts(self) -> dict[str, Part]:
+    def parts(self) -> dict[str, SourceSplit]:
         """The splits that there are, by name."""
         named = {"train": self.train, "val": self.val, "test": self.test}
         return {name: part for name, part in named.items() if part is not None}
@@ -141,7 +141,7 @@ def _digits() -> Source:
     return Source(
         name="the handwritten digits",
         class_names=tuple("0123456789"),
-        train=Part(labels, partial(_digit, pixels), "digit {}".format),
+        train=SourceSplit(labels, partial(_digit, pixels), "digit {}".format),
         fingerprint=_hash_of(pixels.tobytes(), labels.tobytes()),
         side=pixels.shape[1],
     )
@@ -176,7 +176,7 @@ def _folders(root: Path, class_map: str | None) -> Source:
 def _shards(root: Path) -> Source:
     """WebDataset shards: classes have numbers and no names."""
     splits = read_shards(root)
-    parts = {name: Part(shards.labels, shards.open, shards.name) for name, shards in splits.items()}
+    parts = {name: SourceSplit(shards.labels, shards.open, shards.name) for name, shards in splits.items()}
     if "test" not in parts and "val" in parts:  # one split beside the training images is the test
         parts["test"] = parts.pop("val")
     train, files = splits["train"], [(path, name) for name, shards in splits.items() for path in shards.paths]
@@ -195,9 +195,9 @@ def _tell(line: str) -> None:
     _logger.warning("%s", line)
 
 
-def _file_part(samples: Sequence[tuple[Path, int]]) -> Part:
+def _file_part(samples: Sequence[tuple[Path, int]]) -> SourceSplit:
     paths = _Paths.of([path for path, _ in samples])
-    return Part(_labels([label for _, label in samples]), paths.open, paths.name)
+    return SourceSplit(_labels([label for _, label in samples]), paths.open, paths.name)
 
 
 def _usual_side(paths: Sequence[Path]) -> int:
@@ -217,8 +217,8 @@ def _torchvision(dataset: str, root: Path) -> Source:
     return Source(
         name=dataset,
         class_names=classes,
-        train=Part(labels, partial(_open_item, train), partial(_item_name, train)),
-        test=Part(_targets(test), partial(_open_item, test), partial(_item_name, test)),
+        train=SourceSplit(labels, partial(_open_item, train), partial(_item_name, train)),
+        test=SourceSplit(_targets(test), partial(_open_item, test), partial(_item_name, test)),
         fingerprint=_hash_of(dataset.encode(), *(_content(part, root) for part in (train, test))),
         side=min(_open_item(train, 0).size),
     )

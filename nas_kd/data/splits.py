@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from nas_kd.data import sources
-from nas_kd.data.arrays import Array, load
+from nas_kd.data.arrays import Array, load_arrays
 from nas_kd.data.cutting import TEST_FRACTION, DataSpec, check_source, cut
 from nas_kd.data.dataset_names import DIGITS
-from nas_kd.data.decoding import Form, UnreadableError, decode, decoded_bytes, look_through
+from nas_kd.data.decoding import ImageForm, UnreadableError, decode, decoded_bytes, look_through
 from nas_kd.data.images import Images, ImageSet, normalise
 from nas_kd.data.originals import Originals, open_originals, original_side
 from nas_kd.data.preprocessing import Preprocessing
@@ -73,10 +73,10 @@ def load_splits(spec: DataSpec, cache_dir: Path) -> Splits:
     streams = not folder.exists() and _is_too_large(source, spec)
     if streams:
         folder = cache_dir / f"stream-{key[:16]}"
-    loaded = load(folder)
+    loaded = load_arrays(folder)
     if loaded is None:
         (_look_through if streams else _decode)(source, spec, folder)
-        loaded = load(folder)
+        loaded = load_arrays(folder)
         if loaded is None:
             raise DataError(f"the images in {folder} were damaged while they were written: check the disk")
     arrays, extra = loaded
@@ -132,9 +132,9 @@ def _without_unreadable(
             check_source(source, spec)
 
 
-def _streamed_form(spec: DataSpec) -> Form:
+def _streamed_form(spec: DataSpec) -> ImageForm:
     """What images become, with originals as large as they are wanted."""
-    return Form(
+    return ImageForm(
         size=spec.img_size,
         channels=spec.in_chans,
         preprocessing=spec.preprocessing,
@@ -210,7 +210,7 @@ def with_sample(splits: Splits, spec: DataSpec, train: int, cache_dir: Path) -> 
     some = {"train": splits.train[:train], "val": splits.val[:LOOK]}
     key = hashlib.sha256(f"{splits.digest} {spec.originals} {train} {LOOK}".encode()).hexdigest()
     folder = cache_dir / f"images-{key[:16]}"
-    loaded = load(folder)
+    loaded = load_arrays(folder)
     if loaded is None:
         side, remarks = _originals_side(spec, len(some["train"]), cache_dir)
         form = replace(splits.train.form, original_side=side)
@@ -218,7 +218,7 @@ def with_sample(splits: Splits, spec: DataSpec, train: int, cache_dir: Path) -> 
             decode({name: part.chosen for name, part in some.items()}, form, splits.class_names, folder, remarks)
         except UnreadableError as error:
             raise error.explain(cache_dir) from error
-        loaded = load(folder)
+        loaded = load_arrays(folder)
         assert loaded is not None
     images = _images(loaded[0], (*some,), spec, splits.mean, splits.std)
     return replace(splits, train=images["train"], val=images["val"], folder=folder)

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from nas_kd.data.arrays import Array
-from nas_kd.data.decoding import Chosen, Form, transform_for
+from nas_kd.data.decoding import Chosen, ImageForm, transform_for
 from nas_kd.data.images import Images
 from nas_kd.data.originals import shrunk
 from nas_kd.data.prefetching import work_ahead
@@ -32,7 +32,7 @@ class StreamedImages:
     """
 
     chosen: Chosen
-    form: Form
+    form: ImageForm
     labels: Tensor
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -97,5 +97,5 @@ class StreamedImages:
 
 
 @functools.lru_cache(maxsize=8)  # in each process
-def _transform(form: Form) -> Callable[[Image.Image], Tensor]:
+def _transform(form: ImageForm) -> Callable[[Image.Image], Tensor]:
     return transform_for(form)

@@ -23,7 +23,7 @@ from nas_kd.learnt_widths.arguments import StructureSettings
 from nas_kd.learnt_widths.channel_cost import segments_of
 from nas_kd.learnt_widths.learning import Goal, LearntWidths, WidthLearner, learn_widths
 from nas_kd.learnt_widths.scale_factors import FILTERS, ScaleFactors
-from nas_kd.pipeline.baselines import Start, Wanted, plain_baselines
+from nas_kd.pipeline.baselines import Start, WantedModel, plain_baselines
 from nas_kd.pipeline.models import make_models
 from nas_kd.preparation.augmenting import images_key
 from nas_kd.preparation.job import Job, prepare, recipe_of, refine_epochs
@@ -83,7 +83,7 @@ def learn_structure(settings: StructureSettings, stages: Stages) -> Structure:
     learnt, digest = _learn(job, goal, materials, learning, stages)
     genotype = rounded(job, learnt, goal)
     start = Start(build=lambda: narrowed(job, learnt, genotype), digest=digest)
-    wanted = Wanted(role="front", genotype=genotype, space=job.space, epochs=refining, start=start)
+    wanted = WantedModel(role="front", genotype=genotype, space=job.space, epochs=refining, start=start)
     baselines = plain_baselines(job, genotype, learning + refining) if settings.study.baselines else []
     models = tuple(make_models(job, [wanted, *baselines], materials, stages))
     blocks = tuple(_block_rows(analysis, goal, learnt, genotype))

@@ -27,7 +27,7 @@ from nas_kd.data.memory import give_back
 from nas_kd.errors import DataError, TrainingError
 from nas_kd.library.bench import Bench
 from nas_kd.library.damages import Damages
-from nas_kd.library.effort import Effort
+from nas_kd.library.effort import LibraryEffort
 from nas_kd.library.entries import Entry, EntryFile, as_kept
 from nas_kd.library.frame_training import FrameRecipe, distil_frame
 from nas_kd.library.importance import rank_block
@@ -134,7 +134,9 @@ class Builder:
         }
         trainable = {block.name for block in analysis.blocks if self._is_trainable(block)}
         self.trained = trainable if self.spec.rounds else set[str]()
-        self.effort = Effort(analysis.blocks, self.recorder, self.damages, self._unknowns(), self._trained_images())
+        self.effort = LibraryEffort(
+            analysis.blocks, self.recorder, self.damages, self._unknowns(), self._trained_images()
+        )
 
     def _digest(self) -> str:
         spec = replace(self.spec, rounds=())

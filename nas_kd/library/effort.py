@@ -30,7 +30,7 @@ class Step(str):
         return step
 
 
-class Effort:
+class LibraryEffort:
     """Predicted seconds of every step of a library, by stage (`prepare`, `rank`, `inherit`, `train`, `measure`) and
     block. `widest` has by block the unknowns of its largest fit, `trained` how many images an entry is trained on, of
     the blocks where that is done."""

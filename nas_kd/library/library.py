@@ -22,7 +22,7 @@ from nas_kd.analysis.trace import named_tensors
 from nas_kd.genotype import Choice, group_count
 from nas_kd.library.entries import Entry, EntryFile, Tensors
 from nas_kd.students.frames import swapped
-from nas_kd.students.inheritance import cut, inherit_student, resize_kernel
+from nas_kd.students.inheritance import drop_channels, inherit_student, resize_kernel
 
 _LARGER_KERNEL = 1e-6  # of damage
 _logger = logging.getLogger(__name__)
@@ -118,7 +118,11 @@ def _overlay(
     """Copies the tensors of an entry, which kept the labels `own`, into a student that keeps fewer, `mask`.
 
     Where a neighbour narrows what groups of a replacement read, the whole replacement stays as it was inherited."""
-    fitted = {name: cut(tensor, axes.get(name, ()), mask, had=own) for name, tensor in entry.items() if name in student}
+    fitted = {
+        name: drop_channels(tensor, axes.get(name, ()), mask, had=own)
+        for name, tensor in entry.items()
+        if name in student
+    }
     fitted = {
         name: _grown(tensor, student[name].shape[-1]) if tensor.ndim == 4 else tensor for name, tensor in fitted.items()
     }

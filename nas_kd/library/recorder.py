@@ -12,7 +12,7 @@ from nas_kd.analysis.structure import Analysis
 from nas_kd.costs.forward_time import module_seconds
 from nas_kd.data.images import Images, normalise
 from nas_kd.library.frame_training import MOST_IMAGES, PART, images_for
-from nas_kd.students.frames import Frame, Passage, find_frames, joined, recording, with_skips
+from nas_kd.students.frames import Frame, Passage, find_frames, join_batches, recording, with_skips
 from nas_kd.training.evaluation import device_of, memory_layout, suits_channels_last
 from nas_kd.training.small_maps import reached_taps
 
@@ -99,7 +99,7 @@ class Recorder:
             for start in range(0, len(images), at_once):
                 with suppress(_Enough):
                     self.base(self._normalised(images[start : start + at_once]))
-        return {name: joined(passages.pop(name)) for name in names}
+        return {name: join_batches(passages.pop(name)) for name in names}
 
 
 @contextmanager

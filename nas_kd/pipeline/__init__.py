@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 
 from nas_kd.pipeline.helpers import helping
-from nas_kd.pipeline.models import take_home
+from nas_kd.pipeline.models import make_results
 from nas_kd.pipeline.search import search
 from nas_kd.pipeline.sharing import sharing_library
 from nas_kd.pipeline.showcase import show
@@ -29,7 +29,7 @@ def run(job: Job, stages: Stages) -> StudySummary:
         with helping(job) as helpers:
             materials = gather(job, stages, functools.partial(sharing_library, helpers))
             study = search(job, materials, stages, helpers)
-            models = take_home(job, study, materials, stages, helpers)
+            models = make_results(job, study, materials, stages, helpers)
         summary = summarise(job, study, models, materials, stages)
         show(job, study, summary)
     finally:

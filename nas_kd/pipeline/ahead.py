@@ -32,7 +32,7 @@ from nas_kd.search.sampler import KnapsackSampler
 from nas_kd.search.space import Space
 from nas_kd.search.trials import Begun, Proxy, begin_here, count_trained
 from nas_kd.search.workers import queued_point
-from nas_kd.workers.crew import share_of_threads
+from nas_kd.workers.pool import share_of_threads
 
 STAGE = "trials"
 ROUND = 8  # that are proposed at a time, or one for each process: docs/results/samplers.md

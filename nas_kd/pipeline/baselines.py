@@ -33,7 +33,7 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Wanted:
+class WantedModel:
     """A model to be made: what for, which genotype, and the space that the genotype is of; how many epochs it trains,
     and what it begins with where that is not what the space gives."""
 
@@ -50,22 +50,22 @@ def whole_models(space: Space[nn.Module], meter: Meter) -> LatencyTable:
     return own if own and not own.is_told else LatencyTable(space.base, space.analysis, space.input_size, meter)
 
 
-def baselines(job: Job, best: Genotype, epochs: int) -> list[Wanted]:
+def baselines(job: Job, best: Genotype, epochs: int) -> list[WantedModel]:
     """What the front must beat: its own best one without a teacher, one width everywhere, a random genotype."""
     wanted = plain_baselines(job, best, epochs)
     drawn = _random(job)
     if drawn is not None:
-        wanted.append(Wanted(role="random", genotype=drawn, space=job.space, epochs=epochs))
+        wanted.append(WantedModel(role="random", genotype=drawn, space=job.space, epochs=epochs))
     return wanted
 
 
-def plain_baselines(job: Job, best: Genotype, epochs: int) -> list[Wanted]:
+def plain_baselines(job: Job, best: Genotype, epochs: int) -> list[WantedModel]:
     """What any way to choose `best` must beat: the same without a teacher, and one width everywhere."""
-    baselines = [Wanted(role="no teacher", genotype=best, space=job.space, epochs=epochs)]
+    baselines = [WantedModel(role="no teacher", genotype=best, space=job.space, epochs=epochs)]
     whole = whole_space(job)
     uniform = None if whole is None else _uniform(job, whole)
     if whole is not None and uniform is not None:
-        baselines.append(Wanted(role="uniform", genotype=uniform, space=whole, epochs=epochs))
+        baselines.append(WantedModel(role="uniform", genotype=uniform, space=whole, epochs=epochs))
     return baselines
 
 

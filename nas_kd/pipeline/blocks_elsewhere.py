@@ -46,8 +46,8 @@ from nas_kd.search.storage import close_storage, open_storage, storage_errors
 from nas_kd.search.workers import RetryingStudy
 from nas_kd.training.evaluation import predict_logits
 from nas_kd.training.ranks import current
+from nas_kd.workers.bundle import PRIVATE, cache_here, check_version, damaged, locate_files
 from nas_kd.workers.joining import find_jobs, is_begun, lead_to_end
-from nas_kd.workers.kit import PRIVATE, cache_here, check_version, damaged, locate_files
 
 BLOCKS = "nas_kd blocks"  # the user attribute of these jobs: what workers need for them
 _INPUTS = "inputs-{}.safetensors"  # of a library's folder
@@ -57,7 +57,7 @@ _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class BlocksPlan:
     """What workers need to make blocks: of the study its version and settings, the classes and the `facts` of the
     library's inputs, which are in the file `inputs`; the `library`'s folder, and the channels' order in it. Paths are
     relative to the study's cache, which is `folder` on its own machine; `files` are in the artifact store, by SHA-256.
@@ -139,12 +139,12 @@ def _key(library: str, block: str) -> str:
     return f"{library} {block}"
 
 
-def _plan(job: Job, inputs: LibraryInputs, folder: Path) -> Plan:
+def _plan(job: Job, inputs: LibraryInputs, folder: Path) -> BlocksPlan:
     path = _INPUTS.format(folder.name)
     if not (job.cache / path).exists():
         inputs.write(job.cache / path)
     store = open_store(job.settings.artifacts) if job.settings.artifacts else None
-    plan = Plan(
+    plan = BlocksPlan(
         version=__version__,
         settings={**dataclasses.asdict(job.settings), **PRIVATE},
         num_classes=predict_logits(inputs.base, inputs.images[:1]).shape[1],
@@ -164,7 +164,7 @@ def _packed(folder: Path, block: str) -> Path:
     return folder.with_name(f"{folder.name}-{block}.zip")
 
 
-def _bring(plan: Plan, folder: Path, block: str, notes: Notes) -> None:
+def _bring(plan: BlocksPlan, folder: Path, block: str, notes: Notes) -> None:
     """Fetches the entries of a block that was made elsewhere, where they are not in the folder already."""
     packed = _packed(folder, block)
     if FILE not in notes:
@@ -179,7 +179,7 @@ def _bring(plan: Plan, folder: Path, block: str, notes: Notes) -> None:
 
 # workers
 
-_Found = tuple[str, RetryingStudy, Plan | None]
+_Found = tuple[str, RetryingStudy, BlocksPlan | None]
 
 
 def take_blocks(settings: WorkerSettings, stages: Stages, sleep: Callable[[float], None] = time.sleep) -> int | None:
@@ -230,11 +230,11 @@ def _find(storage: BaseStorage, wanted: str) -> _Found | None:
     if noted == DONE:
         return name, jobs, None
     check_version(name, noted)
-    return name, jobs, Plan(**noted)
+    return name, jobs, BlocksPlan(**noted)
 
 
 def _make_if_open(
-    jobs: RetryingStudy, plan: Plan, settings: WorkerSettings, device: torch.device, advance: Advance
+    jobs: RetryingStudy, plan: BlocksPlan, settings: WorkerSettings, device: torch.device, advance: Advance
 ) -> int:
     """Makes blocks; none where others made the last of them meanwhile, and their files are gone."""
     try:
@@ -245,7 +245,9 @@ def _make_if_open(
         return 0
 
 
-def _make(jobs: RetryingStudy, plan: Plan, settings: WorkerSettings, device: torch.device, advance: Advance) -> int:
+def _make(
+    jobs: RetryingStudy, plan: BlocksPlan, settings: WorkerSettings, device: torch.device, advance: Advance
+) -> int:
     """Makes blocks until none is left; those of another folder than the study's own go into its artifact store."""
     own, address = Path(plan.folder), settings.artifacts or plan.artifacts
     here = cache_here(settings.out, restore_settings(plan.settings).name)
@@ -272,7 +274,7 @@ def _make(jobs: RetryingStudy, plan: Plan, settings: WorkerSettings, device: tor
     return made
 
 
-def _builder(jobs: RetryingStudy, plan: Plan, cache: Path, device: torch.device) -> Builder:
+def _builder(jobs: RetryingStudy, plan: BlocksPlan, cache: Path, device: torch.device) -> Builder:
     """What builds the plan's library on this machine. Raises ArtifactError for a file that is missing or damaged,
     StudyError where another library would come of it."""
     settings = dataclasses.replace(restore_settings(plan.settings), pretrained=False, out=str(cache.parent))

@@ -51,7 +51,7 @@ from nas_kd.training.evaluation import CALIBRATION, recalibrate
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.resume import replace_file
 from nas_kd.training.teacher import Teacher, TeacherCache, TeacherResult, Teaching, adopt_teacher, prepare_teacher
-from nas_kd.training.transfer import HeadOrigin, settle
+from nas_kd.training.transfer import HeadOrigin, settle_weights
 from nas_kd.training.views import OnlineViews, Views, ViewSpec, build_views, views_bytes, weights_digest
 
 FILE = "distill.json"
@@ -280,7 +280,7 @@ def _train(job: DistillJob, splits: Splits, teacher: TeacherResult | None, stage
     recipe = _recipe(settings, epochs)
 
     def prepare(network: nn.Module, head: HeadOrigin) -> None:
-        settle(network.to(job.device), splits, data.sample(CALIBRATION), head=head)
+        settle_weights(network.to(job.device), splits, data.sample(CALIBRATION), head=head)
 
     @functools.cache  # to make what starts from weights ready takes many forward passes
     def made(number: int) -> nn.Module:

@@ -18,14 +18,14 @@ from torch import nn
 from nas_kd.arguments.worker import MODELS as PART
 from nas_kd.arguments.worker import WorkerSettings
 from nas_kd.costs.latency import limited_threads
-from nas_kd.data.arrays import load
+from nas_kd.data.arrays import load_arrays
 from nas_kd.data.images import Images
 from nas_kd.data.originals import open_originals
 from nas_kd.data.splits import Splits
 from nas_kd.errors import ArtifactError, StudyError
 from nas_kd.genotype import Genotype
-from nas_kd.pipeline.baselines import Wanted, whole_of
-from nas_kd.pipeline.refining import Workshop, file_of, refine_in, workshop_of
+from nas_kd.pipeline.baselines import WantedModel, whole_of
+from nas_kd.pipeline.refining import RefinementContext, file_of, refine_in, refinement_context
 from nas_kd.preparation.job import Job, choose_device, storage_url
 from nas_kd.preparation.materials import Materials
 from nas_kd.progress import Advance, Stages
@@ -36,9 +36,9 @@ from nas_kd.search.storage import storage_errors
 from nas_kd.search.workers import RetryingStudy
 from nas_kd.training.ranks import current
 from nas_kd.training.views import Views, open_views
-from nas_kd.workers.crew import local_workers, share_of_threads, stop_all, worker_arguments
+from nas_kd.workers.bundle import Bundle, damaged, equip, fetch, locate, read_bundle, settings_of, view_files
 from nas_kd.workers.joining import joined, lead_to_end
-from nas_kd.workers.kit import Kit, damaged, equip, fetch, locate, read_kit, settings_of, view_files
+from nas_kd.workers.pool import local_workers, share_of_threads, stop_all, worker_arguments
 
 MODELS = "nas_kd models"  # the study's user attribute: what is to be trained once the search is done
 COMING, DONE = "coming", "done"
@@ -48,8 +48,8 @@ _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What workers need to train models, beside the study's kit: the folder of `views`, the `parts` of the images,
+class ModelsPlan:
+    """What workers need to train models, beside the study's bundle: the folder of `views`, the `parts` of the images,
     the workshop's `key`; the models by the names of their files; and what is in the artifact store, by SHA-256."""
 
     key: str
@@ -69,7 +69,7 @@ def expect_models(job: Job, study: optuna.Study) -> None:
         study.set_user_attr(MODELS, COMING)
 
 
-def are_shared(job: Job, pending: Sequence[Wanted], materials: Materials) -> bool:
+def are_shared(job: Job, pending: Sequence[WantedModel], materials: Materials) -> bool:
     """Whether workers elsewhere can train models of a plan."""
     fits = isinstance(materials.refine_views, Views) and all(wanted.start is None for wanted in pending)
     return fits and len(pending) > 1 and current().size == 1 and _study_of(job) is not None
@@ -86,7 +86,7 @@ def _study_of(job: Job) -> RetryingStudy | None:
 
 def train_with_workers(
     job: Job,
-    plan: Sequence[Wanted],
+    plan: Sequence[WantedModel],
     materials: Materials,
     count: int,
     advance: Advance,
@@ -94,12 +94,12 @@ def train_with_workers(
 ) -> None:
     """Trains models here, in `count` processes, and wherever workers are; what comes of others is fetched. This process
     does something else `first`."""
-    workshop = workshop_of(job, materials)
+    workshop = refinement_context(job, materials)
     models = {file_of(workshop, wanted).name: wanted for wanted in plan}
     study = _study_of(job)
     assert study is not None
-    kit = read_kit(study)
-    assert kit is not None
+    bundle = read_bundle(study)
+    assert bundle is not None
 
     own = set[str]()
 
@@ -109,12 +109,12 @@ def train_with_workers(
 
     with storage_errors("share out models"):
         jobs = post_jobs(job.storage, job.settings.name, list(models))
-        study.set_user_attr(MODELS, dataclasses.asdict(_plan(job, kit, workshop, models)))
+        study.set_user_attr(MODELS, dataclasses.asdict(_plan(job, bundle, workshop, models)))
         with more_processes(job, count, PART) as sleep:
             first()
             do_jobs(jobs, run, grace=job.settings.grace_period, sleep=sleep)
         for name, notes in done_jobs(jobs).items():
-            _bring(kit, job.cache / name, notes)
+            _bring(bundle, job.cache / name, notes)
             if name in models and name not in own:
                 advance(f"{models[name].role}: trained by another process", models[name].epochs)
 
@@ -128,16 +128,16 @@ def forget_models(job: Job) -> None:
             remove_jobs(job.storage, job.settings.name)
 
 
-def _plan(job: Job, kit: Kit, workshop: Workshop, models: Mapping[str, Wanted]) -> Plan:
+def _plan(job: Job, bundle: Bundle, workshop: RefinementContext, models: Mapping[str, WantedModel]) -> ModelsPlan:
     views = workshop.views
     assert isinstance(views, Views)
     assert views.folder is not None
-    originals = ("originals_pixels", "originals_sizes") if kit.originals else ()
+    originals = ("originals_pixels", "originals_sizes") if bundle.originals else ()
     fresh = ("train_pixels", *originals) if job.settings.distill == "online" else ()
     parts = ("train_labels", "val_pixels", "val_labels", "test_pixels", "test_labels", *fresh)
-    paths = [*(f"{kit.images}/{part}.npy" for part in parts), *view_files(job.settings.augment, views.folder.name)]
+    paths = [*(f"{bundle.images}/{part}.npy" for part in parts), *view_files(job.settings.augment, views.folder.name)]
     store = open_store(job.settings.artifacts) if job.settings.artifacts else None
-    return Plan(
+    return ModelsPlan(
         key=workshop.key,
         views=views.folder.name,
         parts=parts,
@@ -178,11 +178,11 @@ def more_processes(job: Job, count: int, part: str) -> Iterator[Callable[[float]
         stop_all(others)
 
 
-def _bring(kit: Kit, path: Path, notes: Notes) -> None:
+def _bring(bundle: Bundle, path: Path, notes: Notes) -> None:
     if path.exists() or FILE not in notes:
         return
     try:
-        open_store(str(kit.artifacts)).get(str(notes[FILE]), path)
+        open_store(str(bundle.artifacts)).get(str(notes[FILE]), path)
     except ArtifactError as error:
         _logger.warning("a model that was trained elsewhere is trained here again: %s", error)
 
@@ -196,19 +196,19 @@ def take_models(settings: WorkerSettings, stages: Stages, sleep: Callable[[float
     Raises a NasKdError for everything that is wrong with the storage, the study or its files.
     """
     device = choose_device(settings.device if settings.ray is None else "cpu")
-    with joined(settings, sleep) as (storage, study, kit):
+    with joined(settings, sleep) as (storage, study, bundle):
         plan = _await_plan(study, max(settings.grace_period, settings.wait), sleep)
         jobs = None if plan is None else open_jobs(storage, study.study_name)
         if plan is None or jobs is None:
             return 0
         if (led := lead_to_end(settings, study.study_name, PART)) is not None:
             return led
-        site = _site(study, kit, plan, settings, device)
+        site = _site(study, bundle, plan, settings, device)
         with stages.stage("models", sum(model["epochs"] for model in plan.models.values())) as advance:
             return _train(jobs, plan, site, settings.grace_period, advance)
 
 
-def _await_plan(study: optuna.Study, patience: float, sleep: Callable[[float], None]) -> Plan | None:
+def _await_plan(study: optuna.Study, patience: float, sleep: Callable[[float], None]) -> ModelsPlan | None:
     """The models to train, as soon as the study's command has chosen them; None where there are none, or nothing is
     heard of it for so many seconds."""
     deadline = time.monotonic() + patience
@@ -216,10 +216,10 @@ def _await_plan(study: optuna.Study, patience: float, sleep: Callable[[float], N
         sleep(_POLL)
     if not isinstance(noted, dict):
         return None
-    return Plan(**{**noted, "parts": tuple(noted["parts"])})
+    return ModelsPlan(**{**noted, "parts": tuple(noted["parts"])})
 
 
-def _train(jobs: RetryingStudy, plan: Plan, site: _Site, grace: float, advance: Advance) -> int:
+def _train(jobs: RetryingStudy, plan: ModelsPlan, site: _Site, grace: float, advance: Advance) -> int:
     """Trains models until none is left; what is not in the study's own folder goes into its artifact store."""
 
     def run(name: str) -> tuple[float, Notes]:
@@ -238,52 +238,54 @@ class _Site:
     """Where a worker trains: its workshop, the spaces of genotypes, and the address of the artifact store that takes
     models; None where they are in the study's own folder."""
 
-    workshop: Workshop
+    workshop: RefinementContext
     space: Space[nn.Module]
     name: str
     store: str | None
 
-    def wanted(self, model: Mapping[str, Any]) -> Wanted:
+    def wanted(self, model: Mapping[str, Any]) -> WantedModel:
         """What a plan says of a model."""
         space = whole_of(self.space, self.name) if model["whole"] else self.space
         assert space is not None
         genotype = Genotype.from_json(model["genotype"])
-        return Wanted(role=model["role"], genotype=genotype, space=space, epochs=model["epochs"])
+        return WantedModel(role=model["role"], genotype=genotype, space=space, epochs=model["epochs"])
 
 
-def _site(study: optuna.Study, kit: Kit, plan: Plan, settings: WorkerSettings, device: torch.device) -> _Site:
+def _site(
+    study: optuna.Study, bundle: Bundle, plan: ModelsPlan, settings: WorkerSettings, device: torch.device
+) -> _Site:
     """The files of a plan here. Raises ArtifactError for those that are not to be had, missing or damaged."""
-    cache = locate(kit, settings.out, settings.artifacts)
-    own = cache == Path(kit.folder)
-    address = settings.artifacts or kit.artifacts
+    cache = locate(bundle, settings.out, settings.artifacts)
+    own = cache == Path(bundle.folder)
+    address = settings.artifacts or bundle.artifacts
     if not own:
         fetch(plan.files, address, cache)
-    space, _ = equip(kit, cache, device, study.user_attrs)
-    splits = _splits(kit, plan, cache)
-    views = open_views(cache / plan.views, splits.train.labels, kit.mean, kit.std)
+    space, _ = equip(bundle, cache, device, study.user_attrs)
+    splits = _splits(bundle, plan, cache)
+    views = open_views(cache / plan.views, splits.train.labels, bundle.mean, bundle.std)
     if views is None:
         raise damaged(cache / plan.views, "it is not there, or does not match its checksums")
-    given = settings_of(kit)
-    workshop = Workshop(settings=given, device=device, cache=cache, splits=splits, views=views, key=plan.key)
+    given = settings_of(bundle)
+    workshop = RefinementContext(settings=given, device=device, cache=cache, splits=splits, views=views, key=plan.key)
     return _Site(workshop=workshop, space=space, name=given.model, store=None if own else address)
 
 
-def _splits(kit: Kit, plan: Plan, cache: Path) -> Splits:
+def _splits(bundle: Bundle, plan: ModelsPlan, cache: Path) -> Splits:
     """The images of a plan; those to train on without pixels where views have them."""
-    loaded = load(cache / kit.images, plan.parts)
+    loaded = load_arrays(cache / bundle.images, plan.parts)
     if loaded is None:
-        raise damaged(cache / kit.images, "it is not there, or does not match its checksums")
+        raise damaged(cache / bundle.images, "it is not there, or does not match its checksums")
     arrays = {name: torch.from_numpy(array) for name, array in loaded[0].items()}
     labels = arrays["train_labels"]
     form = len(labels), *arrays["val_pixels"].shape[1:]
     pixels = arrays.get("train_pixels", torch.zeros(1, dtype=torch.uint8).expand(form))  # of no size
     return Splits(
-        train=Images(pixels, labels, kit.mean, kit.std, open_originals(loaded[0], len(kit.mean))),
-        val=Images(arrays["val_pixels"], arrays["val_labels"], kit.mean, kit.std),
-        test=Images(arrays["test_pixels"], arrays["test_labels"], kit.mean, kit.std),
+        train=Images(pixels, labels, bundle.mean, bundle.std, open_originals(loaded[0], len(bundle.mean))),
+        val=Images(arrays["val_pixels"], arrays["val_labels"], bundle.mean, bundle.std),
+        test=Images(arrays["test_pixels"], arrays["test_labels"], bundle.mean, bundle.std),
         class_names=(),
-        num_classes=kit.num_classes,
-        mean=kit.mean,
-        std=kit.std,
+        num_classes=bundle.num_classes,
+        mean=bundle.mean,
+        std=bundle.std,
         digest="",
     )

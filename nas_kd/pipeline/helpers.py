@@ -29,7 +29,7 @@ from nas_kd.progress import Advance
 from nas_kd.search.workers import is_gone, worker_name
 from nas_kd.training.ranks import current
 from nas_kd.training.resume import replace_file
-from nas_kd.workers.crew import LocalWorker, local_workers, stop_all
+from nas_kd.workers.pool import LocalWorker, local_workers, stop_all
 
 HELPER = "nas_kd.pipeline.helper"
 STUDY, PLAN = "study.json", "plan.json"  # of the folder, and of a stage in it

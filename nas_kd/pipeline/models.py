@@ -19,7 +19,7 @@ from nas_kd.errors import ModelError
 from nas_kd.genotype import Genotype
 from nas_kd.networks.onnx import is_installed
 from nas_kd.networks.tflite_file import has_interpreter, has_tools
-from nas_kd.pipeline.baselines import Wanted, baselines, whole_models
+from nas_kd.pipeline.baselines import WantedModel, baselines, whole_models
 from nas_kd.pipeline.choosing import choose_front
 from nas_kd.pipeline.device import TFLITE, write_measured
 from nas_kd.pipeline.helpers import Helpers
@@ -52,7 +52,7 @@ class Model:
     int8: tuple[Quantised, tuple[Path, ...]] | None = None
 
 
-def take_home(
+def make_results(
     job: Job, study: optuna.Study, materials: Materials, stages: Stages, helpers: Helpers | None = None
 ) -> list[ModelRow]:
     """Chooses the front and its baselines, measures latency, refines, tests each once, and exports.
@@ -61,13 +61,13 @@ def take_home(
     """
     epochs = refine_epochs(job, materials.splits.train)
     chosen = choose_front(study, job.settings.front, job.budget, job.space.levels)
-    plan = [Wanted(role="front", genotype=genotype, space=job.space, epochs=epochs) for genotype in chosen]
+    plan = [WantedModel(role="front", genotype=genotype, space=job.space, epochs=epochs) for genotype in chosen]
     plan += baselines(job, chosen[0], epochs) if job.settings.baselines else []
     plan = [_for_as_long(job, wanted) for wanted in plan]
     return make_models(job, plan, materials, stages, helpers)
 
 
-def _for_as_long(job: Job, wanted: Wanted) -> Wanted:
+def _for_as_long(job: Job, wanted: WantedModel) -> WantedModel:
     """A model of the plan with more epochs where it is cheaper than most, unless their number was asked for."""
     if job.settings.refine_epochs:
         return wanted
@@ -77,7 +77,7 @@ def _for_as_long(job: Job, wanted: Wanted) -> Wanted:
 
 
 def make_models(
-    job: Job, plan: Sequence[Wanted], materials: Materials, stages: Stages, helpers: Helpers | None = None
+    job: Job, plan: Sequence[WantedModel], materials: Materials, stages: Stages, helpers: Helpers | None = None
 ) -> list[ModelRow]:
     """Measures the latency of each model of a plan and of the teacher, refines, tests each once, and exports."""
     with stages.stage("latency", 1 + len(plan)) as advance:
@@ -105,7 +105,7 @@ def _timed(model: Model, nanoseconds: int) -> Model:
     return dataclasses.replace(model, cost=dataclasses.replace(model.cost, latency=nanoseconds))
 
 
-def _latencies(job: Job, plan: Sequence[Wanted], advance: Advance) -> list[int]:
+def _latencies(job: Job, plan: Sequence[WantedModel], advance: Advance) -> list[int]:
     """The latency (nanoseconds) of the teacher and of each model of the plan, as it was measured first, now or in an
     earlier run."""
     spaces = {id(wanted.space): wanted.space for wanted in plan}
@@ -119,7 +119,7 @@ def _latencies(job: Job, plan: Sequence[Wanted], advance: Advance) -> list[int]:
     return wholes
 
 
-def _in_time(job: Job, plan: Sequence[Wanted], latencies: list[int]) -> tuple[Sequence[Wanted], list[int]]:
+def _in_time(job: Job, plan: Sequence[WantedModel], latencies: list[int]) -> tuple[Sequence[WantedModel], list[int]]:
     """What of a plan is kept: a front model whose trial ran on another machine may be slower here than its bound."""
     bound, known = job.budget.get(LATENCY, math.inf), job.space.base_cost().latency
     bound *= latencies[0] / known if known else 1.0  # the same share of the base on every machine

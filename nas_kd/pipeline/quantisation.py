@@ -46,7 +46,7 @@ _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Form:
+class MeasuredFile:
     """One file of a network: what it scores on the test images (a fraction), bytes, and milliseconds of one image."""
 
     file: str
@@ -64,15 +64,15 @@ class Quantised:
     validation images, of which `loss` is left.
     """
 
-    exact: Form
-    int8: Form
+    exact: MeasuredFile
+    int8: MeasuredFile
     worst: tuple[LayerError, ...]
     calibration_loss: float
     loss: float
     recovered: bool
 
     @property
-    def deploy(self) -> Form:
+    def deploy(self) -> MeasuredFile:
         """The file to deploy: int8 where that is faster and keeps its accuracy on validation images."""
         faster = self.int8.milliseconds < self.exact.milliseconds
         return self.int8 if faster and self.loss <= _TOO_MUCH else self.exact
@@ -108,8 +108,8 @@ class Quantised:
     def from_json(cls, values: Mapping[str, Any]) -> Quantised:
         """The inverse of `to_json`. Raises KeyError or TypeError for anything else."""
         return cls(
-            exact=Form(**values["exact"]),
-            int8=Form(**values["int8"]),
+            exact=MeasuredFile(**values["exact"]),
+            int8=MeasuredFile(**values["int8"]),
             worst=tuple(LayerError(**layer) for layer in values["worst"]),
             **{name: values[name] for name in ("calibration_loss", "loss", "recovered")},
         )
@@ -182,7 +182,7 @@ def quantise_network(
         recovered = rounded > calibrated
     milliseconds = time_files([folder / FLOAT, folder / INT8], size, spec.threads)
     forms = [
-        Form(
+        MeasuredFile(
             file=name,
             test_accuracy=accuracy_of(folder / name, splits.test),
             bytes=(folder / name).stat().st_size,

@@ -13,7 +13,7 @@ from nas_kd.arguments.study import Settings
 from nas_kd.data.augment import derive_seed
 from nas_kd.data.splits import Splits
 from nas_kd.genotype import Genotype
-from nas_kd.pipeline.baselines import Wanted
+from nas_kd.pipeline.baselines import WantedModel
 from nas_kd.preparation.augmenting import fresh_images, images_key
 from nas_kd.preparation.job import TEACHER_LR, Job, make_base, recipe_of
 from nas_kd.preparation.materials import Materials
@@ -28,7 +28,7 @@ from nas_kd.training.views import OnlineViews, Views
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Workshop:
+class RefinementContext:
     """Where models of the results are trained, on whichever machine: on which images and views, as the study's settings
     say; the folder `cache` keeps them, and `key` names what they depend on besides their recipes and genotypes."""
 
@@ -40,10 +40,10 @@ class Workshop:
     key: str
 
 
-def workshop_of(job: Job, materials: Materials) -> Workshop:
+def refinement_context(job: Job, materials: Materials) -> RefinementContext:
     """Where a study's own command trains its models."""
     settings, splits = job.settings, materials.splits
-    return Workshop(
+    return RefinementContext(
         settings=settings,
         device=job.device,
         cache=job.cache,
@@ -53,12 +53,12 @@ def workshop_of(job: Job, materials: Materials) -> Workshop:
     )
 
 
-def refine_one(job: Job, wanted: Wanted, materials: Materials, advance: Advance) -> Refined:
+def refine_one(job: Job, wanted: WantedModel, materials: Materials, advance: Advance) -> Refined:
     """Trains one model of a plan, or fetches what was trained before."""
-    return refine_in(workshop_of(job, materials), wanted, advance)
+    return refine_in(refinement_context(job, materials), wanted, advance)
 
 
-def refine_in(workshop: Workshop, wanted: Wanted, advance: Advance) -> Refined:
+def refine_in(workshop: RefinementContext, wanted: WantedModel, advance: Advance) -> Refined:
     """Trains one model of a plan in a workshop, or fetches what was trained there before."""
 
     def report(epoch: int, accuracy: float) -> None:
@@ -67,17 +67,17 @@ def refine_in(workshop: Workshop, wanted: Wanted, advance: Advance) -> Refined:
     return refine(*_refinement(workshop, wanted), report=report)
 
 
-def file_of(workshop: Workshop, wanted: Wanted) -> Path:
+def file_of(workshop: RefinementContext, wanted: WantedModel) -> Path:
     """The file that keeps a model of a plan once it is trained."""
     return kept_at(*_refinement(workshop, wanted))
 
 
-def is_refined(job: Job, wanted: Wanted, materials: Materials) -> bool:
+def is_refined(job: Job, wanted: WantedModel, materials: Materials) -> bool:
     """Whether a model of a plan was trained before."""
-    return file_of(workshop_of(job, materials), wanted).exists()
+    return file_of(refinement_context(job, materials), wanted).exists()
 
 
-def _refinement(workshop: Workshop, wanted: Wanted) -> tuple[Candidate, Refinement]:
+def _refinement(workshop: RefinementContext, wanted: WantedModel) -> tuple[Candidate, Refinement]:
     role, genotype, space, settings = wanted.role, wanted.genotype, wanted.space, workshop.settings
     online = settings.distill == "online" and role != "no teacher"
     views, splits = workshop.views, workshop.splits

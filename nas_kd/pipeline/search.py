@@ -25,8 +25,8 @@ from nas_kd.search.storage import open_study, storage_errors
 from nas_kd.search.trials import Objective, Proxy, begin_here, count_trained, objectives
 from nas_kd.search.work import Limits, settle, work
 from nas_kd.search.workers import retry_dead_trials, retry_lost_trials
-from nas_kd.workers.crew import advance_by, crew_of, run_crew
-from nas_kd.workers.kit import checkpoints, publish
+from nas_kd.workers.bundle import checkpoints, publish_bundle
+from nas_kd.workers.pool import advance_by, pool_of, run_pool
 
 
 def search(job: Job, materials: Materials, stages: Stages, helpers: Helpers | None = None) -> optuna.Study:
@@ -38,7 +38,7 @@ def search(job: Job, materials: Materials, stages: Stages, helpers: Helpers | No
         forget_blocks(job)
         note_latency(study, settings, job.space)  # before workers join
         note_cycles(study, job.space)
-        kit = publish(job, materials, study)
+        bundle = publish_bundle(job, materials, study)
         note_budget(study, job.budget)
         expect_models(job, study)
         announce(job, study)
@@ -47,9 +47,9 @@ def search(job: Job, materials: Materials, stages: Stages, helpers: Helpers | No
         job.space.enqueue(study, min(STARTS, settings.trials), dearest_first=True)
         with stages.board("search", max(1, settings.trials - count_trained(study))) as board:
             if settings.jobs > 1:
-                run_crew(crew_of(settings, job.out), study, board)
+                run_pool(pool_of(settings, job.out), study, board)
             else:
-                _run_here(job, study, proxy_of(job, materials, checkpoints(kit, job.cache)), board, helpers)
+                _run_here(job, study, proxy_of(job, materials, checkpoints(bundle, job.cache)), board, helpers)
             settle(study, settings.grace_period)
     return study
 

@@ -18,7 +18,7 @@ from nas_kd.library.effort import Step
 from nas_kd.library.inputs import LibraryInputs
 from nas_kd.library.spec import LibrarySpec
 from nas_kd.pipeline import blocks_elsewhere
-from nas_kd.pipeline.baselines import Wanted, whole_space
+from nas_kd.pipeline.baselines import WantedModel, whole_space
 from nas_kd.pipeline.elsewhere import are_shared, forget_models, train_with_workers
 from nas_kd.pipeline.helpers import Claims, Helpers, helping, pass_over, processes
 from nas_kd.pipeline.refining import is_refined, refine_one
@@ -27,7 +27,7 @@ from nas_kd.preparation.job import Job
 from nas_kd.preparation.materials import Materials
 from nas_kd.progress import Advance
 from nas_kd.results.refine import Refined
-from nas_kd.workers.crew import share_of_threads
+from nas_kd.workers.pool import share_of_threads
 
 LIBRARY, MODELS = "library", "models"  # the stages
 WORTH = {LIBRARY: 15.0, MODELS: 30.0}  # predicted seconds must be left of them: another process takes ten to begin
@@ -38,7 +38,7 @@ _TENSORS = "tensors.safetensors"
 
 def refine_all(
     job: Job,
-    plan: Sequence[Wanted],
+    plan: Sequence[WantedModel],
     materials: Materials,
     advance: Advance,
     helpers: Helpers | None = None,
@@ -67,7 +67,7 @@ def refine_all(
     return [refine_one(job, wanted, materials, advance) for wanted in plan]
 
 
-def _for_models(job: Job, pending: Sequence[Wanted]) -> int:
+def _for_models(job: Job, pending: Sequence[WantedModel]) -> int:
     """How many processes train what is left."""
     if any(wanted.start is not None for wanted in pending):
         return 1
@@ -76,7 +76,7 @@ def _for_models(job: Job, pending: Sequence[Wanted]) -> int:
     return processes(job, len(pending)) if seconds >= WORTH[MODELS] else 1
 
 
-def _noted(job: Job, wanted: Wanted) -> Mapping[str, Any]:
+def _noted(job: Job, wanted: WantedModel) -> Mapping[str, Any]:
     return {
         "role": wanted.role,
         "genotype": wanted.genotype.to_json(),
@@ -89,7 +89,7 @@ def train_models(job: Job, materials: Materials, plan: Mapping[str, Any], claims
     """A helper's part of the models of the results."""
     whole = whole_space(job) if any(model["whole"] for model in plan["models"]) else None
     models = [
-        Wanted(
+        WantedModel(
             role=model["role"],
             genotype=Genotype.from_json(model["genotype"]),
             space=whole if model["whole"] and whole is not None else job.space,
@@ -100,7 +100,7 @@ def train_models(job: Job, materials: Materials, plan: Mapping[str, Any], claims
     claims.work(models, functools.partial(_refine, job, materials), pass_over)
 
 
-def _refine(job: Job, materials: Materials, wanted: Wanted, tell: Advance) -> None:
+def _refine(job: Job, materials: Materials, wanted: WantedModel, tell: Advance) -> None:
     refine_one(job, wanted, materials, tell)
 
 

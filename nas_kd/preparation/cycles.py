@@ -10,7 +10,7 @@ from torch import nn
 
 from nas_kd.arguments.study import Settings
 from nas_kd.budget import CYCLES, Budget
-from nas_kd.costs.cycle_table import STUDENTS, store_key
+from nas_kd.costs.cycle_table import STUDENTS, cycles_key
 from nas_kd.networks.micro import Estimator
 from nas_kd.networks.tflite_file import has_tools, need_tools
 from nas_kd.preparation.latency import cache_folder
@@ -35,7 +35,7 @@ def count_cycles(
         return
     need_tools()
     estimator = Estimator(settings.accelerator)
-    key = store_key(estimator, space.base, space.input_size)
+    key = cycles_key(estimator, space.base, space.input_size)
     store = Records(cache_folder(settings) / f"cycles-{key}.jsonl")
     if told is not None:
         space.tell_cycles(told, estimator, store)

@@ -12,7 +12,7 @@ from torch import nn
 
 from nas_kd.arguments.study import Settings
 from nas_kd.budget import LATENCY, Budget
-from nas_kd.costs.latency_table import STUDENTS, LatencyTable, Meter, store_key
+from nas_kd.costs.latency_table import STUDENTS, LatencyTable, Meter, latencies_key
 from nas_kd.costs.runtimes import LatencySpec, Runtime, default_runtime
 from nas_kd.errors import OutputError, StudyError
 from nas_kd.preparation.records import Records
@@ -48,7 +48,7 @@ def make_meter(settings: Settings) -> Meter:
     """A meter that keeps what it measures in the study's cache, in a file of this specification and machine."""
     spec = latency_spec(settings)
     tell_runtime(settings)
-    return Meter(spec, store=Records(cache_folder(settings) / f"latency-{store_key(spec)}.jsonl"))
+    return Meter(spec, store=Records(cache_folder(settings) / f"latency-{latencies_key(spec)}.jsonl"))
 
 
 def cache_folder(settings: Settings) -> Path:
@@ -61,7 +61,7 @@ def cache_folder(settings: Settings) -> Path:
     return folder
 
 
-def measure_latency(space: Space[nn.Module], meter: Meter, stages: Stages | None) -> None:
+def measure_latencies(space: Space[nn.Module], meter: Meter, stages: Stages | None) -> None:
     """Measures what the latencies of a space are expected from, and shows how far that is."""
     if stages is None:
         space.measure_latency(meter)

@@ -20,7 +20,7 @@ from nas_kd.errors import GenotypeError, ModelError, OutputError
 from nas_kd.genotype import Genotype
 from nas_kd.networks.tflite_file import has_interpreter
 from nas_kd.preparation.cycles import count_cycles
-from nas_kd.preparation.latency import make_meter, measure_latency, told_latency
+from nas_kd.preparation.latency import make_meter, measure_latencies, told_latency
 from nas_kd.progress import Stages
 from nas_kd.search.options import parse_options
 from nas_kd.search.space import Space
@@ -72,7 +72,7 @@ def bound_space(
         space.tell_latency(make_meter(settings), told)
     elif LATENCY in (*given, *own):
         try:
-            measure_latency(space, make_meter(settings), stages)
+            measure_latencies(space, make_meter(settings), stages)
         except ModelError as error:
             if LATENCY in given:
                 raise

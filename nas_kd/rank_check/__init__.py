@@ -37,10 +37,10 @@ def run_check(settings: RankSettings) -> int:
 
 
 def _conclude(result: RankCheck, out: Path, console: Console) -> None:
-    from nas_kd.rank_check.page import render_table
+    from nas_kd.rank_check.page import render_scores
 
     for group in result.groups:
-        console.print(render_table(group, result), crop=False)
+        console.print(render_scores(group, result), crop=False)
         console.print()
     lines = (
         result.sentence(),

@@ -22,7 +22,7 @@ from nas_kd.progress import Stages
 from nas_kd.rank_check.arguments import RankSettings
 from nas_kd.rank_check.band import draw_in_band, near_optimum
 from nas_kd.rank_check.context import FRESH, RUNGS, Check, CheckContext, context_of
-from nas_kd.rank_check.measuring import measure
+from nas_kd.rank_check.measuring import measure_genotypes
 from nas_kd.rank_check.page import render_check
 from nas_kd.rank_check.parts import parts_of, records_in
 from nas_kd.rank_check.statistics import agreement, allowing_for_damage, allowing_for_size, tau_difference
@@ -82,7 +82,7 @@ def run_stages(settings: RankSettings, stages: Stages) -> tuple[RankCheck, Job]:
             seed=settings.study.seed,
         )
     genotypes = list(dict.fromkeys(genotype for group in groups.values() for genotype in group))
-    measured = measure(check, genotypes, records, stages)
+    measured = measure_genotypes(check, genotypes, records, stages)
     with stages.stage("ranking"):
         entries = {name: _entries(context, measured, groups[name]) for name in groups}
         result = _conclude(check, entries)

@@ -37,10 +37,10 @@ from nas_kd.search.workers import RetryingStudy
 from nas_kd.training.ranks import current
 from nas_kd.training.tensor_files import write_tensors
 from nas_kd.training.views import Views
+from nas_kd.workers.bundle import Bundle, damaged, equip, fetch, locate, publish_bundle, read_bundle, settings_of
 from nas_kd.workers.joining import find_jobs, lead_to_end
-from nas_kd.workers.kit import Kit, damaged, equip, fetch, locate, publish, read_kit, settings_of
 
-CHECK = "nas_kd rank check"  # the user attribute of these jobs: what workers need for them, beside the kit
+CHECK = "nas_kd rank check"  # the user attribute of these jobs: what workers need for them, beside the bundle
 FOUND = "found"  # what a job notes: the records of its genotype, by part
 _LOGITS = "logits"
 _POLL = 1.0  # seconds between two looks for what is about to be told
@@ -48,8 +48,8 @@ _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What workers need to measure genotypes, beside a kit: what the check is asked (`settings`, without its study),
+class GenotypesPlan:
+    """What workers need to measure genotypes, beside a bundle: what the check is asked (`settings`, without its study),
     the `teacher` and `images` on which records depend, the `keys` of its parts, the file `logits` with what the teacher
     makes of the validation images, the `genotypes` by their jobs, and what is in the artifact store, by SHA-256."""
 
@@ -119,17 +119,17 @@ def _post(check: Check, measuring: Measuring, keys: Mapping[str, Genotype], stor
     note_latency(jobs, job.settings, job.space)
     note_cycles(jobs, job.space)
     whole = dataclasses.replace(materials, sample=materials.splits, proxy_views=materials.refine_views)
-    kit = publish(job, whole, jobs)
+    bundle = publish_bundle(job, whole, jobs)
     logits = _write_logits(check)
     store = open_store(job.settings.artifacts) if job.settings.artifacts else None
-    plan = Plan(
+    plan = GenotypesPlan(
         settings=without_study(check.settings),
         teacher=check.context.teacher,
         images=check.context.images,
         keys={part.name: part.key for part in measuring.parts},
         logits=logits,
         genotypes={key: genotype.to_json() for key, genotype in keys.items()},
-        files={} if store is None else {**kit.files, logits: store.put(job.cache / logits)},
+        files={} if store is None else {**bundle.files, logits: store.put(job.cache / logits)},
     )
     jobs.set_user_attr(CHECK, dataclasses.asdict(plan))
     return post_jobs(storage, job.settings.name, list(keys), GENOTYPES)
@@ -196,14 +196,14 @@ def _measure_if_there(
         deadline = time.monotonic() + max(settings.wait, settings.grace_period)
         while (noted := jobs.user_attrs.get(CHECK)) is None and time.monotonic() < deadline:
             sleep(_POLL)  # it is about to be told
-        kit = read_kit(jobs)
-        if noted is None or kit is None:
+        bundle = read_bundle(jobs)
+        if noted is None or bundle is None:
             return 0
-        plan = Plan(**noted)
-        cache = locate(kit, settings.out, settings.artifacts)
-        if cache != Path(kit.folder):
-            fetch({plan.logits: plan.files.get(plan.logits, "")}, settings.artifacts or kit.artifacts, cache)
-        measuring = _measuring(kit, plan, cache, device, jobs.user_attrs)
+        plan = GenotypesPlan(**noted)
+        cache = locate(bundle, settings.out, settings.artifacts)
+        if cache != Path(bundle.folder):
+            fetch({plan.logits: plan.files.get(plan.logits, "")}, settings.artifacts or bundle.artifacts, cache)
+        measuring = _measuring(bundle, plan, cache, device, jobs.user_attrs)
         with stages.stage("training", len(plan.genotypes)) as advance:
             return do_jobs(jobs, _measured(plan, measuring, advance), grace=settings.grace_period)
     except (ArtifactError, KeyError):
@@ -212,7 +212,7 @@ def _measure_if_there(
         return 0
 
 
-def _measured(plan: Plan, measuring: Measuring, advance: Advance) -> Callable[[str], tuple[float, Notes]]:
+def _measured(plan: GenotypesPlan, measuring: Measuring, advance: Advance) -> Callable[[str], tuple[float, Notes]]:
     """What does the job of a key, and notes what it found."""
 
     def run(key: str) -> tuple[float, Notes]:
@@ -223,10 +223,14 @@ def _measured(plan: Plan, measuring: Measuring, advance: Advance) -> Callable[[s
     return run
 
 
-def _measuring(kit: Kit, plan: Plan, cache: Path, device: torch.device, begun: Mapping[str, Any]) -> Measuring:
+def _measuring(
+    bundle: Bundle, plan: GenotypesPlan, cache: Path, device: torch.device, begun: Mapping[str, Any]
+) -> Measuring:
     """What measures a plan's genotypes on this machine. Raises ArtifactError for a file that is missing or damaged,
     StudyError where something else would be measured."""
-    measuring = Measuring(parts=parts_of(_context(kit, plan, cache, device, begun)), records=records_in(cache.parent))
+    measuring = Measuring(
+        parts=parts_of(_context(bundle, plan, cache, device, begun)), records=records_in(cache.parent)
+    )
     here = {part.name: part.key for part in measuring.parts}
     if here != plan.keys:
         raise StudyError(
@@ -235,10 +239,12 @@ def _measuring(kit: Kit, plan: Plan, cache: Path, device: torch.device, begun: M
     return measuring
 
 
-def _context(kit: Kit, plan: Plan, cache: Path, device: torch.device, begun: Mapping[str, Any]) -> CheckContext:
-    study = settings_of(kit)
+def _context(
+    bundle: Bundle, plan: GenotypesPlan, cache: Path, device: torch.device, begun: Mapping[str, Any]
+) -> CheckContext:
+    study = settings_of(bundle)
     settings = RankSettings(study=study, **plan.settings)
-    space, proxy = equip(kit, cache, device, begun)
+    space, proxy = equip(bundle, cache, device, begun)
     walk = walk_of(settings, proxy.views)
     path = cache / plan.logits
     try:
@@ -251,7 +257,7 @@ def _context(kit: Kit, plan: Plan, cache: Path, device: torch.device, begun: Map
         device=device,
         teacher=plan.teacher,
         images=plan.images,
-        num_classes=kit.num_classes,
+        num_classes=bundle.num_classes,
         val=proxy.val,
         space=with_band(space, settings),
         portions=walk.portions,

@@ -14,13 +14,13 @@ from nas_kd.progress import Stages
 from nas_kd.rank_check.context import Check
 from nas_kd.rank_check.elsewhere import can_be_shared, is_asked_for, measure_with_workers
 from nas_kd.rank_check.parts import Measuring, parts_of
-from nas_kd.workers.crew import share_of_threads
+from nas_kd.workers.pool import share_of_threads
 
 WORTH = 60.0  # predicted seconds must be left of it: another process takes a dozen to begin
 _logger = logging.getLogger(__name__)
 
 
-def measure(
+def measure_genotypes(
     check: Check, genotypes: Sequence[Genotype], records: Records, stages: Stages
 ) -> dict[tuple[str, str], Record]:
     """Each part of each genotype, by (part, digest): from the records, or measured now."""

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nas_kd.budget import short
-from nas_kd.results.axes import BLUE, GREY, RED, bare_figure, name_axis, plain, scatter_style
+from nas_kd.results.axes import BLUE, GREY, RED, bare_figure, name_axis, plain_text, scatter_style
 from nas_kd.results.figures import Panel, duration
 from nas_kd.results.page import render
 from nas_kd.results.rank_rows import GroupRows, RankCheck, ScoreRow, interval, share
@@ -29,7 +29,7 @@ _FAMILIES = (
 )
 
 
-def render_table(group: GroupRows, check: RankCheck) -> Table:
+def render_scores(group: GroupRows, check: RankCheck) -> Table:
     """One line per score, the best first. Print it with `console.print(table, crop=False)`: no cell is cut."""
     titles = (
         "score",
@@ -179,10 +179,10 @@ def _truth_figure(group: GroupRows, row: ScoreRow) -> go.Figure:
         marker={"color": BLUE, "symbol": "circle", "size": 9},
         **scatter_style("genotypes"),
     )
-    figure.update_xaxes(title=plain(row.title), tickformat=".4~%" if row.name == "accuracy" else None)
+    figure.update_xaxes(title=plain_text(row.title), tickformat=".4~%" if row.name == "accuracy" else None)
     figure.update_yaxes(title="accuracy after long training", tickformat=".4~%")
     return figure
 
 
 def _hover(row: ScoreRow) -> str:
-    return f"<b>{plain(row.title)}</b><br>τ {interval(row)}<br>regret {100 * row.regrets[0]:.2f} points"
+    return f"<b>{plain_text(row.title)}</b><br>τ {interval(row)}<br>regret {100 * row.regrets[0]:.2f} points"

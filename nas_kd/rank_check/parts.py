@@ -29,7 +29,7 @@ _ZERO_COST_IMAGES = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class Measurement:
     """One thing to measure of every genotype, and a key that names all that it depends on but the genotype."""
 
     name: str
@@ -42,29 +42,29 @@ def records_in(out: Path) -> Records:
     return Records(out / "rank_check.jsonl")
 
 
-def parts_of(context: CheckContext) -> tuple[Part, ...]:
+def parts_of(context: CheckContext) -> tuple[Measurement, ...]:
     """What is measured of each genotype; the truth comes last."""
     shared = f"{_VERSION} {context.teacher} {context.images} "
     shared += f"{context.study.seed} {getattr(context.portions.views, 'count', 0)} "
-    parts = [Part(name="zero-cost", key=_digest(shared), measure=functools.partial(_zero_cost, context))]
+    parts = [Measurement(name="zero-cost", key=_digest(shared), measure=functools.partial(_zero_cost, context))]
     for start in context.starts:
         about = (
             f"{start} {context.portions.count} {context.proxy_recipe(start)} {len(context.validation.images)} "
             f"{_library_key(context, start)} {LOOK_CALIBRATION}"
         )
         measure = functools.partial(_proxy, context, start)
-        parts.append(Part(name=start, key=_digest(shared + about), measure=measure))
+        parts.append(Measurement(name=start, key=_digest(shared + about), measure=measure))
     start = context.starts[-1]
     recipe = context.recipe(start, context.truth_portions)
     about = f"truth {start} {context.truth.count} {recipe} {_library_key(context, start)}"
-    return (*parts, Part(name="truth", key=_digest(shared + about), measure=functools.partial(_truth, context)))
+    return (*parts, Measurement(name="truth", key=_digest(shared + about), measure=functools.partial(_truth, context)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Measuring:
     """What is measured of genotypes, its `parts`, and the `records` that keep it."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[Measurement, ...]
     records: Records
 
     def one(self, genotype: Genotype, tell: Advance) -> None:
@@ -97,7 +97,7 @@ class Measuring:
                 self.records[_key(part, genotype)] = found[part.name]
 
 
-def _key(part: Part, genotype: Genotype) -> str:
+def _key(part: Measurement, genotype: Genotype) -> str:
     return f"{part.name}/{part.key}/{genotype.digest}"
 
 
@@ -122,7 +122,7 @@ def _truth(context: CheckContext, genotype: Genotype) -> Record:
     return {"accuracy": accuracy, "seconds": round(context.clock() - started, 3)}
 
 
-class _Watch:
+class _RungLooks:
     """Looks at a network and keeps what was seen, and when: the time spent looking is no training."""
 
     def __init__(self, context: CheckContext) -> None:
@@ -143,7 +143,7 @@ class _Watch:
 
 def _proxy(context: CheckContext, start: str, genotype: Genotype) -> Record:
     """A short training with a schedule of its own, looked at on its rungs; and at its start where it inherits."""
-    watch = _Watch(context)
+    watch = _RungLooks(context)
     student = context.student(genotype, start)
     if start != FRESH:
         watch(student)

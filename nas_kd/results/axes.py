@@ -73,7 +73,7 @@ def name_axis(names: list[str]) -> dict[str, object]:
     # Numbers with labels, not categories: two models may share a name, and plotly would lay one over the other.
     return {
         "tickvals": list(range(len(names))),
-        "ticktext": [plain(name) for name in names],
+        "ticktext": [plain_text(name) for name in names],
         "autorange": "reversed",  # the first one at the top
         "showgrid": False,
         "zeroline": False,
@@ -99,6 +99,6 @@ def cost_axis(costs: Sequence[float]) -> dict[str, object]:
     }
 
 
-def plain(text: str) -> str:
+def plain_text(text: str) -> str:
     """`text` so that plotly, which reads tags and links in its texts, shows it as it is."""
     return html.escape(text, quote=False)

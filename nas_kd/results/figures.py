@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from nas_kd.budget import CYCLES, LATENCY, short
 from nas_kd.results.axes import (
-    plain,
+    plain_text,
 )
 from nas_kd.results.rows import TrialRow
 
@@ -52,10 +52,10 @@ def duration(seconds: float) -> str:
 
 
 def trial_hover(trial: TrialRow) -> str:
-    lines = [f"<b>trial {trial.number}</b> {plain(trial.source)}".rstrip(), trial.state]
+    lines = [f"<b>trial {trial.number}</b> {plain_text(trial.source)}".rstrip(), trial.state]
     lines += [f"score {trial.score:.4g}"] if trial.score is not None else []
     lines += [f"{short(trial.cost.params)} params, {short(trial.cost.macs)} MACs"] if trial.cost else []
-    lines += [plain(trial.note)] if trial.note else []
+    lines += [plain_text(trial.note)] if trial.note else []
     return "<br>".join(lines)
 
 

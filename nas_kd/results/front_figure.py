@@ -14,7 +14,7 @@ from nas_kd.results.axes import (
     RED,
     bare_figure,
     cost_axis,
-    plain,
+    plain_text,
     scatter_style,
 )
 from nas_kd.results.figures import COST_NAMES, Panel, milliseconds, trial_hover
@@ -150,7 +150,7 @@ def _on(split: str, model: ModelRow) -> float | None:
 
 def _model_hover(model: ModelRow, split: str) -> str:
     accuracy = _on(split, model)
-    lines = [f"<b>{plain(model.name)}</b>", _ROLE_MARKS[model.role][0]]
+    lines = [f"<b>{plain_text(model.name)}</b>", _ROLE_MARKS[model.role][0]]
     lines += [f"{split} accuracy {accuracy:.1%}"] if accuracy is not None else []
     lines += [f"{short(model.cost.params)} params, {short(model.cost.macs)} MACs"]
     lines += [milliseconds(model.latency_ms)] if model.latency_ms else []

@@ -11,7 +11,7 @@ from nas_kd.results.axes import (
     bar_style,
     bare_figure,
     name_axis,
-    plain,
+    plain_text,
 )
 from nas_kd.results.figures import Panel, milliseconds
 from nas_kd.results.rows import ModelRow, StudySummary, sort_models
@@ -47,7 +47,9 @@ def latency_panel(summary: StudySummary) -> Panel:
     ):
         figure.add_bar(y=where, x=shares, text=texts, name=name, marker_color=colour, **bar_style())
     widest = max(_latency_shares(measured, reference))
-    figure.update_xaxes(tickformat=".0%", range=bar_range([widest, 1.0]), title=f"share of {plain(reference.name)}")
+    figure.update_xaxes(
+        tickformat=".0%", range=bar_range([widest, 1.0]), title=f"share of {plain_text(reference.name)}"
+    )
     figure.update_yaxes(**name_axis([model.name for model in measured]))
     figure.add_vline(x=1, line={"color": GREY, "width": 1, "dash": "dot"})
     lead += " Latency is the median of one image at a time on this machine."
@@ -111,7 +113,7 @@ def choice_words(choice: Choice) -> str:
 
 
 def _choice_hover(block: str, model: ModelRow, choice: Choice) -> str:
-    lines = [f"<b>{plain(block)}</b> in {plain(model.name)}"]
+    lines = [f"<b>{plain_text(block)}</b> in {plain_text(model.name)}"]
     if not choice.keep:
         return "<br>".join([*lines, "dropped"])
     lines.append(f"width {choice.width:.1%}")

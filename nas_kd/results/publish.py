@@ -23,7 +23,7 @@ def publish(folder: Path, repo: str, card: HubCard, *, private: bool = False, me
     """Sends an exported folder with this card to a repository of the hub, which is made where it is not there, in one
     commit, and returns its address. Raises ArtifactError, in one line, for a bad name, without a login or a connection,
     and where the hub refuses."""
-    check_name(repo)
+    check_repository(repo)
     if get_token() is None:
         raise ArtifactError(
             "the hub does not know you: log in by `hf auth login`, or set HF_TOKEN to a token that may write"
@@ -40,7 +40,7 @@ def publish(folder: Path, repo: str, card: HubCard, *, private: bool = False, me
         raise ArtifactError(f"lost the hub while {repo} was sent ({_first_line(error)}): push again") from error
 
 
-def check_name(repo: str) -> None:
+def check_repository(repo: str) -> None:
     """Raises ArtifactError for what the hub takes for no repository."""
     try:
         validate_repo_id(repo)

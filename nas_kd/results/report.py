@@ -149,7 +149,7 @@ def _facts(summary: StudySummary) -> list[str]:
     ]
 
 
-class _Column(NamedTuple):
+class _TableColumn(NamedTuple):
     """A column of the table of models: its title, what a cell shows, and what that means to somebody new."""
 
     title: str
@@ -163,28 +163,28 @@ _BYTES = {
     "flash": "flash and ram are bytes of the int8 form on a microcontroller",
 }
 _COLUMNS = (
-    _Column(
+    _TableColumn(
         "validation", lambda model, _: _percent(model.val_accuracy), "validation images chose, test images did not"
     ),
-    _Column("test", lambda model, _: _percent(model.test_accuracy)),
-    _Column("params", lambda model, _: short(model.cost.params), "params are numbers that were learnt"),
-    _Column("× smaller", lambda model, teacher: _ratio(model, teacher, "params")),
-    _Column("MACs", lambda model, _: short(model.cost.macs), "MACs are multiplications for one image"),
-    _Column("× fewer", lambda model, teacher: _ratio(model, teacher, "macs")),
-    _Column(
+    _TableColumn("test", lambda model, _: _percent(model.test_accuracy)),
+    _TableColumn("params", lambda model, _: short(model.cost.params), "params are numbers that were learnt"),
+    _TableColumn("× smaller", lambda model, teacher: _ratio(model, teacher, "params")),
+    _TableColumn("MACs", lambda model, _: short(model.cost.macs), "MACs are multiplications for one image"),
+    _TableColumn("× fewer", lambda model, teacher: _ratio(model, teacher, "macs")),
+    _TableColumn(
         "latency", lambda model, _: milliseconds(model.latency_ms) or _MISSING, "latency is of one image at a time"
     ),
-    _Column("× faster", lambda model, teacher: _faster(model, teacher), "× is beside the teacher"),
+    _TableColumn("× faster", lambda model, teacher: _faster(model, teacher), "× is beside the teacher"),
 )
 
 
-def _columns(summary: StudySummary) -> tuple[_Column, ...]:
+def _columns(summary: StudySummary) -> tuple[_TableColumn, ...]:
     """The columns between role and path; activations beside the latency, other bytes where the budget bounds them or a
     device needs them, levels where there are several."""
     kinds = dict.fromkeys(("peak_memory", *bytes_shown(summary.budget, summary.models)))
     known = (kind for kind in kinds if any(model.cost[kind] for model in summary.models))
-    bytes_each = (_Column(kind.replace("_", " "), partial(_bytes, kind), _BYTES.get(kind, "")) for kind in known)
-    levels = (_Column("best within", _levels, "best within: of the budget"),) if len(summary.levels) > 1 else ()
+    bytes_each = (_TableColumn(kind.replace("_", " "), partial(_bytes, kind), _BYTES.get(kind, "")) for kind in known)
+    levels = (_TableColumn("best within", _levels, "best within: of the budget"),) if len(summary.levels) > 1 else ()
     int8 = _INT8_COLUMNS if any(model.int8 is not None for model in summary.models) else ()
     return (*_COLUMNS, *bytes_each, *int8, *levels)
 
@@ -194,11 +194,11 @@ def _of_int8(show: Callable[[Int8Row], str]) -> Callable[[ModelRow, ModelRow | N
 
 
 _INT8_COLUMNS = (
-    _Column("int8 test", _of_int8(lambda int8: _percent(int8.test_accuracy))),
-    _Column("int8 bytes", _of_int8(lambda int8: short(int8.bytes))),
-    _Column("ONNX float", _of_int8(lambda int8: f"{int8.float_latency_ms:.3g} ms"), "ONNX: in ONNX Runtime"),
-    _Column("ONNX int8", _of_int8(lambda int8: f"{int8.latency_ms:.3g} ms")),
-    _Column("deploy", _of_int8(lambda int8: int8.deploy), "deploy names the file to ship"),
+    _TableColumn("int8 test", _of_int8(lambda int8: _percent(int8.test_accuracy))),
+    _TableColumn("int8 bytes", _of_int8(lambda int8: short(int8.bytes))),
+    _TableColumn("ONNX float", _of_int8(lambda int8: f"{int8.float_latency_ms:.3g} ms"), "ONNX: in ONNX Runtime"),
+    _TableColumn("ONNX int8", _of_int8(lambda int8: f"{int8.latency_ms:.3g} ms")),
+    _TableColumn("deploy", _of_int8(lambda int8: int8.deploy), "deploy names the file to ship"),
 )
 _MEANINGS: Mapping[Role, str] = {
     "teacher": "teacher, the base as it was trained on these images",
@@ -209,7 +209,7 @@ _MEANINGS: Mapping[Role, str] = {
 }
 
 
-def _key(columns: Sequence[_Column], models: Sequence[ModelRow]) -> str:
+def _key(columns: Sequence[_TableColumn], models: Sequence[ModelRow]) -> str:
     """What columns and roles of the table mean."""
     roles = "; ".join(text for role, text in _MEANINGS.items() if any(model.role == role for model in models))
     meanings = "; ".join(column.meaning for column in columns if column.meaning)

@@ -40,7 +40,7 @@ _ROUNDING = 1e-13  # of the largest eigenvalue, per row or column: what is small
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Features:
+class ChoiceFeatures:
     """For each block a choices × parts matrix, and `prior`, the mean of its term by choice; `variances` of the parts,
     and after them of the allowances for size, where a term has variance 1."""
 
@@ -62,7 +62,7 @@ class Features:
         return np.stack([np.log2(np.maximum(totals[kind], 1)) for kind in KINDS], axis=1)
 
 
-def features_of(table: CostTable, damages: Sequence[Array]) -> Features:
+def features_of(table: CostTable, damages: Sequence[Array]) -> ChoiceFeatures:
     """The parts of the terms of a table's blocks; `damages`, per block over its choices, give the prior mean up to a
     factor, which is a part as well."""
     parts: dict[object, int] = {}
@@ -86,7 +86,7 @@ def features_of(table: CostTable, damages: Sequence[Array]) -> Features:
         members.append(rows)
     ones = [_one_hot(rows, len(parts)) for rows in members]
     slopes = [np.append(matrix, -damage[:, None], axis=1) for matrix, damage in zip(ones, damages, strict=True)]
-    return Features(
+    return ChoiceFeatures(
         table=table,
         matrices=tuple(slopes),
         prior=tuple(-_SLOPE * damage for damage in damages),
@@ -136,7 +136,7 @@ class Belief:
     """One guess at the score: what each choice is `worth`, per block an array over its choices, and what each doubling
     of a cost is (`size`)."""
 
-    features: Features
+    features: ChoiceFeatures
     worth: tuple[Array, ...]
     size: Array
     constant: float = 0.0
@@ -151,7 +151,7 @@ class Belief:
 class AdditiveModel:
     """The posterior after N scored genotypes. `draw` gives one sample of the score."""
 
-    features: Features
+    features: ChoiceFeatures
     indices: NDArray[np.int64]  # the scored genotypes, N × blocks
     centred: Array  # what they have of each part, around their mean, N × P
     scores: Array  # N
@@ -185,7 +185,7 @@ class AdditiveModel:
         return replace(belief, constant=float(self.scores.mean() - belief.scores(self.indices).mean()))
 
 
-def fit(features: Features, indices: NDArray[np.int64], scores: Array) -> AdditiveModel:
+def fit_scores(features: ChoiceFeatures, indices: NDArray[np.int64], scores: Array) -> AdditiveModel:
     """The model after genotypes (N × blocks positions) with these scores (N)."""
     gaps = scores - total(features.prior, indices)
     residuals, centred = gaps, features.of(indices)

@@ -13,7 +13,7 @@ from nas_kd.analysis.structure import Analysis
 from nas_kd.budget import CYCLES, LATENCY
 from nas_kd.costs.cost_table import CostTable
 from nas_kd.costs.cycle_table import CycleTable
-from nas_kd.costs.latency_table import LatencyTable, Meter, Store
+from nas_kd.costs.latency_table import LatencyTable, Measurements, Meter
 from nas_kd.genotype import Choice, Genotype
 from nas_kd.networks.micro import Estimator
 
@@ -47,7 +47,10 @@ class MeasuredCosts:
         self.table = self.latency.onto(self.table)
 
     def estimate_cycles(
-        self, estimator: Estimator, store: Store | None = None, report: Callable[[str], None] = lambda words: None
+        self,
+        estimator: Estimator,
+        store: Measurements | None = None,
+        report: Callable[[str], None] = lambda words: None,
     ) -> None:
         """Estimates the cycles of some students, from which those of all others are expected, and keeps that in
         `store`; `report` is told of each. Costs hold cycles from then on. Raises ModelError for a base with operators
@@ -57,7 +60,9 @@ class MeasuredCosts:
         self.cycles = cycles
         self.table = cycles.onto(self.table)
 
-    def tell_cycles(self, notes: Mapping[str, Any], estimator: Estimator | None, store: Store | None = None) -> None:
+    def tell_cycles(
+        self, notes: Mapping[str, Any], estimator: Estimator | None, store: Measurements | None = None
+    ) -> None:
         """Takes over what another machine expects of this space (`CycleTable.notes`). Without an `estimator` whole
         students have the cycles that are expected, too."""
         self.cycles = CycleTable(self.base, self.analysis, self.input_size, estimator, store)

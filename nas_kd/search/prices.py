@@ -13,7 +13,7 @@ from torch import nn
 from nas_kd.analysis.structure import Analysis, Block
 from nas_kd.budget import KINDS, Budget, Cost
 from nas_kd.costs.cost_table import CostTable
-from nas_kd.search.starts import draw
+from nas_kd.search.starts import draw_genotypes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,4 +80,4 @@ def _range(totals: np.ndarray[Any, np.dtype[np.int64]], now: int) -> tuple[int, 
 
 def share_within(table: CostTable, budget: Budget, draws: int, seed: int = 0) -> float:
     """The share of random genotypes within a budget, estimated from `draws` of them."""
-    return float(draw(table, budget, seed, draws)[1].mean())
+    return float(draw_genotypes(table, budget, seed, draws)[1].mean())

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from nas_kd.budget import Budget
 from nas_kd.costs.cost_table import CostTable
-from nas_kd.search.additive import Belief, Features, fit
+from nas_kd.search.additive import Belief, ChoiceFeatures, fit_scores
 from nas_kd.search.goals import Array, Box, Goals, holders
 from nas_kd.search.starts import solve_in_time, tightness
 from nas_kd.search.variations import Rows, change, neighbours, vary
@@ -28,7 +28,7 @@ _TRIES = 64  # changes that are tried to find a genotype within the budget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
+class WantedGenotypes:
     """Within what genotypes are wanted, at which `levels` of it, and the `kinds` of cost that are objectives beside the
     score; none where the score alone counts."""
 
@@ -74,7 +74,9 @@ class Proposer:
     """Proposes one genotype after what a study has `seen`, in two steps: what is to be sought, which takes the longest
     and does not depend on what else is in training, and then the genotype."""
 
-    def __init__(self, wanted: Wanted, features: Features, seen: Seen, generator: np.random.Generator) -> None:
+    def __init__(
+        self, wanted: WantedGenotypes, features: ChoiceFeatures, seen: Seen, generator: np.random.Generator
+    ) -> None:
         self.wanted, self.features, self.seen, self.generator = wanted, features, seen, generator
         self.table, self.kinds = wanted.table, wanted.kinds or tuple(wanted.budget)
         within = wanted.admits(seen.ended)
@@ -89,7 +91,7 @@ class Proposer:
         if len(self.rows[self.front]) and self.generator.random() < _MUTATIONS:
             return None
         scored = np.concatenate([self.seen.ended, self.seen.stopped])
-        model = fit(self.features, scored, np.concatenate([self.seen.scores, self.seen.expected]))
+        model = fit_scores(self.features, scored, np.concatenate([self.seen.scores, self.seen.expected]))
         belief = model.draw(self.generator, boldness=self.generator.random() ** 2)
         return Sought(belief=belief, solution=self._solve(belief))
 

@@ -19,7 +19,7 @@ from nas_kd.genotype import Genotype
 from nas_kd.search.additive import features_of
 from nas_kd.search.budgets import noted_cost
 from nas_kd.search.own_sampler import make_own_sampler
-from nas_kd.search.proposals import Proposer, Seen, Wanted
+from nas_kd.search.proposals import Proposer, Seen, WantedGenotypes
 from nas_kd.search.rungs import expected_scores
 from nas_kd.search.space import Space
 from nas_kd.search.workers import GENOTYPE, WORKER, undisturbed
@@ -102,7 +102,7 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
         self.space.recall_latencies(study)
         trials = undisturbed(study.get_trials(deepcopy=False))
         had = [(other, row) for other in trials if (row := self._row(other)) is not None]
-        wanted = Wanted(
+        wanted = WantedGenotypes(
             table=self.space.table,
             budget=self._budget,
             levels=self.space.levels,

@@ -24,7 +24,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from nas_kd.budget import Budget
 from nas_kd.costs.cost_table import CostTable, is_sum
-from nas_kd.costs.peak_memory import MemoryTable, Part
+from nas_kd.costs.peak_memory import MemoryTable, MomentTable
 from nas_kd.genotype import Genotype
 
 _INFEASIBLE = 2  # scipy's status
@@ -301,7 +301,7 @@ class _Problem:
             row[product.variable] = -1
             yield row, most * len(others)
 
-    def _exclusions(self, part: Part, bound: float) -> Iterator[Row]:
+    def _exclusions(self, part: MomentTable, bound: float) -> Iterator[Row]:
         """For each combination of choices of all its blocks but the last, those of the last that exceed the bound."""
         if not part.blocks:
             if part.table.max() > bound:

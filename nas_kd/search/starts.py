@@ -171,7 +171,9 @@ def uniform_width_student(table: CostTable, budget: Budget) -> Genotype | None:
     return next(uniform_width_students(table, budget), None)
 
 
-def draw(table: CostTable, budget: Budget, seed: int, draws: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+def draw_genotypes(
+    table: CostTable, budget: Budget, seed: int, draws: int
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Random genotypes, `draws` × blocks positions of choices, and whether each is within the budget. Fewer are drawn
     where arenas are to be planned, which takes a hundred times as long."""
     draws = min(draws, _PLANNED) if "ram" in budget else draws
@@ -183,5 +185,5 @@ def draw(table: CostTable, budget: Budget, seed: int, draws: int) -> tuple[NDArr
 
 def random_genotype(table: CostTable, budget: Budget, seed: int, draws: int = 200_000) -> Genotype | None:
     """A genotype drawn evenly from the part of the space within the budget; None when no draw was within it."""
-    rows, within = draw(table, budget, seed, draws)
+    rows, within = draw_genotypes(table, budget, seed, draws)
     return table.genotype(rows[np.flatnonzero(within)[0]]) if within.any() else None

@@ -345,7 +345,7 @@ def _overlap(frame: Frame, other: Frame) -> bool:
     return f"{other.path}.".startswith(f"{frame.path}.") or f"{frame.path}.".startswith(f"{other.path}.")
 
 
-def joined(passages: list[Passage]) -> Passage:
+def join_batches(passages: list[Passage]) -> Passage:
     """One passage of all batches."""
     return replace(
         passages[0],

@@ -114,13 +114,13 @@ def inherit_tensors(student: nn.Module, base: nn.Module, analysis: Analysis, mas
         source = old.get(name)
         if source is None or source is target:
             continue
-        source = cut(source, analysis.trace.axes.get(name, ()), mask)
+        source = drop_channels(source, analysis.trace.axes.get(name, ()), mask)
         if source.shape != target.shape:
             source = resize_kernel(source, target.shape[-1])
         target.copy_(source)
 
 
-def cut(tensor: Tensor, axes: Axes, mask: Mask, *, had: Mask | None = None) -> Tensor:
+def drop_channels(tensor: Tensor, axes: Axes, mask: Mask, *, had: Mask | None = None) -> Tensor:
     """A tensor without the channels whose labels `mask` drops; `axes` label its dimensions in the base. It has the
     labels of the base, or of those only what `had` kept."""
     for dim, labels in enumerate(axes):
@@ -134,8 +134,8 @@ def resize_kernel(weight: Tensor, kernel_size: int) -> Tensor:
     """An O×I×k×k kernel with another size around the same centre: zero-padded or cropped."""
     old = weight.shape[-1]
     if kernel_size < old:
-        cut = (old - kernel_size) // 2
-        return weight[..., cut : cut + kernel_size, cut : cut + kernel_size]
+        drop_channels = (old - kernel_size) // 2
+        return weight[..., drop_channels : drop_channels + kernel_size, drop_channels : drop_channels + kernel_size]
     return resize(weight, ((2, kernel_size), (3, kernel_size)))
 
 

@@ -20,7 +20,7 @@ Head = nn.Linear | nn.Conv2d
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Features:
+class HeadInputs:
     """What N images make a classifier read: `values` N×F, and their `labels` N."""
 
     values: Tensor
@@ -60,7 +60,7 @@ def _may_be_head(module: nn.Module) -> bool:
     return is_pointwise or isinstance(module, nn.Linear)
 
 
-def features_of(network: nn.Module, head: Head, images: ImageSet) -> Features:
+def head_inputs(network: nn.Module, head: Head, images: ImageSet) -> HeadInputs:
     """What `head` reads of each image, in eval mode; float32 on the CPU."""
     pieces: list[Tensor] = []
 
@@ -72,7 +72,9 @@ def features_of(network: nn.Module, head: Head, images: ImageSet) -> Features:
         predict_logits(network, images)
     finally:
         handle.remove()
-    return Features(torch.cat(pieces).clone(), images.labels.cpu())  # no tensor of inference mode: a fit differentiates
+    return HeadInputs(
+        torch.cat(pieces).clone(), images.labels.cpu()
+    )  # no tensor of inference mode: a fit differentiates
 
 
 def worthwhile(images: ImageSet, head: Head) -> ImageSet:
@@ -81,7 +83,7 @@ def worthwhile(images: ImageSet, head: Head) -> ImageSet:
     return images[: max(min(int(_WORK / (outputs * inputs)), _MOST), _LEAST * outputs)]
 
 
-def fit_probe(train: Features, val: Features, head: Head) -> Probe:
+def fit_probe(train: HeadInputs, val: HeadInputs, head: Head) -> Probe:
     """The logistic regression, on standardised features and with the L2 penalty of the least cross-entropy on `val`,
     that could stand in place of `head`."""
     std, mean = torch.std_mean(train.values, dim=0, correction=0)
@@ -89,7 +91,7 @@ def fit_probe(train: Features, val: Features, head: Head) -> Probe:
     mean = torch.zeros_like(mean) if head.bias is None else mean
     weight = torch.zeros(head.weight.shape[:2])
     bias = torch.zeros(len(weight))
-    standard = Features((train.values - mean) / std, train.labels)
+    standard = HeadInputs((train.values - mean) / std, train.labels)
     best, least = Probe(weight, bias, 0.0), float("inf")
     for penalty in _PENALTIES:
         weight, bias = _descend(standard, weight, bias if head.bias is not None else None, penalty)
@@ -103,7 +105,7 @@ def fit_probe(train: Features, val: Features, head: Head) -> Probe:
     return best
 
 
-def _descend(data: Features, weight: Tensor, bias: Tensor | None, penalty: float) -> tuple[Tensor, Tensor]:
+def _descend(data: HeadInputs, weight: Tensor, bias: Tensor | None, penalty: float) -> tuple[Tensor, Tensor]:
     """Minimises the mean cross-entropy + penalty/2 · |W|²; zeros for the bias where there is to be none."""
     free = [weight.clone().requires_grad_(), *([] if bias is None else [bias.clone().requires_grad_()])]
     optimizer = torch.optim.LBFGS(free, max_iter=_ITERATIONS, history_size=10, line_search_fn="strong_wolfe")
@@ -138,7 +140,7 @@ def reorder(head: Head, order: Tensor) -> None:
         head.bias.copy_(head.bias[order.to(head.bias.device)])
 
 
-def answers(head: Head, features: Features) -> Tensor:
+def answers(head: Head, features: HeadInputs) -> Tensor:
     """The class that a head as it is says of each image."""
     weight, bias = head.weight.detach().flatten(1).cpu(), None if head.bias is None else head.bias.detach().cpu()
     return F.linear(features.values, weight.float(), None if bias is None else bias.float()).argmax(1)

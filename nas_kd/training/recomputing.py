@@ -45,7 +45,7 @@ class _Kept:
 
 
 @dataclass(slots=True, eq=False)
-class _Notes:
+class _PassNotes:
     """Of one forward pass, by memory: how tensors that still exist were made, at which version of theirs, and what
     autograd keeps as it is."""
 
@@ -105,7 +105,7 @@ def _activated(module: nn.Module, inputs: Tensor) -> Tensor:
 
 
 @contextmanager
-def _noted(module: nn.Module, notes: _Notes) -> Iterator[None]:
+def _noted(module: nn.Module, notes: _PassNotes) -> Iterator[None]:
     """Inside the block what a module makes is noted, where it is a norm or an activation."""
     with ExitStack() as stack:
         if type(module) is nn.BatchNorm2d:
@@ -135,7 +135,7 @@ def recomputing(network: nn.Module) -> Iterator[None]:
 
     Outputs and gradients are the same to the bit. Not for norms that several processes share.
     """
-    notes = _Notes()
+    notes = _PassNotes()
     with ExitStack() as stack:
         for module in network.modules():
             stack.enter_context(_noted(module, notes))

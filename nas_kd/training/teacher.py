@@ -23,7 +23,7 @@ from nas_kd.training.evaluation import CALIBRATION, evaluate, is_below, predict_
 from nas_kd.training.loop import Run, ignore, train
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.tensor_files import read_tensors, write_tensors
-from nas_kd.training.transfer import HeadOrigin, settle
+from nas_kd.training.transfer import HeadOrigin, settle_weights
 from nas_kd.training.views import weights_digest
 
 __all__ = [
@@ -124,7 +124,7 @@ def adopt_teacher(network: nn.Module, splits: Splits, *, augmentation: AnyAugmen
     _check_outputs(network, splits)
     started = time.monotonic()
     seen = AugmentedImages(splits.train, augmentation, seed).sample(CALIBRATION)
-    found = settle(network, splits, seen, head="own")
+    found = settle_weights(network, splits, seen, head="own")
     if found.probe is not None and is_below(found.accuracy, found.probe, len(splits.val)):
         _logger.warning(
             "THE TEACHER IS BELOW ITS LINEAR PROBE: %.1f%% of the validation images, a logistic regression on its own "
@@ -190,7 +190,7 @@ def _train(task: _Task) -> float:
 def _transfer(task: _Task, head: HeadOrigin) -> None:
     """Settles the network, trains it, and takes the training back when it made it worse."""
     network = task.network
-    found = settle(network, task.splits, task.data.sample(CALIBRATION), head=head)
+    found = settle_weights(network, task.splits, task.data.sample(CALIBRATION), head=head)
     task.report(0, found.accuracy)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     tuned = _train(task)

@@ -15,13 +15,13 @@ from nas_kd.data.splits import Splits
 from nas_kd.training.anchoring import anchor
 from nas_kd.training.evaluation import evaluate, is_below
 from nas_kd.training.probe import (
-    Features,
     Head,
+    HeadInputs,
     Probe,
     answers,
-    features_of,
     find_head,
     fit_probe,
+    head_inputs,
     install,
     reorder,
     worthwhile,
@@ -42,7 +42,7 @@ class Settled:
     probe: float | None
 
 
-def settle(network: nn.Module, splits: Splits, seen: Images, *, head: HeadOrigin) -> Settled:
+def settle_weights(network: nn.Module, splits: Splits, seen: Images, *, head: HeadOrigin) -> Settled:
     """Makes a network with weights from elsewhere ready for these images, in place.
 
     Its batch norms are anchored to `seen`, training images that went through the augmentation. A `new` head becomes a
@@ -60,7 +60,7 @@ def settle(network: nn.Module, splits: Splits, seen: Images, *, head: HeadOrigin
             )
         return Settled(accuracy=evaluate(network, splits.val), probe=None)
     images = splits.train[:_LOOK] if head == "own" else worthwhile(splits.train, layer)
-    train, val = (features_of(network, layer, part) for part in (images, splits.val))
+    train, val = (head_inputs(network, layer, part) for part in (images, splits.val))
     probe = fit_probe(train, val, layer)
     if head != "new":
         _order(layer, train, val, probe, splits.class_names)
@@ -69,7 +69,7 @@ def settle(network: nn.Module, splits: Splits, seen: Images, *, head: HeadOrigin
     return Settled(accuracy=evaluate(network, splits.val), probe=probe.accuracy)
 
 
-def _order(head: Head, train: Features, val: Features, probe: Probe, names: tuple[str, ...]) -> None:
+def _order(head: Head, train: HeadInputs, val: HeadInputs, probe: Probe, names: tuple[str, ...]) -> None:
     """Puts the outputs of a head in the order of the classes, where training and validation images agree that they
     stand in another one."""
     order = _best_order(answers(head, train), train.labels, len(head.weight))

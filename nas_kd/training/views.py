@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nas_kd.data.arrays import Array, ArrayFile, finish, load, writing
+from nas_kd.data.arrays import Array, ArrayFile, finish, load_arrays, writing
 from nas_kd.data.augment import AnyAugmentation, Augmentation
 from nas_kd.data.images import AugmentedImages, Batch, Images
 from nas_kd.data.memory import give_back
@@ -166,10 +166,10 @@ def build_views(
     finite.
     """
     path = folder / f"views-{_digest(train, teacher, spec)[:16]}"
-    loaded = load(path)
+    loaded = load_arrays(path)
     if loaded is None:
         _build(train, teacher, spec, path, report)
-        loaded = load(path)
+        loaded = load_arrays(path)
         if loaded is None:
             raise DataError(f"the views in {path} were damaged while they were written: check the disk")
     return _views(path, loaded[0], train.labels, train.mean, train.std)
@@ -178,7 +178,7 @@ def build_views(
 def open_views(path: Path, labels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Views | None:
     """The views that `build_views` left in a folder, of images with these labels (N); None when they are not there or
     damaged."""
-    loaded = load(path)
+    loaded = load_arrays(path)
     return None if loaded is None else _views(path, loaded[0], labels, mean, std)
 
 

@@ -20,19 +20,19 @@ from nas_kd.search.storage import CONFIG, close_storage, open_storage, storage_e
 from nas_kd.search.trials import Objective, count_trained
 from nas_kd.search.work import Limits, work
 from nas_kd.search.workers import RetryingStudy
-from nas_kd.workers.crew import (
-    Crew,
+from nas_kd.workers.bundle import Bundle, check_space, equip, locate, read_bundle, settings_of
+from nas_kd.workers.pool import (
     LocalWorker,
     Worker,
+    WorkerPool,
     advance_by,
     file_arguments,
     local_workers,
-    run_crew,
+    run_pool,
     run_to_end,
     worker_arguments,
 )
-from nas_kd.workers.kit import Kit, check_space, equip, locate, read_kit, settings_of
-from nas_kd.workers.ray_crew import ray_workers
+from nas_kd.workers.ray_workers import ray_workers
 
 _POLL = 1.0  # seconds between two looks for a study that is to begin
 
@@ -43,27 +43,29 @@ def join(settings: WorkerSettings, stages: Stages, sleep: Callable[[float], None
     Raises a NasKdError for everything that is wrong with the storage, the study or its files.
     """
     device = choose_device(settings.device if settings.ray is None else "cpu")
-    with joined(settings, sleep) as (_, study, kit):
+    with joined(settings, sleep) as (_, study, bundle):
         if settings.ray is not None:
             with ray_workers(settings, study.study_name, TRIALS) as workers:
-                return _lead(study, kit, workers, settings, stages)
+                return _lead(study, bundle, workers, settings, stages)
         if settings.jobs > 1:
-            return _lead(study, kit, own_workers(settings, study.study_name, TRIALS), settings, stages)
+            return _lead(study, bundle, own_workers(settings, study.study_name, TRIALS), settings, stages)
         with stages.stage("files"):
-            cache = locate(kit, settings.out, settings.artifacts)
+            cache = locate(bundle, settings.out, settings.artifacts)
         with stages.stage("model"):
-            space, proxy = equip(kit, cache, device, study.user_attrs)
-            check_space(study, kit, space)
-        study.sampler = make_sampler(str(kit.settings["sampler"]), space, int(kit.settings["seed"]))
+            space, proxy = equip(bundle, cache, device, study.user_attrs)
+            check_space(study, bundle, space)
+        study.sampler = make_sampler(str(bundle.settings["sampler"]), space, int(bundle.settings["seed"]))
         if not isinstance(study.sampler, KnapsackSampler):  # which draws from each trial's own number
             study.sampler.reseed_rng()
-        pruner = settings_of(kit).pruner
-        study.pruner = make_pruner(pruner, int(kit.settings["proxy_epochs"]))
+        pruner = settings_of(bundle).pruner
+        study.pruner = make_pruner(pruner, int(bundle.settings["proxy_epochs"]))
         return _work(study, Objective(space, proxy, front_pruning=pruner == "front"), settings, stages)
 
 
 @contextmanager
-def joined(settings: WorkerSettings, sleep: Callable[[float], None]) -> Iterator[tuple[BaseStorage, optuna.Study, Kit]]:
+def joined(
+    settings: WorkerSettings, sleep: Callable[[float], None]
+) -> Iterator[tuple[BaseStorage, optuna.Study, Bundle]]:
     """A storage, the study in it that a worker joins, and what that needs; the storage is closed after the block."""
     storage = open_storage(settings.storage, grace=settings.grace_period)
     try:
@@ -73,17 +75,19 @@ def joined(settings: WorkerSettings, sleep: Callable[[float], None]) -> Iterator
         close_storage(storage)
 
 
-def _lead(study: optuna.Study, kit: Kit, workers: Sequence[Worker], settings: WorkerSettings, stages: Stages) -> int:
+def _lead(
+    study: optuna.Study, bundle: Bundle, workers: Sequence[Worker], settings: WorkerSettings, stages: Stages
+) -> int:
     """Runs workers and returns how many trials finished meanwhile."""
     before = count_trained(study)
-    crew = Crew(
+    pool = WorkerPool(
         workers=tuple(workers),
         trials=_wanted(study),
-        epochs=int(kit.settings["proxy_epochs"]),
+        epochs=int(bundle.settings["proxy_epochs"]),
         grace=settings.grace_period,
     )
-    with stages.board("search", max(1, crew.trials - before)) as board:
-        run_crew(crew, study, board)
+    with stages.board("search", max(1, pool.trials - before)) as board:
+        run_pool(pool, study, board)
     return count_trained(study) - before
 
 
@@ -116,20 +120,20 @@ def _work(study: optuna.Study, objective: Objective, settings: WorkerSettings, s
 
 def _wanted(study: optuna.Study) -> int:
     """How many trained trials the study wants by now: its command may have been given again with more."""
-    kit = read_kit(study)
-    return int(kit.settings["trials"]) if kit is not None else 0
+    bundle = read_bundle(study)
+    return int(bundle.settings["trials"]) if bundle is not None else 0
 
 
 def find_study(
     storage: BaseStorage, settings: WorkerSettings, sleep: Callable[[float], None]
-) -> tuple[optuna.Study, Kit]:
+) -> tuple[optuna.Study, Bundle]:
     """The study to join and what it notes for its workers; waits for it to begin if asked to."""
     deadline = time.monotonic() + settings.wait
     while True:
         study = _named(storage, settings.study_name)
-        kit = None if study is None else read_kit(study)
-        if study is not None and kit is not None:
-            return study, kit
+        bundle = None if study is None else read_bundle(study)
+        if study is not None and bundle is not None:
+            return study, bundle
         if time.monotonic() >= deadline:
             raise StudyError(_absent(storage, settings.study_name))
         sleep(_POLL)
@@ -138,7 +142,7 @@ def find_study(
 def is_begun(storage: BaseStorage, settings: WorkerSettings) -> bool:
     """Whether there are trials to join, or genotypes of a rank check to measure."""
     study = _named(storage, settings.study_name)
-    if study is not None and read_kit(study) is not None:
+    if study is not None and read_bundle(study) is not None:
         return True
     return find_jobs(storage, settings.study_name, GENOTYPES) is not None
 

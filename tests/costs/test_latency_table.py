@@ -16,7 +16,7 @@ from nas_kd.analysis.structure import Analysis
 from nas_kd.budget import LATENCY
 from nas_kd.costs.cost_table import CostTable, cost_table
 from nas_kd.costs.latency import Timing
-from nas_kd.costs.latency_table import STUDENTS, LatencyTable, Meter, store_key, structure_of
+from nas_kd.costs.latency_table import STUDENTS, LatencyTable, Meter, latencies_key, structure_of
 from nas_kd.costs.runtimes import LatencySpec, Measured, Subject
 from nas_kd.costs.verification import analyse
 from nas_kd.genotype import Genotype
@@ -166,9 +166,9 @@ def test_structures_are_told_apart(base: torch.nn.Module) -> None:
 
 
 def test_files_are_of_a_specification() -> None:
-    assert store_key(LatencySpec()) == store_key(LatencySpec())
-    assert store_key(LatencySpec()) != store_key(LatencySpec(batch=8))
-    assert store_key(LatencySpec()) != store_key(LatencySpec(command="mine"))
+    assert latencies_key(LatencySpec()) == latencies_key(LatencySpec())
+    assert latencies_key(LatencySpec()) != latencies_key(LatencySpec(batch=8))
+    assert latencies_key(LatencySpec()) != latencies_key(LatencySpec(command="mine"))
 
 
 def test_the_base_keeps_its_mode(base: torch.nn.Module, analysis: Analysis) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nas_kd.data.arrays import ArrayFile, finish, load, writing
+from nas_kd.data.arrays import ArrayFile, finish, load_arrays, writing
 from nas_kd.errors import DataError, OutputError
 
 
@@ -21,7 +21,7 @@ def build(folder: Path, value: int = 1) -> None:
 
 def test_what_was_written_is_loaded(tmp_path: Path) -> None:
     build(tmp_path / "a", 7)
-    loaded = load(tmp_path / "a")
+    loaded = load_arrays(tmp_path / "a")
     assert loaded is not None
     arrays, extra = loaded
     assert arrays["x"].tolist() == [[7] * 3] * 4
@@ -31,7 +31,7 @@ def test_what_was_written_is_loaded(tmp_path: Path) -> None:
 
 
 def test_nothing_is_none(tmp_path: Path) -> None:
-    assert load(tmp_path / "a") is None
+    assert load_arrays(tmp_path / "a") is None
 
 
 @pytest.mark.parametrize("wound", ["flip", "truncate", "remove", "sidecar"])
@@ -49,11 +49,11 @@ def test_damage_is_found_and_cleared_away(tmp_path: Path, caplog: pytest.LogCapt
     else:
         (tmp_path / "a" / "meta.json").write_text("{")
     with caplog.at_level(logging.WARNING):
-        assert load(tmp_path / "a") is None
+        assert load_arrays(tmp_path / "a") is None
     assert "building it again" in caplog.text
     assert list(tmp_path.iterdir()) == []
     build(tmp_path / "a")
-    assert load(tmp_path / "a") is not None
+    assert load_arrays(tmp_path / "a") is not None
 
 
 def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_who_finishes_first_wins(tmp_path: Path) -> None:
         with ArrayFile(draft / "x.npy", (1,), "<i8") as file:
             file.write(np.zeros(1))
         finish(draft, {"x": file})
-    loaded = load(tmp_path / "a")
+    loaded = load_arrays(tmp_path / "a")
     assert loaded is not None
     assert loaded[0]["x"].shape == (4, 3)
 

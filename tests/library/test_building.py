@@ -36,7 +36,7 @@ from nas_kd.library.library import Library
 from nas_kd.search.options import parse_options
 from nas_kd.search.space import Space
 from nas_kd.students.building import build_student
-from nas_kd.students.frames import find_frames, joined, recording, swapped
+from nas_kd.students.frames import find_frames, join_batches, recording, swapped
 from nas_kd.students.inheritance import inherit_student
 from nas_kd.training.evaluation import predict_logits, recalibrate
 from nas_kd.training.loop import train
@@ -119,7 +119,7 @@ def test_training_brings_a_frame_closer(teacher: nn.Module, analysis: Analysis, 
     frame = find_frames(teacher, analysis, pixels[:2])["layer2.0"]
     with torch.no_grad(), recording(teacher, {"layer2.0": frame}) as passages:
         teacher(pixels)
-    passage = joined(passages["layer2.0"])
+    passage = join_batches(passages["layer2.0"])
     module = frame.inside(build_student(teacher, analysis, analysis.identity))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -19,7 +19,7 @@ from nas_kd.students.frames import (
     Passage,
     disjoint,
     find_frames,
-    joined,
+    join_batches,
     recording,
     replaying,
     run_frame,
@@ -55,7 +55,7 @@ def passages_of(base: nn.Module, frames: dict, images: Tensor) -> dict[str, Pass
     with torch.no_grad(), recording(base, frames) as passages:
         for part in images.split(16):
             base(part)
-    return {name: joined(parts) for name, parts in passages.items()}
+    return {name: join_batches(parts) for name, parts in passages.items()}
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(6, 4), nn.Conv2d(6, 4, 1), nn.Conv2d(3, 4, 3, padding=1, stride=2)])

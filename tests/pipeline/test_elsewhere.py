@@ -23,7 +23,7 @@ from warm import warm_python
 from nas_kd.arguments.study import parse_study
 from nas_kd.genotype import Genotype
 from nas_kd.pipeline import elsewhere, search
-from nas_kd.pipeline.baselines import Wanted, whole_space
+from nas_kd.pipeline.baselines import WantedModel, whole_space
 from nas_kd.pipeline.elsewhere import DONE, MODELS, expect_models
 from nas_kd.pipeline.refining import is_refined
 from nas_kd.pipeline.sharing import refine_all
@@ -34,7 +34,7 @@ from nas_kd.results.refine import Refined
 from nas_kd.search.jobs import open_jobs
 from nas_kd.search.storage import close_storage
 from nas_kd.search.workers import WORKER, worker_name
-from nas_kd.workers.kit import KIT
+from nas_kd.workers.bundle import BUNDLE
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 SETTINGS = (
@@ -54,22 +54,22 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Study]:
     stages = Stages(Console(stderr=True), quiet=True)
     materials = gather(job, stages)
     done = search(job, materials, stages)
-    done.set_user_attr(KIT, {**done.user_attrs[KIT], "folder": str(folder / "of another machine")})
+    done.set_user_attr(BUNDLE, {**done.user_attrs[BUNDLE], "folder": str(folder / "of another machine")})
     yield job, materials, done
     close_storage(job.storage)
 
 
-def plan_of(job: Job, epochs: int) -> list[Wanted]:
+def plan_of(job: Job, epochs: int) -> list[WantedModel]:
     """Four models, of two spaces and with and without a teacher."""
     whole = whole_space(job)
     assert whole is not None
     narrow = Genotype.from_json(whole.table.genotype([0] * len(whole.table.blocks)).to_json())
     best = job.space.analysis.identity
     return [
-        Wanted(role="front", genotype=best, space=job.space, epochs=3 * epochs),
-        Wanted(role="no teacher", genotype=best, space=job.space, epochs=epochs),
-        Wanted(role="uniform", genotype=narrow, space=whole, epochs=epochs),
-        Wanted(role="random", genotype=best, space=job.space, epochs=epochs),
+        WantedModel(role="front", genotype=best, space=job.space, epochs=3 * epochs),
+        WantedModel(role="no teacher", genotype=best, space=job.space, epochs=epochs),
+        WantedModel(role="uniform", genotype=narrow, space=whole, epochs=epochs),
+        WantedModel(role="random", genotype=best, space=job.space, epochs=epochs),
     ]
 
 

@@ -19,8 +19,8 @@ from nas_kd.pipeline.quantisation import (
     INT8,
     RECORD,
     WEIGHTS,
-    Form,
     Int8Spec,
+    MeasuredFile,
     Quantised,
     quantise_network,
     quantised_once,
@@ -166,7 +166,7 @@ def test_nothing_is_made_twice_and_what_is_damaged_again(
 
 
 def test_int8_is_to_be_deployed_where_it_is_faster_and_as_good() -> None:
-    fast, slow = (Form(file=f"{ms}", test_accuracy=0.9, bytes=10, milliseconds=ms) for ms in (1.0, 2.0))
+    fast, slow = (MeasuredFile(file=f"{ms}", test_accuracy=0.9, bytes=10, milliseconds=ms) for ms in (1.0, 2.0))
     facts = {"worst": (), "calibration_loss": 0.0, "recovered": False}
     assert Quantised(exact=slow, int8=fast, loss=0.005, **facts).deploy is fast
     assert Quantised(exact=slow, int8=fast, loss=0.02, **facts).deploy is slow

@@ -31,7 +31,7 @@ from nas_kd.library.building import LibrarySpec, build_library, open_builder
 from nas_kd.library.effort import Step
 from nas_kd.library.library import Library
 from nas_kd.pipeline import ahead, helpers, sharing
-from nas_kd.pipeline.baselines import Wanted, whole_space
+from nas_kd.pipeline.baselines import WantedModel, whole_space
 from nas_kd.pipeline.helpers import Claims, Helpers, done_file, helping
 from nas_kd.pipeline.refining import is_refined
 from nas_kd.pipeline.search import search
@@ -43,7 +43,7 @@ from nas_kd.results.refine import Refined
 from nas_kd.search.storage import close_storage
 from nas_kd.search.workers import worker_name
 from nas_kd.training import loop
-from nas_kd.workers import crew
+from nas_kd.workers import pool
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 SETTINGS = (
@@ -66,12 +66,12 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Job, Mater
     close_storage(job.storage)
 
 
-def plan_of(job: Job, epochs: int) -> list[Wanted]:
+def plan_of(job: Job, epochs: int) -> list[WantedModel]:
     whole = whole_space(job)
     assert whole is not None
     return [
-        Wanted(role="front", genotype=job.space.table.cheapest("params"), space=job.space, epochs=epochs),
-        Wanted(role="uniform", genotype=Genotype.from_json(narrowest(whole)), space=whole, epochs=epochs),
+        WantedModel(role="front", genotype=job.space.table.cheapest("params"), space=job.space, epochs=epochs),
+        WantedModel(role="uniform", genotype=Genotype.from_json(narrowest(whole)), space=whole, epochs=epochs),
     ]
 
 
@@ -235,7 +235,7 @@ def test_students_of_a_process_that_dies_are_trained_by_their_trials(
 
     first = f"{ahead.STAGE}-0"
 
-    class Dying(crew.LocalWorker):
+    class Dying(pool.LocalWorker):
         def start(self) -> None:
             if not self.pid:  # in later rounds it begins, and dies, once more
                 for number in (1, 2):
@@ -246,7 +246,7 @@ def test_students_of_a_process_that_dies_are_trained_by_their_trials(
     here = search_anew(job, materials, None)
     for name in ("WORTH", "BEGIN"):
         monkeypatch.setattr(ahead, name, 0.0)
-    monkeypatch.setattr(crew, "LocalWorker", Dying)
+    monkeypatch.setattr(pool, "LocalWorker", Dying)
     with two_threads(), helping(job) as dying:
         (dying.folder / first).mkdir()
         assert search_anew(job, materials, dying)[:9] == here[:9]
@@ -279,7 +279,7 @@ def test_what_a_process_that_dies_leaves_is_trained_here(
     job, materials = study
     plan = plan_of(job, 1)
 
-    class Dying(crew.LocalWorker):
+    class Dying(pool.LocalWorker):
         def start(self) -> None:
             folder = Path(self.command[3], "models")
             folder.mkdir()
@@ -288,7 +288,7 @@ def test_what_a_process_that_dies_leaves_is_trained_here(
             super().start()
 
     monkeypatch.setattr(sharing, "WORTH", NOTHING)
-    monkeypatch.setattr(crew, "LocalWorker", Dying)
+    monkeypatch.setattr(pool, "LocalWorker", Dying)
     with two_threads(), caplog.at_level(logging.WARNING):
         assert len(refine_all(job, plan, materials, lambda words, steps=1, /: None)) == 2
     assert "ended (out of memory)" in caplog.text

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from nas_kd.errors import OutputError
-from nas_kd.rank_check.page import render_check, render_table
+from nas_kd.rank_check.page import render_check, render_scores
 from nas_kd.results.rank_rows import GroupRows, RankCheck, ScoreRow, read_check
 
 TRUTH = (0.80, 0.84, 0.86)
@@ -118,7 +118,7 @@ def test_the_sentence_says_what_was_measured_and_against_what(check: RankCheck) 
 
 def test_the_table_has_a_line_per_score_and_cuts_nothing(check: RankCheck) -> None:
     stream = io.StringIO()
-    Console(file=stream, width=40).print(render_table(check.groups[0], check), crop=False)
+    Console(file=stream, width=40).print(render_scores(check.groups[0], check), crop=False)
     lines = [line.rstrip() for line in stream.getvalue().splitlines()]
     assert "3 random genotypes, true accuracy 80.0 to 86.0 %" in lines[0]
     assert len(lines) == 2 + 5

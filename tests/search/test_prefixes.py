@@ -24,7 +24,7 @@ from nas_kd.search.sampler import KnapsackSampler
 from nas_kd.search.space import Space
 from nas_kd.search.trials import DIRECTIONS, _rung_scores, importances, values_of
 from nas_kd.search.workers import GENOTYPE, RETRY, WORKER, Watch, lost, retry_dead_trials, retry_lost_trials
-from nas_kd.workers.crew import advance_by, line_of
+from nas_kd.workers.pool import advance_by, line_of
 
 Step = tuple[str, str, Any]  # where it is noted, under which name, what
 NOW = ("genotype", "params", "macs", "constraint", "digest", "claim")

@@ -14,7 +14,7 @@ from torch import nn
 
 from nas_kd.budget import Budget, kinds_of
 from nas_kd.genotype import Genotype
-from nas_kd.search.additive import features_of, fit
+from nas_kd.search.additive import features_of, fit_scores
 from nas_kd.search.sampler import KnapsackSampler, make_sampler
 from nas_kd.search.solver import solve
 from nas_kd.search.space import Space
@@ -264,7 +264,7 @@ def test_the_model_learns_an_additive_truth(tight: Space[nn.Module]) -> None:
     generator = np.random.default_rng(0)
     rows = np.stack([generator.integers(len(block.choices), size=300) for block in tight.blocks], axis=1)
     scores = -0.25 * np.sum([d[column] for d, column in zip(damages, rows.T, strict=True)], axis=0)
-    model = fit(features_of(tight.table, prior_damages(tight.table)), rows[:250], scores[:250])
+    model = fit_scores(features_of(tight.table, prior_damages(tight.table)), rows[:250], scores[:250])
     draws = [model.draw(np.random.default_rng(seed)).scores(rows[250:]) for seed in range(20)]
     predicted = np.mean(draws, axis=0)
     expected = -np.sum([d[column] for d, column in zip(prior_damages(tight.table), rows[250:].T, strict=True)], axis=0)
@@ -275,7 +275,7 @@ def test_the_model_learns_an_additive_truth(tight: Space[nn.Module]) -> None:
 
 def test_before_any_trial_a_draw_spreads_around_the_prior(tight: Space[nn.Module]) -> None:
     priors = prior_damages(tight.table)
-    model = fit(features_of(tight.table, priors), np.zeros((0, len(priors)), dtype=np.int64), np.zeros(0))
+    model = fit_scores(features_of(tight.table, priors), np.zeros((0, len(priors)), dtype=np.int64), np.zeros(0))
     draws = np.array([model.draw(np.random.default_rng(seed)).worth[0] for seed in range(200)])
     assert np.allclose(draws.mean(axis=0), -0.05 * priors[0], atol=5 * draws.std(axis=0).max() / 200**0.5)
     assert draws.std(axis=0).min() > 0

@@ -24,10 +24,10 @@ from nas_kd.distill import main
 from nas_kd.study import main as study
 from nas_kd.training.evaluation import evaluate, is_below, predict_logits
 from nas_kd.training.loop import train
-from nas_kd.training.probe import Features, features_of, find_head, fit_probe, install
+from nas_kd.training.probe import HeadInputs, find_head, fit_probe, head_inputs, install
 from nas_kd.training.recipe import Recipe
 from nas_kd.training.teacher import Renormalised, TeacherCache, TeacherResult, Teaching, adopt_teacher, prepare_teacher
-from nas_kd.training.transfer import HeadOrigin, settle
+from nas_kd.training.transfer import HeadOrigin, settle_weights
 
 MakeNetwork = Callable[..., nn.Module]
 AUGMENTATION = Augmentation(flip=False)
@@ -59,7 +59,7 @@ def test_a_pretrained_network_teaches_as_well_as_its_linear_probe(
     headless: nn.Module, textures: Splits, tmp_path: Path
 ) -> None:
     network = copy.deepcopy(headless)
-    found = settle(network, textures, fixed_images(textures.train), head="new")
+    found = settle_weights(network, textures, fixed_images(textures.train), head="new")
     assert found.probe == found.accuracy == evaluate(network, textures.val)
     assert found.accuracy > 0.7 > evaluate(headless, textures.val)
     result = teach(copy.deepcopy(headless), textures, tmp_path)
@@ -72,7 +72,7 @@ def test_a_pretrained_network_teaches_as_well_as_its_linear_probe(
 
 def test_a_training_that_makes_it_worse_is_taken_back(headless: nn.Module, textures: Splits, tmp_path: Path) -> None:
     network = copy.deepcopy(headless)
-    found = settle(network, textures, fixed_images(textures.train), head="new")
+    found = settle_weights(network, textures, fixed_images(textures.train), head="new")
     result = teach(copy.deepcopy(headless), textures, tmp_path, lr=5.0)
     assert result.val_accuracy == found.accuracy
     assert torch.equal(predict_logits(result.network, textures.val), predict_logits(network, textures.val))
@@ -168,7 +168,7 @@ class _ConvHead(nn.Module):
 class TestProbe:
     def test_it_is_the_logistic_regression_of_scikit_learn(self, digits: Splits) -> None:
         torch.manual_seed(0)
-        train_features, val = (Features(part.pixels[:, :, ::4, ::4].flatten(1).float(), part.labels)
+        train_features, val = (HeadInputs(part.pixels[:, :, ::4, ::4].flatten(1).float(), part.labels)
                                for part in (digits.train, digits.val))  # fmt: skip
         probe = fit_probe(train_features, val, nn.Linear(64, 10))
         mean, std = train_features.values.mean(0), train_features.values.std(0, correction=0).clamp(min=1e-6)
@@ -189,7 +189,7 @@ class TestProbe:
         network = _ConvHead()
         head = find_head(network, digits.val)
         assert head is network.head
-        train_features, val = (features_of(network, network.head, part) for part in (digits.train, digits.val))
+        train_features, val = (head_inputs(network, network.head, part) for part in (digits.train, digits.val))
         install(network.head, probe := fit_probe(train_features, val, network.head))
         assert evaluate(network, digits.val) == pytest.approx(probe.accuracy)
         assert probe.accuracy > 0.7
@@ -198,13 +198,13 @@ class TestProbe:
         network = nn.Sequential(_ConvHead(), nn.Softmax(1))
         assert find_head(network, digits.val) is None
         with caplog.at_level(logging.WARNING):
-            assert settle(network, digits, digits.train[:8], head="new").probe is None
+            assert settle_weights(network, digits, digits.train[:8], head="new").probe is None
         assert "its head begins at random" in caplog.text
 
     def test_more_outputs_than_classes(self, digits: Splits) -> None:
         few = replace(digits, train=_of_classes(digits.train, 6), val=_of_classes(digits.val, 6))
         network = _ConvHead()
-        found = settle(network, few, few.train[:8], head="new")
+        found = settle_weights(network, few, few.train[:8], head="new")
         logits = predict_logits(network, few.val)
         assert found.accuracy > 0.7
         assert logits.argmax(1).max() < 6

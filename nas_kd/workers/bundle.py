@@ -19,7 +19,7 @@ from torch import nn
 from nas_kd import __version__
 from nas_kd.arguments.augment import AugmentOptions
 from nas_kd.arguments.study import Settings, restore_settings
-from nas_kd.data.arrays import load
+from nas_kd.data.arrays import load_arrays
 from nas_kd.data.images import Images
 from nas_kd.data.originals import open_originals
 from nas_kd.errors import ArtifactError, CheckpointError, StudyError
@@ -38,12 +38,12 @@ from nas_kd.training.teacher import Teacher
 from nas_kd.training.tensor_files import write_tensors
 from nas_kd.training.views import OnlineViews, Views, open_views, weights_digest
 
-KIT = "nas_kd kit"  # the study's user attribute
+BUNDLE = "nas_kd kit"  # the study's user attribute
 PRIVATE = {"storage": None, "quiet": False, "debug": False, "device": None}  # nothing of other workers' concern
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Kit:
+class Bundle:
     """What a worker needs. Paths are relative to the study's cache, which is `folder` on the machine that began it.
 
     `files` maps what is in the artifact store `artifacts` to its SHA-256. `images` are those of all splits, of which
@@ -88,27 +88,27 @@ def view_files(augment: AugmentOptions, folder: str) -> Iterator[str]:
     return (f"{folder}/{name}" for name in ("meta.json", "pixels.npy", "logits.npy", *more))
 
 
-def publish(job: Job, materials: Materials, study: optuna.Study) -> Kit:
+def publish_bundle(job: Job, materials: Materials, study: optuna.Study) -> Bundle:
     """Notes on the study what a worker needs, and puts its files into the artifact store if there is one."""
-    kit = _describe(job, materials)
-    before = read_kit(study)
+    bundle = _describe(job, materials)
+    before = read_bundle(study)
     store = open_store(job.settings.artifacts) if job.settings.artifacts else None
     if store is not None:
-        kit = dataclasses.replace(kit, artifacts=store.address, files=_upload(kit, job.cache, store))
-    elif before is not None and before.weights == kit.weights:
-        kit = dataclasses.replace(kit, artifacts=before.artifacts, files=before.files)
+        bundle = dataclasses.replace(bundle, artifacts=store.address, files=_upload(bundle, job.cache, store))
+    elif before is not None and before.weights == bundle.weights:
+        bundle = dataclasses.replace(bundle, artifacts=before.artifacts, files=before.files)
     with storage_errors("note on the study what its workers need"):
-        study.set_user_attr(KIT, dataclasses.asdict(kit))
-    return kit
+        study.set_user_attr(BUNDLE, dataclasses.asdict(bundle))
+    return bundle
 
 
-def _describe(job: Job, materials: Materials) -> Kit:
+def _describe(job: Job, materials: Materials) -> Bundle:
     splits, views, library = materials.sample, materials.proxy_views, job.space.library
     assert splits.folder is not None
     weights = f"weights-{materials.base.digest}.safetensors"
     if not (job.cache / weights).exists():
         write_tensors(job.cache / weights, job.space.base.state_dict())
-    return Kit(
+    return Bundle(
         version=__version__,
         settings={**dataclasses.asdict(job.settings), **PRIVATE},
         num_classes=splits.num_classes,
@@ -125,22 +125,22 @@ def _describe(job: Job, materials: Materials) -> Kit:
     )
 
 
-def _upload(kit: Kit, cache: Path, store: Store) -> dict[str, str]:
-    if kit.library:
-        pack(cache / kit.library)
-    return {path: store.put(cache / path) for path in kit.paths()}
+def _upload(bundle: Bundle, cache: Path, store: Store) -> dict[str, str]:
+    if bundle.library:
+        pack(cache / bundle.library)
+    return {path: store.put(cache / path) for path in bundle.paths()}
 
 
-def read_kit(study: optuna.Study) -> Kit | None:
+def read_bundle(study: optuna.Study) -> Bundle | None:
     """What a study notes for its workers; None when nothing. Raises StudyError for a study that is not ours, or of
     another version."""
-    noted = study.user_attrs.get(KIT)
+    noted = study.user_attrs.get(BUNDLE)
     if noted is None:
         if study.user_attrs.get(CONFIG) is None and study.get_trials(deepcopy=False):
             raise StudyError(f"the study {study.study_name!r} in this storage was not made by nas_kd")
         return None
     check_version(study.study_name, noted)
-    return Kit(**{**noted, "mean": tuple(noted["mean"]), "std": tuple(noted["std"])})
+    return Bundle(**{**noted, "mean": tuple(noted["mean"]), "std": tuple(noted["std"])})
 
 
 def check_version(name: str, noted: Mapping[str, Any]) -> None:
@@ -152,15 +152,15 @@ def check_version(name: str, noted: Mapping[str, Any]) -> None:
         )
 
 
-def settings_of(kit: Kit) -> Settings:
+def settings_of(bundle: Bundle) -> Settings:
     """The settings of the study's command."""
-    return restore_settings(kit.settings)
+    return restore_settings(bundle.settings)
 
 
-def locate(kit: Kit, out: str | None, artifacts: str | None) -> Path:
-    """The folder with a kit's files, as `locate_files` finds it."""
-    cache = cache_here(out, settings_of(kit).name)
-    return locate_files(Path(kit.folder), list(kit.paths()), cache, artifacts or kit.artifacts, kit.files)
+def locate(bundle: Bundle, out: str | None, artifacts: str | None) -> Path:
+    """The folder with a bundle's files, as `locate_files` finds it."""
+    cache = cache_here(out, settings_of(bundle).name)
+    return locate_files(Path(bundle.folder), list(bundle.paths()), cache, artifacts or bundle.artifacts, bundle.files)
 
 
 def cache_here(out: str | None, name: str) -> Path:
@@ -195,40 +195,50 @@ def fetch(files: Mapping[str, str], address: str | None, cache: Path) -> None:
                 unpack(cache / path)
 
 
-def equip(kit: Kit, cache: Path, device: torch.device, begun: Mapping[str, Any]) -> tuple[Space[nn.Module], Proxy]:
-    """The space and the proxy of a study from its kit and its user attributes, `begun`. Raises ArtifactError for a file
-    that is missing or damaged."""
-    settings = settings_of(kit)
-    base = make_base(dataclasses.replace(settings, pretrained=False), kit.num_classes, in_chans_of(settings))
-    _load_weights(base, kit, cache)
+def equip(
+    bundle: Bundle, cache: Path, device: torch.device, begun: Mapping[str, Any]
+) -> tuple[Space[nn.Module], Proxy]:
+    """The space and the proxy of a study from its bundle and its user attributes, `begun`. Raises ArtifactError for a
+    file that is missing or damaged."""
+    settings = settings_of(bundle)
+    base = make_base(dataclasses.replace(settings, pretrained=False), bundle.num_classes, in_chans_of(settings))
+    _load_weights(base, bundle, cache)
     settings_here = dataclasses.replace(settings, out=str(cache.parent))
     space = make_space(settings_here, base.to(device).eval(), begun=begun)
-    if kit.library:
-        space.library = _open_library(space, cache / kit.library)
-    images = images_of(kit, cache)
+    if bundle.library:
+        space.library = _open_library(space, cache / bundle.library)
+    images = images_of(bundle, cache)
     proxy = Proxy(
-        views=_proxy_views(kit, settings, cache, images, base),
+        views=_proxy_views(bundle, settings, cache, images, base),
         val=images["val"],
         recipe=proxy_recipe_of(settings),
         device=str(device),
-        checkpoints=checkpoints(kit, cache),
+        checkpoints=checkpoints(bundle, cache),
     )
     return space, proxy
 
 
-def checkpoints(kit: Kit, cache: Path) -> Path:
+def checkpoints(bundle: Bundle, cache: Path) -> Path:
     """Where trials of this study keep their state: those of other teachers, images or recipes keep theirs elsewhere."""
-    recipe = proxy_recipe_of(settings_of(kit))
-    augment = settings_of(kit).augment.text
-    facts = [kit.weights, kit.images, kit.views, kit.library, kit.proxy_images, repr(recipe), *filter(None, [augment])]
+    recipe = proxy_recipe_of(settings_of(bundle))
+    augment = settings_of(bundle).augment.text
+    facts = [
+        bundle.weights,
+        bundle.images,
+        bundle.views,
+        bundle.library,
+        bundle.proxy_images,
+        repr(recipe),
+        *filter(None, [augment]),
+    ]
     return cache / f"trials-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]}"
 
 
-def check_space(study: optuna.Study, kit: Kit, space: Space[nn.Module]) -> None:
+def check_space(study: optuna.Study, bundle: Bundle, space: Space[nn.Module]) -> None:
     """Raises StudyError when this machine makes something else of the study's settings than the one that began it."""
     begun, assert_budget = study.user_attrs.get(CONFIG, {}), space.budget
     assert assert_budget is not None
-    for key, value in choices_made(settings_of(kit), assert_budget).items():
+    for key, value in choices_made(settings_of(bundle), assert_budget).items():
         if begun.get(key) != json.loads(json.dumps(value)):
             raise StudyError(
                 f"the study {study.study_name!r} was begun with {key} {begun.get(key)!r}, here it is {value!r}: use "
@@ -236,45 +246,45 @@ def check_space(study: optuna.Study, kit: Kit, space: Space[nn.Module]) -> None:
             )
 
 
-def _load_weights(base: nn.Module, kit: Kit, cache: Path) -> None:
-    path = cache / kit.weights
+def _load_weights(base: nn.Module, bundle: Bundle, cache: Path) -> None:
+    path = cache / bundle.weights
     try:
         load_exactly(base, load_file(path), path)
     except (OSError, SafetensorError, CheckpointError) as error:
         raise damaged(path, str(error).splitlines()[0]) from error
-    if weights_digest(base)[:16] != kit.teacher:
+    if weights_digest(base)[:16] != bundle.teacher:
         raise damaged(path, "it holds other weights")
 
 
-def images_of(kit: Kit, cache: Path) -> dict[str, Images]:
-    """The images that a worker needs, train and val, from a kit's files. Raises ArtifactError for damaged ones."""
-    folder = cache / kit.images
-    loaded = load(folder, kit.parts)
+def images_of(bundle: Bundle, cache: Path) -> dict[str, Images]:
+    """The images that a worker needs, train and val, from a bundle's files. Raises ArtifactError for damaged ones."""
+    folder = cache / bundle.images
+    loaded = load_arrays(folder, bundle.parts)
     if loaded is None:
         raise damaged(folder, "it is not there, or does not match its checksums")
-    originals = open_originals(loaded[0], len(kit.mean))
+    originals = open_originals(loaded[0], len(bundle.mean))
     tensors = {name: torch.from_numpy(array) for name, array in loaded[0].items()}
-    images = {"val": Images(tensors["val_pixels"], tensors["val_labels"], kit.mean, kit.std)}
-    labels = tensors["train_labels"][: kit.proxy_images]
-    pixels = tensors.get("train_pixels", torch.zeros(len(labels), len(kit.mean), 1, 1, dtype=torch.uint8))
-    kept = None if originals is None else originals[: kit.proxy_images]
-    images["train"] = Images(pixels[: kit.proxy_images], labels, kit.mean, kit.std, kept)
+    images = {"val": Images(tensors["val_pixels"], tensors["val_labels"], bundle.mean, bundle.std)}
+    labels = tensors["train_labels"][: bundle.proxy_images]
+    pixels = tensors.get("train_pixels", torch.zeros(len(labels), len(bundle.mean), 1, 1, dtype=torch.uint8))
+    kept = None if originals is None else originals[: bundle.proxy_images]
+    images["train"] = Images(pixels[: bundle.proxy_images], labels, bundle.mean, bundle.std, kept)
     return images
 
 
 def _proxy_views(
-    kit: Kit, settings: Settings, cache: Path, images: Mapping[str, Images], base: nn.Module
+    bundle: Bundle, settings: Settings, cache: Path, images: Mapping[str, Images], base: nn.Module
 ) -> Views | OnlineViews:
-    if kit.views is None and settings.teacher is not None:
+    if bundle.views is None and settings.teacher is not None:
         raise ArtifactError(
             f"the views of this study were too large to keep, and its teacher {settings.teacher} is no file of it: "
             "give its command fewer --proxy-images"
         )
-    if kit.views is None:
-        return OnlineViews(fresh_images(settings, images["train"], kit.num_classes), Teacher(base))
-    views = open_views(cache / kit.views, images["train"].labels, kit.mean, kit.std)
+    if bundle.views is None:
+        return OnlineViews(fresh_images(settings, images["train"], bundle.num_classes), Teacher(base))
+    views = open_views(cache / bundle.views, images["train"].labels, bundle.mean, bundle.std)
     if views is None:
-        raise damaged(cache / kit.views, "it is not there, or does not match its checksums")
+        raise damaged(cache / bundle.views, "it is not there, or does not match its checksums")
     return views
 
 

@@ -14,7 +14,7 @@ from optuna.trial import TrialState, create_trial
 
 from nas_kd.progress import Stages, console_for
 from nas_kd.search.workers import RETRIES, RETRY, WORKER, worker_name
-from nas_kd.workers.crew import Crew, LocalWorker, line_of, run_crew
+from nas_kd.workers.pool import LocalWorker, WorkerPool, line_of, run_pool
 
 
 def test_a_trial_that_notes_its_costs_just_now_is_shown_without_them() -> None:
@@ -69,9 +69,9 @@ def test_a_worker_that_is_killed_is_told_of_and_started_again(caplog: pytest.Log
         else:
             study.add_trial(create_trial(value=0.5, constraints={"rung": 0.0}))
 
-    crew = Crew(workers=(worker,), trials=1, epochs=2, grace=120)
+    pool = WorkerPool(workers=(worker,), trials=1, epochs=2, grace=120)
     with Stages(console_for(io.StringIO()), quiet=True).board("search", 1) as board, caplog.at_level(logging.WARNING):
-        run_crew(crew, study, board, sleep=look)
+        run_pool(pool, study, board, sleep=look)
     assert "a worker died (SIGKILL): its trial goes to another one" in caplog.text
     assert len(set(started)) == len(started) == 2
     assert worker.code() is not None
@@ -83,9 +83,9 @@ def test_what_a_worker_was_too_slow_to_put_back_is_put_back_for_it() -> None:
     def ctrl_c(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    crew = Crew(workers=(TooSlow(study),), trials=1, epochs=2, grace=120)
+    pool = WorkerPool(workers=(TooSlow(study),), trials=1, epochs=2, grace=120)
     with Stages(console_for(io.StringIO()), quiet=True).board("search", 1) as board:
         with pytest.raises(KeyboardInterrupt):
-            run_crew(crew, study, board, sleep=ctrl_c)
+            run_pool(pool, study, board, sleep=ctrl_c)
     assert [trial.state for trial in study.get_trials()] == [TrialState.FAIL, TrialState.WAITING]
     assert study.get_trials()[1].user_attrs == {"source": "sampler", "rung/1": 0.5, RETRY: 0, RETRIES: 0}

@@ -42,7 +42,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Worker(Protocol):
-    """A worker that a crew starts, wherever it runs."""
+    """A worker that a pool starts, wherever it runs."""
 
     def start(self) -> None:
         """Starts it, again if it has ended."""
@@ -61,7 +61,7 @@ class Worker(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Crew:
+class WorkerPool:
     """Workers to start, for a study that wants `trials` of `epochs`."""
 
     workers: tuple[Worker, ...]
@@ -70,10 +70,10 @@ class Crew:
     grace: int
 
 
-def crew_of(settings: Settings, out: Path) -> Crew:
+def pool_of(settings: Settings, out: Path) -> WorkerPool:
     """The workers that a study's settings ask for."""
     command = [*worker_arguments(settings.name, settings.grace_period, TRIALS), "--out", str(out)]
-    return Crew(
+    return WorkerPool(
         workers=tuple(local_workers(command, storage_url(settings, out), settings.device, settings.jobs)),
         trials=settings.trials,
         epochs=settings.proxy_epochs,
@@ -115,14 +115,14 @@ def share_of_threads(count: int) -> int:
     return max(1, torch.get_num_threads() // count)
 
 
-def run_crew(crew: Crew, study: optuna.Study, board: Board, sleep: Callable[[float], None] = time.sleep) -> None:
+def run_pool(pool: WorkerPool, study: optuna.Study, board: Board, sleep: Callable[[float], None] = time.sleep) -> None:
     """Runs workers until the study has what it wants; a worker that dies is replaced and its trial retried.
 
     Raises what a worker ended with when that is a mistake of the user's, StudyError when workers die again and again.
     Ctrl-C lets each put its trial back.
     """
-    workers = crew.workers
-    watch = Watch(grace=crew.grace)
+    workers = pool.workers
+    watch = Watch(grace=pool.grace)
     seen = {trial.number for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()}
     deaths = 0
     retry_lost_trials(study)
@@ -132,21 +132,21 @@ def run_crew(crew: Crew, study: optuna.Study, board: Board, sleep: Callable[[flo
         while any(worker.code() is None for worker in workers):
             sleep(_POLL)
             retry_abandoned(study, watch)
-            if count_trained(study) < crew.trials:
+            if count_trained(study) < pool.trials:
                 deaths += _replace_dead(workers)
             elif not running(study):  # what has not begun, as a task that waits for a GPU, need not
                 break
-            if _show_progress(study, seen, crew, board):
+            if _show_progress(study, seen, pool, board):
                 deaths = 0
             if deaths > _RESTARTS:
                 raise StudyError(f"{deaths} workers died in a row: the last warning says how")
-        _show_progress(study, seen, crew, board)
+        _show_progress(study, seen, pool, board)
     finally:
         stop_all(workers)
         with suppress(OutputError), storage_errors("put back the trials of workers that were stopped"):
             retry_dead_trials(study, died=False)  # of those that were too slow to do so themselves
-    if (done := count_trained(study)) < crew.trials:
-        _logger.warning("only %d of %d trials trained: the sampler found too few students", done, crew.trials)
+    if (done := count_trained(study)) < pool.trials:
+        _logger.warning("only %d of %d trials trained: the sampler found too few students", done, pool.trials)
 
 
 def run_to_end(workers: Sequence[Worker], sleep: Callable[[float], None] = time.sleep) -> int:
@@ -191,13 +191,13 @@ def stop_all(workers: Sequence[Worker], seconds: float = _STOP_SECONDS) -> None:
         worker.wait(max(0.0, deadline - time.monotonic()))
 
 
-def _show_progress(study: optuna.Study, seen: set[int], crew: Crew, board: Board) -> int:
+def _show_progress(study: optuna.Study, seen: set[int], pool: WorkerPool, board: Board) -> int:
     """Shows trials that finished since the last look, and what each worker is at; returns how many finished."""
     finished = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished() and t.number not in seen]
     for trial in finished:
         seen.add(trial.number)
         advance_by(board, trial)
-    board.show({str(trial.user_attrs.get(WORKER, "?")): line_of(trial, crew.epochs) for trial in running(study)})
+    board.show({str(trial.user_attrs.get(WORKER, "?")): line_of(trial, pool.epochs) for trial in running(study)})
     return sum(map(is_trained, finished))
 
 

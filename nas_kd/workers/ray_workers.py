@@ -15,7 +15,7 @@ from typing import Any
 from nas_kd.arguments.study import STORAGE
 from nas_kd.arguments.worker import WorkerSettings
 from nas_kd.errors import StudyError
-from nas_kd.workers.crew import LocalWorker, file_arguments, stop_all, worker_arguments
+from nas_kd.workers.pool import LocalWorker, file_arguments, stop_all, worker_arguments
 
 _POLL = 0.2  # seconds between two looks at a worker's process
 _RETRIES = 5  # of a task whose worker died
@@ -47,7 +47,7 @@ def run_worker_process(arguments: Sequence[str], storage: str) -> tuple[int, str
 
 
 class RayWorker:
-    """A worker of a crew that runs as a Ray task."""
+    """A worker of a pool that runs as a Ray task."""
 
     def __init__(self, ray: Any, gpus: float, arguments: Sequence[str], storage: str) -> None:
         options = {"num_gpus": gpus, "max_retries": _RETRIES, "retry_exceptions": [WorkerDied]}
