@@ -59,12 +59,12 @@ class Ground:
         self.images = AugmentedImages(splits.train, Augmentation(), 0).sample(CALIBRATION)
         pixels = self.pixels(self.images[:FITTED])
         self.frames = find_frames(self.base, self.analysis, pixels[:2])
-        with torch.no_grad(), recording(self.base, self.frames) as passages:
+        with torch.no_grad(), recording(self.base, self.frames) as recordings:
             self.base(pixels)
-        self.passages = {name: join_batches(parts) for name, parts in passages.items()}
+        self.recordings = {name: join_batches(parts) for name, parts in recordings.items()}
         self.references = {
-            name: reference_of(self.base, self.analysis, self.frames[name], passage)
-            for name, passage in self.passages.items()
+            name: reference_of(self.base, self.analysis, self.frames[name], recorded)
+            for name, recorded in self.recordings.items()
         }
 
     @property
@@ -122,7 +122,7 @@ def contribution(ground: Ground) -> Order:
             )
             if isinstance(layer, nn.Conv2d | nn.Linear) and labels[1] is not None:
                 with torch.no_grad():
-                    inputs = layer_inputs(frame.inside(ground.base), layer, ground.passages[block.name])
+                    inputs = layer_inputs(frame.inside(ground.base), layer, ground.recordings[block.name])
                     squares = patch_rows(layer, inputs, 16_384).square().mean(0)
                 energy = squares * layer.weight.detach().flatten(1).square().sum(0)
                 np.add.at(order, labels[1], energy.view(len(labels[1]), -1).sum(1).double().numpy())
@@ -162,7 +162,7 @@ MEASURES: dict[str, Callable[[Ground], Order]] = {
     "Taylor": taylor,
     "what it contributes by itself": contribution,
     "backward elimination (default)": lambda ground: reconstruction_importance(
-        ground.base, ground.analysis, ground.frames, ground.passages
+        ground.base, ground.analysis, ground.frames, ground.recordings
     ),
 }
 

@@ -23,7 +23,7 @@ from nas_kd.analysis.structure import Analysis as Analysis
 from nas_kd.analysis.structure import Block as Block
 from nas_kd.analysis.structure import Channels as Channels
 from nas_kd.analysis.structure import Site as Site
-from nas_kd.analysis.trace import Trace, passage, trace
+from nas_kd.analysis.trace import Trace, ends_of_block, trace
 from nas_kd.errors import ModelError
 from nas_kd.genotype import Choice, group_count
 from nas_kd.networks.convolutions import ConvSpec, Pair, Shift2d
@@ -143,7 +143,7 @@ def _is_droppable(block: str, network: nn.Module, traced: Trace, owners: Mapping
     flow = traced.flows.get(block)
     if block not in traced.residual or flow is None or flow.in_shape != flow.out_shape:
         return False
-    if passage(traced, block) is None:
+    if ends_of_block(traced, block) is None:
         return False
     calls = [call.module for call in traced.calls if call.module.startswith(f"{block}.")]
     if len(set(calls)) < len(calls) or any(owners[module] != block for module in calls):

@@ -51,7 +51,7 @@ class Trace:
     labels: int  # one more than the largest label
 
 
-def passage(traced: Trace, block: str) -> tuple[int, int | None] | None:
+def ends_of_block(traced: Trace, block: str) -> tuple[int, int | None] | None:
     """Return the numbers of the one tensor that a block reads and of the one it leaves behind, None for that when it
     changes the first in place. None when there are more."""
     inside = [i for i, moment in enumerate(traced.moments) if f"{moment.module}.".startswith(f"{block}.")]

@@ -25,7 +25,7 @@ from torch import nn
 from nas_kd.analysis.operator_hook import followed
 from nas_kd.analysis.schedule import Activations, bytes_of
 from nas_kd.analysis.structure import Analysis, Site, is_replaced, replaced
-from nas_kd.analysis.trace import passage
+from nas_kd.analysis.trace import ends_of_block
 from nas_kd.costs.cost_terms import Counts
 from nas_kd.costs.polynomial import ByChoices, Polynomial, Vector
 from nas_kd.networks.convolutions import ConvSpec, build_conv
@@ -102,7 +102,7 @@ class _Rows:
         self.trace, self.blocks, self.counts = analysis.trace, analysis.blocks, counts
         self._sources: dict[int, tuple[int, int]] = {}  # by what a droppable block leaves: the block, what it reads
         for index in counts.keeps:
-            through = passage(self.trace, self.blocks[index].name)
+            through = ends_of_block(self.trace, self.blocks[index].name)
             if through is not None and through[1] is not None:
                 self._sources[through[1]] = (index, through[0])
 
@@ -165,7 +165,7 @@ class _Rows:
     ) -> list[Polynomial[int]] | None:
         """Return what is alive while the convolution at `site` runs, for whatever its block makes of it; None where it
         does not simply read one tensor and make another."""
-        through = passage(self.trace, site.module)
+        through = ends_of_block(self.trace, site.module)
         if through is None:
             return None
         image, made = through[0], {n for moment in self.trace.moments[span[0] : span[1] + 1] for n in moment.makes}

@@ -19,7 +19,7 @@ from nas_kd.library.entries import Entry, Tensors
 from nas_kd.library.frame_training import frame_error, recalibrate_frame, run_in_parts, variances
 from nas_kd.library.library import entry_file, made_choices
 from nas_kd.library.recorder import Recorder
-from nas_kd.students.frames import Passage, swapped
+from nas_kd.students.frames import Recording, swapped
 from nas_kd.students.inheritance import inherit_student
 
 
@@ -70,19 +70,19 @@ class Bench:
         """The labels that a choice of a block keeps."""
         return self.analysis.keep_mask(swapped(self.analysis, block, block.choices[index]), self.order)
 
-    def recalibrate(self, module: nn.Module, block: Block, passage: Passage) -> None:
-        """Gives the batch norms that an entry has of its own the statistics of a passage; the others keep the base's,
+    def recalibrate(self, module: nn.Module, block: Block, recorded: Recording) -> None:
+        """Gives the batch norms that an entry has of its own the statistics of a recording; the others keep the base's,
         within the frame too: so do those of a student."""
         spared = [part for outside in self._outside[block.name] for part in outside.modules()]
         prefix, own = self.recorder.frames[block.name].prefix, self._prefixes[block.name]
         theirs = {name: tensor for name, tensor in module.named_buffers() if not f"{prefix}{name}".startswith(own)}
         before = {name: tensor.clone() for name, tensor in theirs.items()}
-        recalibrate_frame(module, passage, 2 * self.recorder.part(block.name), spared=spared)
+        recalibrate_frame(module, recorded, 2 * self.recorder.part(block.name), spared=spared)
         for name, tensor in before.items():
             theirs[name].copy_(tensor)
 
     @torch.no_grad()
-    def nmse(self, module: nn.Module, block: Block, held: Passage) -> float:
+    def nmse(self, module: nn.Module, block: Block, held: Recording) -> float:
         """How far the outputs of a frame are from the base's on held out images."""
         few = held[: self.recorder.fitted(block.name)]
         outputs = run_in_parts(module.eval(), few, self.recorder.part(block.name))

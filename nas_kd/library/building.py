@@ -38,7 +38,7 @@ from nas_kd.library.refit import Reference, reference_of, refit
 from nas_kd.library.spec import LibrarySpec as LibrarySpec
 from nas_kd.library.spec import plan_library as plan_library
 from nas_kd.networks.plain import plain
-from nas_kd.students.frames import Passage
+from nas_kd.students.frames import Recording
 from nas_kd.students.unit_importance import unit_importance
 from nas_kd.training.anchoring import anchor_where_foreign
 from nas_kd.training.evaluation import CALIBRATION, predict_logits
@@ -171,17 +171,17 @@ class Builder:
         return {name: steps * self.spec.batch_size for name in frames if name in self.trained}
 
     def _groups(self, counts: Mapping[str, int]) -> Iterator[list[str]]:
-        """Blocks, in this order, whose passages for so many images, and those held out, fit the memory."""
+        """Blocks, in this order, whose recordings for so many images, and those held out, fit the memory."""
         together = {name: count + self.damages.images for name, count in counts.items()}
         return self.recorder.groups(together, self.spec.max_bytes)
 
-    def _record(self, counts: Mapping[str, int], names: Sequence[str]) -> dict[str, Passage]:
+    def _record(self, counts: Mapping[str, int], names: Sequence[str]) -> dict[str, Recording]:
         """What passes through frames for so many images."""
         most = max(counts[name] for name in names)
         seen = self.recorder.record(names, slice(0, min(most, self.spec.images)))
-        return {name: passage.first(counts[name]) for name, passage in seen.items()}
+        return {name: recorded.first(counts[name]) for name, recorded in seen.items()}
 
-    def _record_held(self, names: Sequence[str]) -> dict[str, Passage]:
+    def _record_held(self, names: Sequence[str]) -> dict[str, Recording]:
         """What passes through frames for held out images."""
         return self.recorder.record(names, max((self.held_out[name] for name in names), key=lambda part: part.stop))
 
@@ -255,7 +255,7 @@ class Builder:
         """How many images pass through a block's frame for its entries."""
         return max(self.recorder.fitted(name), self._trained_on(name) if name in self.trained else 0)
 
-    def _make(self, block: Block, seen: Passage, held: Passage, report: Report) -> None:
+    def _make(self, block: Block, seen: Recording, held: Recording, report: Report) -> None:
         modules = self._inherit_block(block, seen[: self.recorder.fitted(block.name)], held)
         self._tell(block, report, "inherit")
         if block.name in self.trained:
@@ -281,7 +281,7 @@ class Builder:
     def _unknown(self, block: Block) -> list[int]:
         return [index for index in made_choices(block) if (block.name, index) not in self.bench.entries]
 
-    def _inherit_block(self, block: Block, seen: Passage, held: Passage) -> dict[int, nn.Module]:
+    def _inherit_block(self, block: Block, seen: Recording, held: Recording) -> dict[int, nn.Module]:
         """Makes the entries of a block that there are none of; their frames, where memory allows to keep them."""
         missing = self._unknown(block)
         if not missing:
@@ -295,13 +295,13 @@ class Builder:
                 modules[index] = module
         return modules
 
-    def _inherit(self, block: Block, index: int, reference: Reference, held: Passage) -> nn.Module:
+    def _inherit(self, block: Block, index: int, reference: Reference, held: Recording) -> nn.Module:
         started = time.monotonic()
         student = self.bench.student(block, index)
         module = self.bench.inside(student, block)
         if block.choices[index].keep:
             refit(student, self.bench.mask(block, index), reference)
-            self.bench.recalibrate(module, block, reference.passage)
+            self.bench.recalibrate(module, block, reference.recorded)
         tensors = self.bench.own_tensors(module, block)
         entry = Entry(block=block.name, errors=((0, self.bench.nmse(module, block, held)),))
         if not self._fits_disk(block):
@@ -342,7 +342,7 @@ class Builder:
             if block.choices[index].keep and self.bench.entries[block.name, index].steps < after
         ]
 
-    def _round(self, block: Block, number: int, seen: Passage, held: Passage) -> None:
+    def _round(self, block: Block, number: int, seen: Recording, held: Recording) -> None:
         steps = sum(self.spec.rounds[: number + 1])
         for index in self._left(block, number):
             old, started = self.bench.entries[block.name, index], time.monotonic()
@@ -357,7 +357,7 @@ class Builder:
             entry = replace(old, errors=(*old.errors, (steps, error)), seconds=seconds, kl=None)
             self.bench.keep(block, index, entry, tensors)
 
-    def _distil(self, module: nn.Module, block: Block, index: int, number: int, seen: Passage) -> None:
+    def _distil(self, module: nn.Module, block: Block, index: int, number: int, seen: Recording) -> None:
         """Trains what an entry has of its own; a shift has nothing."""
         prefix, names = self.recorder.frames[block.name].prefix, self.bench.own_tensors(module, block)
         own = [parameter for name, parameter in module.named_parameters() if f"{prefix}{name}" in names]
@@ -375,7 +375,7 @@ class Builder:
         unbeaten = self.bench.unbeaten(block, sum(self.spec.rounds))
         return [index for index in unbeaten if self.bench.entries[block.name, index].kl is None]
 
-    def _measure(self, block: Block, held: Passage, modules: Mapping[int, nn.Module]) -> None:
+    def _measure(self, block: Block, held: Recording, modules: Mapping[int, nn.Module]) -> None:
         for index in self._unmeasured(block):
             started = time.monotonic()
             module = modules[index] if index in modules else self.bench.restored(block, index)

@@ -9,7 +9,7 @@ from nas_kd.analysis.structure import Analysis
 from nas_kd.costs.forward_time import forward_seconds, module_seconds
 from nas_kd.library.frame_training import run_in_parts
 from nas_kd.library.recorder import Recorder
-from nas_kd.students.frames import Frame, Passage, disjoint, replaying
+from nas_kd.students.frames import Frame, Recording, disjoint, replaying
 from nas_kd.training.losses import distillation_loss
 from nas_kd.training.small_maps import reached_taps
 
@@ -37,7 +37,7 @@ class Damages:
         self._names = {frame: name for name, frame in recorder.frames.items()}
 
     @torch.no_grad()
-    def kl(self, name: str, module: nn.Module, held: Passage) -> float:
+    def kl(self, name: str, module: nn.Module, held: Recording) -> float:
         """The damage of a module in place of the frame of block `name`; `held` is what passes there for the held out
         images."""
         held = held[: self.images]
@@ -57,7 +57,7 @@ class Damages:
         begin = min((self._calls.index(path) for path in frame.paths(self.base) if path in self._calls), default=0)
         return self.images * sum(self._seconds[path] for path in dict.fromkeys(self._calls[begin:]))
 
-    def _skipped(self, frame: Frame, held: Passage) -> list[Frame]:
+    def _skipped(self, frame: Frame, held: Recording) -> list[Frame]:
         """The frames before this one that need not run when its outputs are given."""
         earlier = self._earlier(frame)
         with_blanks = self._run({frame: held.outputs}, slice(0, 2), earlier)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nas_kd.analysis.structure import Analysis, Block
 from nas_kd.library.refit import layer_inputs, patch_rows
-from nas_kd.students.frames import Frame, Passage
+from nas_kd.students.frames import Frame, Recording
 from nas_kd.students.unit_importance import unit_importance
 
 Scores = NDArray[np.float64]
@@ -30,7 +30,7 @@ _LARGEST = 1200  # unknowns of a layer for an elimination, which costs their cub
 
 @torch.no_grad()
 def reconstruction_importance(
-    base: nn.Module, analysis: Analysis, frames: Mapping[str, Frame], passages: Mapping[str, Passage]
+    base: nn.Module, analysis: Analysis, frames: Mapping[str, Frame], recordings: Mapping[str, Recording]
 ) -> Scores:
     """For each label how late a backward elimination drops it; by block, from what passed through its frame.
 
@@ -41,14 +41,14 @@ def reconstruction_importance(
     """
     order = unit_importance(base, analysis)
     for block in analysis.blocks:
-        if block.name in passages:
-            rank_block(order, base, analysis, block, frames[block.name], passages[block.name])
+        if block.name in recordings:
+            rank_block(order, base, analysis, block, frames[block.name], recordings[block.name])
     return order
 
 
 @torch.no_grad()
 def rank_block(
-    order: Scores, base: nn.Module, analysis: Analysis, block: Block, frame: Frame, passage: Passage
+    order: Scores, base: nn.Module, analysis: Analysis, block: Block, frame: Frame, recorded: Recording
 ) -> None:
     """Replaces the order of a block's own channels as `reconstruction_importance` does."""
     readers, energies = [], np.zeros_like(order)
@@ -59,7 +59,7 @@ def rank_block(
         own = [segment for channels in block.channels for segment in channels.segments]
         if labels is not None and any(np.isin(segment, labels).any() for segment in own):
             count = min(_ROWS, max(_LEAST_ROWS, _ROWS_EACH * layer.weight[0].numel()))
-            rows = patch_rows(layer, layer_inputs(frame.inside(base), layer, passage), count)
+            rows = patch_rows(layer, layer_inputs(frame.inside(base), layer, recorded), count)
             if rows.shape[1] <= min(_LARGEST, len(rows)):
                 readers.append(_reader(layer, rows, labels))
             else:

@@ -12,7 +12,7 @@ from nas_kd.analysis.structure import Analysis
 from nas_kd.costs.forward_time import module_seconds
 from nas_kd.data.images import Images, normalise
 from nas_kd.library.frame_training import MOST_IMAGES, PART, images_for
-from nas_kd.students.frames import Frame, Passage, find_frames, join_batches, recording, with_skips
+from nas_kd.students.frames import Frame, Recording, find_frames, join_batches, recording, with_skips
 from nas_kd.training.evaluation import device_of, memory_layout, suits_channels_last
 from nas_kd.training.small_maps import reached_taps
 
@@ -30,8 +30,9 @@ class _Enough(Exception):
 class Recorder:
     """The frames of a base, what each costs an image, and what passes through them for the images of a library.
 
-    By block: `frames`; `bytes`, what a passage of one image takes; `widest`, the largest activation of one image inside
-    (bytes); `seconds`, a predicted pass of one image; `shapes`, what the frame writes without the number of images."""
+    By block: `frames`; `bytes`, what a recording of one image takes; `widest`, the largest activation of one image
+    inside (bytes); `seconds`, a predicted pass of one image; `shapes`, what the frame writes without the number of
+    images."""
 
     def __init__(self, base: nn.Module, analysis: Analysis, images: Images, holdout: int) -> None:
         self.base, self.images, self.holdout = base, images, holdout
@@ -39,18 +40,18 @@ class Recorder:
         two = self.pixels(slice(0, 2))
         self.frames = with_skips(base, analysis, find_frames(base, analysis, two), two)
         written = _written_bytes(base, two)
-        passages = self._run(list(self.frames), images[:2], len(two))
+        recordings = self._run(list(self.frames), images[:2], len(two))
         seconds = module_seconds(base, analysis)
         paths = {name: frame.paths(base) for name, frame in self.frames.items()}
-        self.bytes = {name: passage.bytes // 2 for name, passage in passages.items()}
-        self.shapes = {name: tuple(t.shape[1:] for t in passage.outputs) for name, passage in passages.items()}
+        self.bytes = {name: recorded.bytes // 2 for name, recorded in recordings.items()}
+        self.shapes = {name: tuple(t.shape[1:] for t in recorded.outputs) for name, recorded in recordings.items()}
         self.widest = {name: max((written.get(path, 0) for path in own), default=1) for name, own in paths.items()}
         self.seconds = {name: sum(seconds.get(path, 0.0) for path in own) for name, own in paths.items()}
-        self._fitted = {name: self._images_of_a_fit(name, passage) for name, passage in passages.items()}
+        self._fitted = {name: self._images_of_a_fit(name, recorded) for name, recorded in recordings.items()}
 
-    def _images_of_a_fit(self, name: str, passage: Passage) -> int:
+    def _images_of_a_fit(self, name: str, recorded: Recording) -> int:
         quick = max(_LEAST_IMAGES, int(_FIT_SECONDS / max(self.seconds[name], 1e-9)))
-        return max(_LEAST_PART, min(images_for(passage), quick, _FIT_BYTES // max(1, self.widest[name]), MOST_IMAGES))
+        return max(_LEAST_PART, min(images_for(recorded), quick, _FIT_BYTES // max(1, self.widest[name]), MOST_IMAGES))
 
     def fitted(self, name: str) -> int:
         """How many images a block's layers are fitted and compared on."""
@@ -74,7 +75,7 @@ class Recorder:
         return slice(first, first + min(count, self.holdout))
 
     def groups(self, counts: Mapping[str, int], max_bytes: int) -> Iterator[list[str]]:
-        """The blocks of `counts`, in their order, whose passages of so many images each fit `max_bytes` together."""
+        """The blocks of `counts`, in their order, whose recordings of so many images each fit `max_bytes` together."""
         group: list[str] = []
         for name in counts:
             if group and sum(self.bytes[other] * counts[other] for other in (*group, name)) > max_bytes:
@@ -84,22 +85,22 @@ class Recorder:
         if group:
             yield group
 
-    def record(self, names: Sequence[str], part: slice) -> dict[str, Passage]:
+    def record(self, names: Sequence[str], part: slice) -> dict[str, Recording]:
         """What passes through the frames of these blocks for some of the images, the same to the bit beside whichever
         others: the base sees whole batches, whatever of the last one is asked for."""
         at_once = max(_LEAST_PART, min(256, _PART_BYTES // max(1, *self.widest.values())))
         count = part.stop - part.start
         seen = self._run(names, self.images[part.start : part.start + -(-count // at_once) * at_once], at_once)
-        return {name: passage[:count] for name, passage in seen.items()}
+        return {name: recorded[:count] for name, recorded in seen.items()}
 
     @torch.no_grad()
-    def _run(self, names: Sequence[str], images: Images, at_once: int) -> dict[str, Passage]:
+    def _run(self, names: Sequence[str], images: Images, at_once: int) -> dict[str, Recording]:
         wanted = {name: self.frames[name] for name in names}
-        with recording(self.base, wanted) as passages, _stopping(self.base, wanted), reached_taps(self.base):
+        with recording(self.base, wanted) as recordings, _stopping(self.base, wanted), reached_taps(self.base):
             for start in range(0, len(images), at_once):
                 with suppress(_Enough):
                     self.base(self._normalised(images[start : start + at_once]))
-        return {name: join_batches(passages.pop(name)) for name in names}
+        return {name: join_batches(recordings.pop(name)) for name in names}
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nas_kd.analysis.structure import Analysis
 from nas_kd.networks.convolutions import Pair
-from nas_kd.students.frames import Frame, Passage, run_frame
+from nas_kd.students.frames import Frame, Recording, run_frame
 
 Mask = NDArray[np.bool_]
 _LINEAR = (nn.Conv2d, Conv2dSame, nn.Linear)  # weight-standardised layers are no linear functions of their weights
@@ -40,12 +40,12 @@ class Reference:
     base: nn.Module
     analysis: Analysis
     frame: Frame
-    passage: Passage
+    recorded: Recording
     targets: Mapping[str, Tensor]
 
 
 @torch.no_grad()
-def reference_of(base: nn.Module, analysis: Analysis, frame: Frame, passage: Passage) -> Reference:
+def reference_of(base: nn.Module, analysis: Analysis, frame: Frame, recorded: Recording) -> Reference:
     """The reference of a frame: one pass of the base's for all its choices."""
     found: dict[str, Tensor] = {}
 
@@ -60,8 +60,8 @@ def reference_of(base: nn.Module, analysis: Analysis, frame: Frame, passage: Pas
             module = base.get_submodule(path)
             if type(module) in _LINEAR and not _is_depthwise(module):
                 stack.callback(module.register_forward_hook(keep(path)).remove)  # type: ignore[arg-type]
-        run_frame(frame.inside(base), passage)
-    return Reference(base=base, analysis=analysis, frame=frame, passage=passage, targets=found)
+        run_frame(frame.inside(base), recorded)
+    return Reference(base=base, analysis=analysis, frame=frame, recorded=recorded, targets=found)
 
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ def refit(student: nn.Module, mask: Mask, reference: Reference) -> None:
             kept = torch.from_numpy(np.flatnonzero(mask[labels])).to(target.device)
             target = target.index_select(-1 if isinstance(reader, nn.Linear) else 1, kept)
         with batch_statistics(changed):
-            inputs = layer_inputs(changed, reader, reference.passage)
+            inputs = layer_inputs(changed, reader, reference.recorded)
         fit_layer(reader, inputs, target, centred=reader.bias is not None or path in analysis.trace.norms)
 
 
@@ -114,8 +114,8 @@ def _reader(
     return module if dense and axes[1] is not None and not mask[axes[1]].all() else None
 
 
-def layer_inputs(frame: nn.Module, layer: nn.Module, passage: Passage) -> Tensor:
-    """What a layer inside a frame reads for the inputs of a passage."""
+def layer_inputs(frame: nn.Module, layer: nn.Module, recorded: Recording) -> Tensor:
+    """What a layer inside a frame reads for the inputs of a recording."""
     found: list[Tensor] = []
 
     def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -124,7 +124,7 @@ def layer_inputs(frame: nn.Module, layer: nn.Module, passage: Passage) -> Tensor
 
     handle = layer.register_forward_pre_hook(hook)
     try:
-        run_frame(frame, passage)
+        run_frame(frame, recorded)
     except _Reached:
         pass
     finally:

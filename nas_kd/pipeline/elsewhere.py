@@ -50,7 +50,7 @@ _logger = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelsPlan:
     """What workers need to train models, beside the study's bundle: the folder of `views`, the `parts` of the images,
-    the workshop's `key`; the models by the names of their files; and what is in the artifact store, by SHA-256."""
+    the context's `key`; the models by the names of their files; and what is in the artifact store, by SHA-256."""
 
     key: str
     views: str
@@ -94,8 +94,8 @@ def train_with_workers(
 ) -> None:
     """Trains models here, in `count` processes, and wherever workers are; what comes of others is fetched. This process
     does something else `first`."""
-    workshop = refinement_context(job, materials)
-    models = {file_of(workshop, wanted).name: wanted for wanted in plan}
+    context = refinement_context(job, materials)
+    models = {file_of(context, wanted).name: wanted for wanted in plan}
     study = _study_of(job)
     assert study is not None
     bundle = read_bundle(study)
@@ -105,11 +105,11 @@ def train_with_workers(
 
     def run(name: str) -> tuple[float, Notes]:
         own.add(name)
-        return refine_in(workshop, models[name], advance).val_accuracy, {}
+        return refine_in(context, models[name], advance).val_accuracy, {}
 
     with storage_errors("share out models"):
         jobs = post_jobs(job.storage, job.settings.name, list(models))
-        study.set_user_attr(MODELS, dataclasses.asdict(_plan(job, bundle, workshop, models)))
+        study.set_user_attr(MODELS, dataclasses.asdict(_plan(job, bundle, context, models)))
         with more_processes(job, count, PART) as sleep:
             first()
             do_jobs(jobs, run, grace=job.settings.grace_period, sleep=sleep)
@@ -128,8 +128,8 @@ def forget_models(job: Job) -> None:
             remove_jobs(job.storage, job.settings.name)
 
 
-def _plan(job: Job, bundle: Bundle, workshop: RefinementContext, models: Mapping[str, WantedModel]) -> ModelsPlan:
-    views = workshop.views
+def _plan(job: Job, bundle: Bundle, context: RefinementContext, models: Mapping[str, WantedModel]) -> ModelsPlan:
+    views = context.views
     assert isinstance(views, Views)
     assert views.folder is not None
     originals = ("originals_pixels", "originals_sizes") if bundle.originals else ()
@@ -138,7 +138,7 @@ def _plan(job: Job, bundle: Bundle, workshop: RefinementContext, models: Mapping
     paths = [*(f"{bundle.images}/{part}.npy" for part in parts), *view_files(job.settings.augment, views.folder.name)]
     store = open_store(job.settings.artifacts) if job.settings.artifacts else None
     return ModelsPlan(
-        key=workshop.key,
+        key=context.key,
         views=views.folder.name,
         parts=parts,
         models={
@@ -224,10 +224,10 @@ def _train(jobs: RetryingStudy, plan: ModelsPlan, site: _Site, grace: float, adv
 
     def run(name: str) -> tuple[float, Notes]:
         wanted = site.wanted(plan.models[name])
-        path = file_of(site.workshop, wanted)
+        path = file_of(site.context, wanted)
         if path.name != name:
             raise StudyError(f"this machine makes another model of {name}: use the same versions of nas_kd and timm")
-        refined = refine_in(site.workshop, wanted, advance)
+        refined = refine_in(site.context, wanted, advance)
         return refined.val_accuracy, {} if site.store is None else {FILE: open_store(site.store).put(path)}
 
     return do_jobs(jobs, run, grace=grace)
@@ -235,10 +235,10 @@ def _train(jobs: RetryingStudy, plan: ModelsPlan, site: _Site, grace: float, adv
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Site:
-    """Where a worker trains: its workshop, the spaces of genotypes, and the address of the artifact store that takes
+    """Where a worker trains: its context, the spaces of genotypes, and the address of the artifact store that takes
     models; None where they are in the study's own folder."""
 
-    workshop: RefinementContext
+    context: RefinementContext
     space: Space[nn.Module]
     name: str
     store: str | None
@@ -266,8 +266,8 @@ def _site(
     if views is None:
         raise damaged(cache / plan.views, "it is not there, or does not match its checksums")
     given = settings_of(bundle)
-    workshop = RefinementContext(settings=given, device=device, cache=cache, splits=splits, views=views, key=plan.key)
-    return _Site(workshop=workshop, space=space, name=given.model, store=None if own else address)
+    context = RefinementContext(settings=given, device=device, cache=cache, splits=splits, views=views, key=plan.key)
+    return _Site(context=context, space=space, name=given.model, store=None if own else address)
 
 
 def _splits(bundle: Bundle, plan: ModelsPlan, cache: Path) -> Splits:

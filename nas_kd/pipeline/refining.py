@@ -58,18 +58,18 @@ def refine_one(job: Job, wanted: WantedModel, materials: Materials, advance: Adv
     return refine_in(refinement_context(job, materials), wanted, advance)
 
 
-def refine_in(workshop: RefinementContext, wanted: WantedModel, advance: Advance) -> Refined:
-    """Trains one model of a plan in a workshop, or fetches what was trained there before."""
+def refine_in(context: RefinementContext, wanted: WantedModel, advance: Advance) -> Refined:
+    """Trains one model of a plan in a context, or fetches what was trained there before."""
 
     def report(epoch: int, accuracy: float) -> None:
         advance(f"{wanted.role}: val accuracy {100 * accuracy:.1f} %")
 
-    return refine(*_refinement(workshop, wanted), report=report)
+    return refine(*_refinement(context, wanted), report=report)
 
 
-def file_of(workshop: RefinementContext, wanted: WantedModel) -> Path:
+def file_of(context: RefinementContext, wanted: WantedModel) -> Path:
     """The file that keeps a model of a plan once it is trained."""
-    return kept_at(*_refinement(workshop, wanted))
+    return kept_at(*_refinement(context, wanted))
 
 
 def is_refined(job: Job, wanted: WantedModel, materials: Materials) -> bool:
@@ -77,19 +77,19 @@ def is_refined(job: Job, wanted: WantedModel, materials: Materials) -> bool:
     return file_of(refinement_context(job, materials), wanted).exists()
 
 
-def _refinement(workshop: RefinementContext, wanted: WantedModel) -> tuple[Candidate, Refinement]:
-    role, genotype, space, settings = wanted.role, wanted.genotype, wanted.space, workshop.settings
+def _refinement(context: RefinementContext, wanted: WantedModel) -> tuple[Candidate, Refinement]:
+    role, genotype, space, settings = wanted.role, wanted.genotype, wanted.space, context.settings
     online = settings.distill == "online" and role != "no teacher"
-    views, splits = workshop.views, workshop.splits
+    views, splits = context.views, context.splits
     fresh = fresh_images(settings, splits.train, splits.num_classes)
 
     def build(number: int) -> nn.Module:
         if online or role == "no teacher":  # from scratch
             seed = derive_seed(settings.seed, "peer", number) if online else settings.seed
             seeded = dataclasses.replace(settings, seed=seed)
-            return fresh_student(seeded, space, genotype, splits.num_classes).to(workshop.device)
+            return fresh_student(seeded, space, genotype, splits.num_classes).to(context.device)
         student = wanted.start.build() if wanted.start is not None else space.student(genotype)
-        return student.to(workshop.device)
+        return student.to(context.device)
 
     def settle(student: nn.Module) -> None:
         if role != "no teacher":  # what is inherited
@@ -99,8 +99,8 @@ def _refinement(workshop: RefinementContext, wanted: WantedModel) -> tuple[Candi
         data=fresh if online else views,
         splits=splits,
         recipe=_recipe(settings, role, wanted.epochs),
-        folder=workshop.cache,
-        key=workshop.key,
+        folder=context.cache,
+        key=context.key,
         peers=settings.peers if online else 0,
     )
 

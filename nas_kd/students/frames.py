@@ -81,11 +81,11 @@ def find_frames(base: nn.Module, analysis: Analysis, images: Tensor) -> dict[str
     """The frame of every block of `base`; `images` (a few, normalised, N×C×H×W) show which modules run just once."""
     once = _run_once(base, images)
     frames = {block.name: _frame(base, analysis, block, once) for block in analysis.blocks}
-    with torch.no_grad(), recording(base, frames) as passages:
+    with torch.no_grad(), recording(base, frames) as recordings:
         base(images)
     return {
         block.name: frame
-        if _keeps_shapes(base, analysis, block, frame, passages[block.name][0])
+        if _keeps_shapes(base, analysis, block, frame, recordings[block.name][0])
         else Frame(path="", edited=frame.edited)
         for block, frame in zip(analysis.blocks, frames.values(), strict=True)
     }
@@ -108,16 +108,16 @@ def with_skips(base: nn.Module, analysis: Analysis, frames: Mapping[str, Frame],
 def _checked(base: nn.Module, frame: Frame, earlier: Iterable[Frame], images: Tensor) -> Frame:
     """The frame without the earlier ones that it may skip; as it is when it would then write something else."""
     candidate = replace(frame, skips=tuple(earlier))
-    with recording(base, {"": candidate}) as passages:
+    with recording(base, {"": candidate}) as recordings:
         base(images)
-    passage = passages[""][0]
-    outputs = run_frame(base, passage)
-    same = all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(outputs, passage.outputs, strict=True))
+    recorded = recordings[""][0]
+    outputs = run_frame(base, recorded)
+    same = all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(outputs, recorded.outputs, strict=True))
     return candidate if same else frame
 
 
 @torch.no_grad()
-def _keeps_shapes(base: nn.Module, analysis: Analysis, block: Block, frame: Frame, passage: Passage) -> bool:
+def _keeps_shapes(base: nn.Module, analysis: Analysis, block: Block, frame: Frame, recorded: Recording) -> bool:
     """Whether a frame's outputs are as before when its block is narrowed: not so where a network picks from lists of
     features what a layer outside reads."""
     if frame.is_whole:
@@ -126,10 +126,10 @@ def _keeps_shapes(base: nn.Module, analysis: Analysis, block: Block, frame: Fram
     outside = frame.outside(base)
     student = build_student(base, analysis, swapped(analysis, block, narrowest), shared=outside).eval()
     try:
-        outputs = run_frame(frame.inside(student), passage)
+        outputs = run_frame(frame.inside(student), recorded)
     except RuntimeError:
         return False
-    return [output.shape for output in outputs] == [output.shape for output in passage.outputs]
+    return [output.shape for output in outputs] == [output.shape for output in recorded.outputs]
 
 
 def _frame(base: nn.Module, analysis: Analysis, block: Block, once: frozenset[str]) -> Frame:
@@ -198,7 +198,7 @@ def _run_once(base: nn.Module, images: Tensor) -> frozenset[str]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Passage:
+class Recording:
     """What went into a frame and what came out for N images: tensors N×…, and the input's structure.
 
     Of a frame with `skips` also what the last of these wrote, `given`, and the shapes (without N) that the others
@@ -214,7 +214,7 @@ class Passage:
     def __len__(self) -> int:
         return len(self.inputs[0])
 
-    def __getitem__(self, part: slice | Tensor) -> Passage:
+    def __getitem__(self, part: slice | Tensor) -> Recording:
         return replace(
             self,
             inputs=tuple(tensor[part] for tensor in self.inputs),
@@ -222,7 +222,7 @@ class Passage:
             given=tuple(tensor[part] for tensor in self.given),
         )
 
-    def first(self, count: int) -> Passage:
+    def first(self, count: int) -> Recording:
         """The same of the first images, in memory of their own where there were more."""
         if count >= len(self):
             return self
@@ -243,18 +243,18 @@ class Passage:
         return dict(zip(self.skips, [*blanks, self.given], strict=True))
 
 
-def run_frame(frame: nn.Module, passage: Passage) -> tuple[Tensor, ...]:
-    """The outputs of a frame's module for the inputs of a passage, which stay as they are."""
-    copies = [tensor.clone() for tensor in passage.inputs]  # blocks begin with in-place activations now and then
-    arguments, keywords = pytree.tree_unflatten(copies, passage.structure)
-    with replaying(frame, passage.replayed()):
+def run_frame(frame: nn.Module, recorded: Recording) -> tuple[Tensor, ...]:
+    """The outputs of a frame's module for the inputs of a recording, which stay as they are."""
+    copies = [tensor.clone() for tensor in recorded.inputs]  # blocks begin with in-place activations now and then
+    arguments, keywords = pytree.tree_unflatten(copies, recorded.structure)
+    with replaying(frame, recorded.replayed()):
         return tuple(pytree.tree_leaves(frame(*arguments, **keywords)))
 
 
 @contextmanager
-def recording(base: nn.Module, frames: Mapping[str, Frame]) -> Iterator[dict[str, list[Passage]]]:
-    """Keeps what passes through the frames of `base` while it runs inside the block: by name, one passage a batch."""
-    passages: dict[str, list[Passage]] = {name: [] for name in frames}
+def recording(base: nn.Module, frames: Mapping[str, Frame]) -> Iterator[dict[str, list[Recording]]]:
+    """Keeps what passes through the frames of `base` while it runs inside the block: by name, one recording a batch."""
+    recordings: dict[str, list[Recording]] = {name: [] for name in frames}
     entered: dict[str, tuple[tuple[Tensor, ...], pytree.TreeSpec]] = {}
     skipped: dict[Frame, tuple[Tensor, ...]] = {}
 
@@ -269,8 +269,8 @@ def recording(base: nn.Module, frames: Mapping[str, Frame]) -> Iterator[dict[str
         def hook(module: nn.Module, arguments: object, output: object) -> None:
             inputs, structure = entered.pop(name)
             outputs = tuple(leaf.detach().clone() for leaf in pytree.tree_leaves(output))
-            passage = Passage(inputs=inputs, outputs=outputs, structure=structure)
-            passages[name].append(_begun_late(passage, frames[name].skips, skipped))
+            recorded = Recording(inputs=inputs, outputs=outputs, structure=structure)
+            recordings[name].append(_begun_late(recorded, frames[name].skips, skipped))
 
         return hook
 
@@ -288,15 +288,15 @@ def recording(base: nn.Module, frames: Mapping[str, Frame]) -> Iterator[dict[str
             pre = first.register_forward_pre_hook(enter(name), with_kwargs=True)  # type: ignore[arg-type]
             stack.callback(pre.remove)
             stack.callback(last.register_forward_hook(leave(name)).remove)  # type: ignore[arg-type]
-        yield passages
+        yield recordings
 
 
-def _begun_late(passage: Passage, skips: tuple[Frame, ...], wrote: Mapping[Frame, tuple[Tensor, ...]]) -> Passage:
-    """The passage of a frame with these skips, which have just run."""
+def _begun_late(recorded: Recording, skips: tuple[Frame, ...], wrote: Mapping[Frame, tuple[Tensor, ...]]) -> Recording:
+    """The recording of a frame with these skips, which have just run."""
     if not skips:
-        return passage
+        return recorded
     blanks = tuple(tuple(tensor.shape[1:] for tensor in wrote[frame]) for frame in skips[:-1])
-    return replace(passage, skips=skips, given=wrote[skips[-1]], blanks=blanks)
+    return replace(recorded, skips=skips, given=wrote[skips[-1]], blanks=blanks)
 
 
 @contextmanager
@@ -345,11 +345,11 @@ def _overlap(frame: Frame, other: Frame) -> bool:
     return f"{other.path}.".startswith(f"{frame.path}.") or f"{frame.path}.".startswith(f"{other.path}.")
 
 
-def join_batches(passages: list[Passage]) -> Passage:
-    """One passage of all batches."""
+def join_batches(recordings: list[Recording]) -> Recording:
+    """One recording of all batches."""
     return replace(
-        passages[0],
-        inputs=tuple(torch.cat(parts) for parts in zip(*(p.inputs for p in passages), strict=True)),
-        outputs=tuple(torch.cat(parts) for parts in zip(*(p.outputs for p in passages), strict=True)),
-        given=tuple(torch.cat(parts) for parts in zip(*(p.given for p in passages), strict=True)),
+        recordings[0],
+        inputs=tuple(torch.cat(parts) for parts in zip(*(p.inputs for p in recordings), strict=True)),
+        outputs=tuple(torch.cat(parts) for parts in zip(*(p.outputs for p in recordings), strict=True)),
+        given=tuple(torch.cat(parts) for parts in zip(*(p.given for p in recordings), strict=True)),
     )

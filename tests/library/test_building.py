@@ -117,9 +117,9 @@ def test_training_brings_a_frame_closer(teacher: nn.Module, analysis: Analysis, 
     is a matter of rounding, this is not."""
     pixels = normalise(images.pixels, images.mean, images.std, torch.device("cpu"))
     frame = find_frames(teacher, analysis, pixels[:2])["layer2.0"]
-    with torch.no_grad(), recording(teacher, {"layer2.0": frame}) as passages:
+    with torch.no_grad(), recording(teacher, {"layer2.0": frame}) as recordings:
         teacher(pixels)
-    passage = join_batches(passages["layer2.0"])
+    recorded = join_batches(recordings["layer2.0"])
     module = frame.inside(build_student(teacher, analysis, analysis.identity))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -127,11 +127,11 @@ def test_training_brings_a_frame_closer(teacher: nn.Module, analysis: Analysis, 
             parameter.mul_(1 + torch.rand(parameter.shape, generator=generator))
 
     def error() -> float:
-        recalibrate_frame(module, passage)
-        return float(frame_error(run_in_parts(module, passage), passage.outputs, variances(passage)))
+        recalibrate_frame(module, recorded)
+        return float(frame_error(run_in_parts(module, recorded), recorded.outputs, variances(recorded)))
 
     before = error()
-    distil_frame(module, list(module.parameters()), passage, FrameRecipe(steps=20, batch_size=32, lr=5e-3, seed=0))
+    distil_frame(module, list(module.parameters()), recorded, FrameRecipe(steps=20, batch_size=32, lr=5e-3, seed=0))
     assert error() < before / 2
 
 

@@ -49,9 +49,9 @@ def test_pieces_make_no_difference(recorder: Recorder, monkeypatch: pytest.Monke
     whole = recorder.record(names, slice(0, 20))
     monkeypatch.setattr(module, "_PART_BYTES", 1)
     for group in (names[:1], names[2:4], names):
-        for name, passage in recorder.record(group, slice(0, 20)).items():
-            assert len(passage) == 20
-            pairs = zip((*passage.inputs, *passage.outputs), (*whole[name].inputs, *whole[name].outputs), strict=True)
+        for name, recorded in recorder.record(group, slice(0, 20)).items():
+            assert len(recorded) == 20
+            pairs = zip((*recorded.inputs, *recorded.outputs), (*whole[name].inputs, *whole[name].outputs), strict=True)
             assert all(torch.allclose(part, other, atol=1e-4) for part, other in pairs)
 
 

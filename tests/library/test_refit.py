@@ -16,7 +16,7 @@ from nas_kd.library import importance
 from nas_kd.library.importance import Reader, eliminate, reconstruction_importance
 from nas_kd.library.refit import batch_statistics, fit_layer, reference_of, refit
 from nas_kd.students.frames import (
-    Passage,
+    Recording,
     disjoint,
     find_frames,
     join_batches,
@@ -51,11 +51,11 @@ def images() -> Tensor:
     return torch.randn(48, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-def passages_of(base: nn.Module, frames: dict, images: Tensor) -> dict[str, Passage]:  # type: ignore[type-arg]
-    with torch.no_grad(), recording(base, frames) as passages:
+def recordings_of(base: nn.Module, frames: dict, images: Tensor) -> dict[str, Recording]:  # type: ignore[type-arg]
+    with torch.no_grad(), recording(base, frames) as recordings:
         for part in images.split(16):
             base(part)
-    return {name: join_batches(parts) for name, parts in passages.items()}
+    return {name: join_batches(parts) for name, parts in recordings.items()}
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(6, 4), nn.Conv2d(6, 4, 1), nn.Conv2d(3, 4, 3, padding=1, stride=2)])
@@ -163,7 +163,7 @@ def test_a_refit_brings_a_block_closer_to_the_base(
 ) -> None:
     frames = find_frames(base, analysis, images[:2])
     block = analysis.block("layer2.1")
-    passage = passages_of(base, {block.name: frames[block.name]}, images)[block.name]
+    recorded = recordings_of(base, {block.name: frames[block.name]}, images)[block.name]
     chosen = Choice(**{"kernel_size": 3, "conv": "standard", **choice})  # type: ignore[arg-type]
     errors = []
     for fitted in (False, True):
@@ -171,16 +171,16 @@ def test_a_refit_brings_a_block_closer_to_the_base(
         student = inherit_student(base, analysis, genotype)
         mask = analysis.keep_mask(genotype, unit_importance(base, analysis))
         if fitted:
-            refit(student, mask, reference_of(base, analysis, frames[block.name], passage))
+            refit(student, mask, reference_of(base, analysis, frames[block.name], recorded))
         module = frames[block.name].inside(student)
         with torch.no_grad(), batch_statistics(module):
-            errors.append(float((run_frame(module, passage)[0] - passage.outputs[0]).square().mean()))
+            errors.append(float((run_frame(module, recorded)[0] - recorded.outputs[0]).square().mean()))
     assert errors[1] < 0.96 * errors[0]
 
 
 def test_reconstruction_ranks_every_channel_of_a_width(base: nn.Module, analysis: Analysis, images: Tensor) -> None:
     frames = find_frames(base, analysis, images[:2])
-    order = reconstruction_importance(base, analysis, frames, passages_of(base, frames, images))
+    order = reconstruction_importance(base, analysis, frames, recordings_of(base, frames, images))
     for block in analysis.blocks:
         (segment,) = block.channels[0].segments
         assert sorted(order[segment]) == list(range(len(segment)))
@@ -194,21 +194,21 @@ def test_every_choice_keeps_the_shape_of_its_frame(name: str) -> None:
     images = torch.randn(2, *size)
     frames = find_frames(network, found, images)
     chosen = {block.name: frames[block.name] for block in found.blocks[:: max(1, len(found.blocks) // 4)]}
-    passages = passages_of(network, chosen, images)
+    recordings = recordings_of(network, chosen, images)
     for block in found.blocks:
         if block.name in chosen:
             narrowest = min(block.choices, key=lambda choice: choice.width)
             student = inherit_student(network, found, swapped(found, block, narrowest)).eval()
             with torch.no_grad():
-                outputs = run_frame(chosen[block.name].inside(student), passages[block.name])
-            assert [o.shape for o in outputs] == [o.shape for o in passages[block.name].outputs]
+                outputs = run_frame(chosen[block.name].inside(student), recordings[block.name])
+            assert [o.shape for o in outputs] == [o.shape for o in recordings[block.name].outputs]
 
 
 def test_replayed_frames_do_not_run(base: nn.Module, analysis: Analysis, images: Tensor) -> None:
     frames = find_frames(base, analysis, images[:2])
-    passages = passages_of(base, frames, images)
+    recordings = recordings_of(base, frames, images)
     early = disjoint([frames["layer1.0"], frames["layer1.1"]])
-    outputs = {frame: passages[name].outputs for name, frame in frames.items() if frame in early}
+    outputs = {frame: recordings[name].outputs for name, frame in frames.items() if frame in early}
     ran = []
     handle = base.get_submodule("layer1.0.conv1").register_forward_hook(lambda *_: ran.append(1))
     with torch.no_grad():
@@ -230,13 +230,13 @@ def test_a_whole_network_begins_at_its_first_edited_module() -> None:
     tail, block = frames["blocks.6.0"], found.block("blocks.6.0")
     assert tail.is_whole
     assert "blocks.5.1.conv_pw" not in tail.paths(network)
-    passage = passages_of(network, {"tail": tail}, images)["tail"]
+    recorded = recordings_of(network, {"tail": tail}, images)["tail"]
     narrowest = min(block.choices, key=lambda choice: choice.width)
     student = inherit_student(network, found, swapped(found, block, narrowest)).eval()
     ran = []
     handle = student.get_submodule("blocks.5.1.conv_pw").register_forward_hook(lambda *_: ran.append(1))
     with torch.no_grad():
-        outputs = run_frame(student, passage[torch.tensor([4, 1])])[0]
+        outputs = run_frame(student, recorded[torch.tensor([4, 1])])[0]
         assert not ran
         assert torch.allclose(outputs, student(images)[[4, 1]], atol=1e-5)
     assert ran  # nothing is left behind
@@ -267,5 +267,5 @@ def test_what_needs_an_early_output_late_skips_nothing() -> None:
     assert frames["layers.1"].skips
     assert not frames["head"].skips  # what `layers.0` writes is read again right before it
     whole = {name: frame for name, frame in frames.items() if frame.is_whole}
-    for name, passage in passages_of(network, whole, images).items():
-        assert torch.allclose(run_frame(network, passage)[0], passage.outputs[0], atol=1e-5), name
+    for name, recorded in recordings_of(network, whole, images).items():
+        assert torch.allclose(run_frame(network, recorded)[0], recorded.outputs[0], atol=1e-5), name
