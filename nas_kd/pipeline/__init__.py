@@ -10,7 +10,7 @@ import functools
 from nas_kd.pipeline.helpers import helping
 from nas_kd.pipeline.models import make_results
 from nas_kd.pipeline.search import search
-from nas_kd.pipeline.sharing import sharing_library
+from nas_kd.pipeline.sharing import begin_helpers, sharing_library
 from nas_kd.pipeline.showcase import show
 from nas_kd.pipeline.summary import summarise
 from nas_kd.preparation.job import Job as Job
@@ -27,6 +27,7 @@ def run(job: Job, stages: Stages) -> StudySummary:
     """Runs every stage, or what is left of them, and writes the results into the output folder. Closes the storage."""
     try:
         with helping(job) as helpers:
+            begin_helpers(helpers)
             materials = gather(job, stages, functools.partial(sharing_library, helpers))
             study = search(job, materials, stages, helpers)
             models = make_results(job, study, materials, stages, helpers)

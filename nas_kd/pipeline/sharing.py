@@ -117,6 +117,17 @@ def _is_worth(job: Job, blocks: int) -> bool:
     return predicted_seconds(job, 0, 0)["library"] * blocks / len(job.space.blocks) >= WORTH[LIBRARY]
 
 
+def begin_helpers(helpers: Helpers) -> None:
+    """Starts the processes that a library which is to be made will want: they import and look at the base meanwhile,
+    of what comes before it some is one process's work."""
+    job = helpers.job
+    is_there = job.space.library is not None or any(job.cache.glob("library-*"))
+    if job.settings.library_budget and not is_there and not blocks_elsewhere.are_open(job):
+        count = _for_library(job)
+        if count > 1:
+            helpers.start(count)
+
+
 @contextlib.contextmanager
 def sharing_library(helpers: Helpers, base: nn.Module, images: Images, spec: LibrarySpec) -> Iterator[Share | None]:
     """What shares out the blocks of a library while it is built in the block, None where that does not pay. This
