@@ -33,7 +33,7 @@ from nas_kd.progress import Advance
 from nas_kd.rank_check import elsewhere, main, measuring
 from nas_kd.rank_check.parts import Measuring
 from nas_kd.results.rank_rows import FILE, RankCheck, read_check
-from nas_kd.search.jobs import done_jobs
+from nas_kd.search.jobs import GENOTYPES, done_jobs, post_jobs
 from nas_kd.search.storage import close_storage, open_storage
 from nas_kd.search.workers import WORKER
 from nas_kd.study import main as study
@@ -340,6 +340,16 @@ def test_a_worker_on_another_machine_measures_the_same(
     assert re.search(r"the rank check has its genotypes; [123] of them were this worker's", printed)
     assert len(mine) < 3
     check_same(prepared, finished)
+    assert left_in(shared) == []
+
+
+def test_what_another_version_left_is_put_away(prepared: Path, tmp_path: Path) -> None:
+    shared = f"sqlite:///{tmp_path / 'shared.db'}"
+    storage = open_storage(shared)
+    left = post_jobs(storage, "test_resnet-digits-macs40%", ["an older key"], GENOTYPES)
+    left.set_user_attr(bundle.BUNDLE, {"version": "0.0.1"})
+    close_storage(storage)
+    assert main([*BASE, *SMALL, "--starts", "study", "--out", str(prepared), "-q", "--storage", shared]) == 0
     assert left_in(shared) == []
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nas_kd.arguments.parsing import guarded
-from nas_kd.arguments.torchrun import led
+from nas_kd.arguments.torchrun import led, refuse_jobs
 from nas_kd.rank_check.arguments import RankSettings, parse_rank_check
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def run_check(settings: RankSettings) -> int:
     """The whole way from settings to results, with progress on standard error and the result on standard output."""
     from nas_kd.progress import Stages, configure, console_for
 
+    refuse_jobs(settings.study.jobs)
     console = console_for(sys.stderr)
     configure(console, quiet=settings.study.quiet, debug=settings.study.debug)
 

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from nas_kd import __version__
 from nas_kd.arguments.worker import GENOTYPES as PART
 from nas_kd.arguments.worker import WorkerSettings
 from nas_kd.errors import ArtifactError, StudyError
@@ -31,13 +32,23 @@ from nas_kd.rank_check.context import Check, CheckContext, walk_of, with_band
 from nas_kd.rank_check.parts import Measuring, parts_of, records_in
 from nas_kd.rank_check.validation import Validation, validation_images
 from nas_kd.search.artifacts import open_store
-from nas_kd.search.jobs import GENOTYPES, Notes, Told, are_there, do_jobs, post_jobs, remove_jobs
+from nas_kd.search.jobs import GENOTYPES, Notes, Told, are_there, do_jobs, open_jobs, post_jobs, remove_jobs
 from nas_kd.search.storage import close_storage, open_storage, storage_errors
 from nas_kd.search.workers import RetryingStudy
 from nas_kd.training.ranks import current
 from nas_kd.training.tensor_files import write_tensors
 from nas_kd.training.views import Views
-from nas_kd.workers.bundle import Bundle, damaged, equip, fetch, locate, publish_bundle, read_bundle, settings_of
+from nas_kd.workers.bundle import (
+    BUNDLE,
+    Bundle,
+    damaged,
+    equip,
+    fetch,
+    locate,
+    publish_bundle,
+    read_bundle,
+    settings_of,
+)
 from nas_kd.workers.joining import find_jobs, lead_to_end
 
 CHECK = "nas_kd rank check"  # the user attribute of these jobs: what workers need for them, beside the bundle
@@ -115,6 +126,7 @@ def _storage(job: Job) -> Iterator[Any]:
 def _post(check: Check, measuring: Measuring, keys: Mapping[str, Genotype], storage: Any) -> RetryingStudy:
     """Posts genotypes, after all that workers need to measure them."""
     job, materials = check.job, check.materials
+    _forget_older(storage, job.settings.name)
     jobs = post_jobs(storage, job.settings.name, [], GENOTYPES)
     note_latency(jobs, job.settings, job.space)
     note_cycles(jobs, job.space)
@@ -133,6 +145,13 @@ def _post(check: Check, measuring: Measuring, keys: Mapping[str, Genotype], stor
     )
     jobs.set_user_attr(CHECK, dataclasses.asdict(plan))
     return post_jobs(storage, job.settings.name, list(keys), GENOTYPES)
+
+
+def _forget_older(storage: Any, name: str) -> None:
+    """Puts away what a check of another version left when it was killed: its workers would be refused."""
+    left = open_jobs(storage, name, GENOTYPES)
+    if left is not None and left.user_attrs.get(BUNDLE, {}).get("version", __version__) != __version__:
+        remove_jobs(storage, name, GENOTYPES)
 
 
 def without_study(settings: RankSettings) -> dict[str, Any]:

@@ -27,7 +27,12 @@ def measure_genotypes(
     own = Measuring(parts=parts_of(check.context), records=records)
     missing = own.missing(genotypes)
     count = places(check.job, len(missing)) if can_be_shared(check) else 1
-    asked = can_be_shared(check) and is_asked_for(check.job)
+    asked = is_asked_for(check.job)
+    if asked and not can_be_shared(check):
+        _logger.warning(
+            "the genotypes are measured by this process alone: workers cannot have its images or its teacher"
+        )
+        asked = False
     with (
         stages.stage("training", max(1, len(missing))) as advance,
         limited_threads(None if count == 1 else share_of_threads(count)),
