@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,9 +20,8 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
-import servers
 from injection import exit_code
-from optuna.trial import TrialState
+from other_workers import only_after, others_at_work, shared_storage
 from warm import warm_python
 
 from nas_kd.costs.latency import limited_threads
@@ -35,7 +33,6 @@ from nas_kd.rank_check.parts import Measuring
 from nas_kd.results.rank_rows import FILE, RankCheck, read_check
 from nas_kd.search.jobs import GENOTYPES, done_jobs, post_jobs
 from nas_kd.search.storage import close_storage, open_storage
-from nas_kd.search.workers import WORKER
 from nas_kd.study import main as study
 from nas_kd.worker import main as work
 from nas_kd.workers import bundle
@@ -78,13 +75,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
 @pytest.fixture
 def shared(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """A storage that several machines reach."""
-    if request.param == "sqlite":
-        yield f"sqlite:///{tmp_path / 'shared.db'}"
-        return
-    if servers.postgres_folder() is None:
-        pytest.skip("PostgreSQL is not installed")
-    with servers.postgres() as server:
-        yield server.url
+    with shared_storage(request.param, tmp_path) as url:
+        yield url
 
 
 @pytest.fixture
@@ -248,24 +240,6 @@ def mine(monkeypatch: pytest.MonkeyPatch) -> list[Genotype]:
     return found
 
 
-def only_after(event: Callable[[optuna.Study], object], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command does jobs once something has happened to another process, which has them all until then."""
-    do_jobs = elsewhere.do_jobs
-
-    def do(jobs: Any, *arguments: Any, **more: Any) -> int:
-        while not event(jobs):
-            time.sleep(0.05)
-        return do_jobs(jobs, *arguments, **more)
-
-    monkeypatch.setattr(elsewhere, "do_jobs", do)
-
-
-def others_at_work(jobs: optuna.Study) -> list[int]:
-    """The processes that are at a job."""
-    found = jobs.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    return [int(str(job.user_attrs[WORKER]).rpartition(":")[2]) for job in found if WORKER in job.user_attrs]
-
-
 def kill_others(jobs: optuna.Study) -> bool:
     """Whether a process was at a job; there is none any more."""
     found = others_at_work(jobs)
@@ -296,7 +270,7 @@ def check_same(out: Path, finished: tuple[Path, str, str]) -> None:
 def test_another_process_measures_the_same(
     finished: tuple[Path, str, str], prepared: Path, mine: list[Genotype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    only_after(done_jobs, monkeypatch)
+    monkeypatch.setattr(elsewhere, "do_jobs", only_after(done_jobs))
     assert main([*BASE, *SMALL, "--starts", "study", "--out", str(prepared), "-q"]) == 0
     assert 1 <= len(mine) < 3
     check_same(prepared, finished)
@@ -310,7 +284,7 @@ def test_what_a_process_that_dies_had_taken_is_measured_here(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    only_after(kill_others, monkeypatch)
+    monkeypatch.setattr(elsewhere, "do_jobs", only_after(kill_others))
     assert main([*BASE, *SMALL, "--starts", "study", "--out", str(prepared)]) == 0
     assert capsys.readouterr().err.count("a process beside this one ended") == 1
     check_same(prepared, finished)
@@ -328,7 +302,7 @@ def test_a_worker_on_another_machine_measures_the_same(
     """Another machine: its folder is its own, and what it needs is in the artifact store alone."""
     describe = bundle._describe
     monkeypatch.setattr(bundle, "_describe", lambda *given: dataclasses.replace(describe(*given), folder="elsewhere"))
-    only_after(done_jobs, monkeypatch)
+    monkeypatch.setattr(elsewhere, "do_jobs", only_after(done_jobs))
     joining = ["--storage", shared, "--wait", "600", "--out", str(tmp_path / "joined"), "--device", "cpu"]
     worker = subprocess.Popen(
         [warm_python(), "-m", "nas_kd.worker", *joining], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE

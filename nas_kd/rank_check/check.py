@@ -71,7 +71,7 @@ def run_stages(settings: RankSettings, stages: Stages) -> tuple[RankCheck, Job]:
         groups["random"] = draw_in_band(table, job.budget, settings.band, count, seed)
     materials = gather(job, stages)
     context = context_of(job, settings, materials)
-    check = Check(job=job, settings=settings, materials=materials, context=context)
+    check = Check(job=job, materials=materials, context=context)
     if settings.near:
         groups["near"] = near_optimum(
             context.space.table,
@@ -156,7 +156,7 @@ def _rung_scores(start: str, rung: Record, before: float, cost: Cost, damage: fl
 
 
 def _conclude(check: Check, groups: Mapping[str, Sequence[_Entry]]) -> RankCheck:
-    job, settings, context = check.job, check.settings, check.context
+    job, settings, context = check.job, check.context.settings, check.context
     batch_size = settings.study.batch_size
     library = context.library
     return RankCheck(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -33,25 +34,42 @@ RUNGS = (1, 2, 4)  # portions of a proxy after which it is looked at; the last i
 _TRUTH_STEPS = 25  # of a portion of a truth, about
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class CheckContext:
-    """What all trainings of a check share, on whichever machine: the `study` that it speaks of; names of the `teacher`
-    and of the `images`, on which records depend; the images in portions (`RUNGS[-1]` of them are a proxy) and in those
-    of a truth (`truth_portions` of them), the validation images, of which `validation` has those of the proxies; and
-    whether these begin from `every_start` or as in a study alone."""
+    """What all trainings of a check share, on whichever machine: what is asked; names of the `teacher` and of the
+    `images`, on which records depend; the `views` to train on, and the validation images, of which `validation` has
+    those of the proxies."""
 
-    study: Settings
+    settings: RankSettings
     device: torch.device
     teacher: str
     images: str
     num_classes: int
     val: ImageSet
     space: Space[nn.Module]
-    portions: Portions
-    truth: Portions
-    truth_portions: int
+    views: Views | OnlineViews
     validation: Validation
-    every_start: bool = True
+
+    @property
+    def study(self) -> Settings:
+        """The settings of the study that the check speaks of."""
+        return self.settings.study
+
+    @functools.cached_property
+    def portions(self) -> Portions:
+        """The images in portions; `RUNGS[-1]` of them are a proxy."""
+        return Portions(self.views, self.settings.proxy_images // RUNGS[-1], self.study.seed)
+
+    @functools.cached_property
+    def truth(self) -> Portions:
+        """The images in portions of a truth, of which it has `truth_portions`."""
+        count, _ = truth_portions(self.settings.truth_images, self.study.batch_size)
+        return Portions(self.views, count, self.study.seed)
+
+    @property
+    def truth_portions(self) -> int:
+        """How many portions a truth has."""
+        return truth_portions(self.settings.truth_images, self.study.batch_size)[1]
 
     @property
     def clock(self) -> Callable[[], float]:
@@ -62,7 +80,7 @@ class CheckContext:
     def starts(self) -> tuple[str, ...]:
         """Where the proxies start; the last is what a study starts from, and the truth."""
         starts = (FRESH, CLOSED_FORM) if self.library is None else (FRESH, CLOSED_FORM, LIBRARY)
-        return starts if self.every_start else starts[-1:]
+        return starts if self.settings.starts == "all" else starts[-1:]
 
     @property
     def library(self) -> Library | None:
@@ -97,10 +115,9 @@ class CheckContext:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Check:
-    """A rank check that is under way: what is asked, what is there, and what its trainings share."""
+    """A rank check that is under way: what is there, and what its trainings share."""
 
     job: Job
-    settings: RankSettings
     materials: Materials
     context: CheckContext
 
@@ -108,19 +125,15 @@ class Check:
 def context_of(job: Job, settings: RankSettings, materials: Materials) -> CheckContext:
     """What all trainings of a check share, where its command runs."""
     splits, study = materials.splits, job.settings
-    walk = walk_of(settings, materials.refine_views)
     return CheckContext(
-        study=study,
+        settings=settings,
         device=job.device,
         teacher=materials.digest,
         images=images_key(study, splits),
         num_classes=splits.num_classes,
         val=splits.val,
         space=with_band(job.space, settings),
-        portions=walk.portions,
-        truth=walk.truth,
-        truth_portions=walk.truth_portions,
-        every_start=settings.starts == "all",
+        views=materials.refine_views,
         validation=validation_of(
             splits.val,
             materials.teacher.network,
@@ -137,25 +150,6 @@ def with_band(space: Space[nn.Module], settings: RankSettings) -> Space[nn.Modul
     assert space.budget is not None
     space.budget = space.budget.scaled(1 + settings.band)
     return space
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Walk:
-    """How trainings walk through the views: in the portions of a proxy, and in so many of a truth."""
-
-    portions: Portions
-    truth: Portions
-    truth_portions: int
-
-
-def walk_of(settings: RankSettings, views: Views | OnlineViews) -> Walk:
-    """How the trainings of a check walk through views."""
-    count, number = truth_portions(settings.truth_images, settings.study.batch_size)
-    return Walk(
-        portions=Portions(views, settings.proxy_images // RUNGS[-1], settings.study.seed),
-        truth=Portions(views, count, settings.study.seed),
-        truth_portions=number,
-    )
 
 
 def truth_portions(images: int, batch_size: int) -> tuple[int, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from nas_kd.preparation.job import Job, choose_device, recipe_of, storage_url
 from nas_kd.preparation.latency import note_latency
 from nas_kd.progress import Advance, Stages
 from nas_kd.rank_check.arguments import RankSettings
-from nas_kd.rank_check.context import Check, CheckContext, walk_of, with_band
+from nas_kd.rank_check.context import Check, CheckContext, with_band
 from nas_kd.rank_check.parts import Measuring, parts_of, records_in
 from nas_kd.rank_check.validation import Validation, validation_images
 from nas_kd.search.artifacts import open_store
@@ -55,14 +54,13 @@ CHECK = "nas_kd rank check"  # the user attribute of these jobs: what workers ne
 FOUND = "found"  # what a job notes: the records of its genotype, by part
 _LOGITS = "logits"
 _POLL = 1.0  # seconds between two looks for what is about to be told
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenotypesPlan:
     """What workers need to measure genotypes, beside a bundle: what the check is asked (`settings`, without its study),
     the `teacher` and `images` on which records depend, the `keys` of its parts, the file `logits` with what the teacher
-    makes of the validation images, the `genotypes` by their jobs, and what is in the artifact store, by SHA-256."""
+    makes of the validation images, that in the artifact store by its SHA-256, and the `genotypes` by their jobs."""
 
     settings: Mapping[str, Any]
     teacher: str
@@ -84,7 +82,7 @@ def is_asked_for(job: Job) -> bool:
 def can_be_shared(check: Check) -> bool:
     """Whether others can have what the trainings need: images in arrays, and views or the base that teaches."""
     views, splits = check.materials.refine_views, check.materials.splits
-    is_taught = (isinstance(views, Views) and views.folder is not None) or check.settings.study.teacher is None
+    is_taught = (isinstance(views, Views) and views.folder is not None) or check.context.study.teacher is None
     return splits.folder is not None and is_taught and current().size == 1
 
 
@@ -131,17 +129,17 @@ def _post(check: Check, measuring: Measuring, keys: Mapping[str, Genotype], stor
     note_latency(jobs, job.settings, job.space)
     note_cycles(jobs, job.space)
     whole = dataclasses.replace(materials, sample=materials.splits, proxy_views=materials.refine_views)
-    bundle = publish_bundle(job, whole, jobs)
+    publish_bundle(job, whole, jobs)
     logits = _write_logits(check)
     store = open_store(job.settings.artifacts) if job.settings.artifacts else None
     plan = GenotypesPlan(
-        settings=without_study(check.settings),
+        settings=_without_study(check.context.settings),
         teacher=check.context.teacher,
         images=check.context.images,
         keys={part.name: part.key for part in measuring.parts},
         logits=logits,
         genotypes={key: genotype.to_json() for key, genotype in keys.items()},
-        files={} if store is None else {**bundle.files, logits: store.put(job.cache / logits)},
+        files={} if store is None else {logits: store.put(job.cache / logits)},
     )
     jobs.set_user_attr(CHECK, dataclasses.asdict(plan))
     return post_jobs(storage, job.settings.name, list(keys), GENOTYPES)
@@ -154,7 +152,7 @@ def _forget_older(storage: Any, name: str) -> None:
         remove_jobs(storage, name, GENOTYPES)
 
 
-def without_study(settings: RankSettings) -> dict[str, Any]:
+def _without_study(settings: RankSettings) -> dict[str, Any]:
     """What a check is asked beside its study."""
     return {
         field.name: getattr(settings, field.name) for field in dataclasses.fields(settings) if field.name != "study"
@@ -163,7 +161,7 @@ def without_study(settings: RankSettings) -> dict[str, Any]:
 
 def _write_logits(check: Check) -> str:
     """The name of the file in the cache with what the teacher makes of the validation images."""
-    settings, context = check.settings, check.context
+    settings, context = check.context.settings, check.context
     facts = f"{context.teacher} {context.images} {settings.val_images} {settings.study.seed}"
     name = f"validation-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.safetensors"
     if not (check.job.cache / name).exists():
@@ -220,8 +218,7 @@ def _measure_if_there(
             return 0
         plan = GenotypesPlan(**noted)
         cache = locate(bundle, settings.out, settings.artifacts)
-        if cache != Path(bundle.folder):
-            fetch({plan.logits: plan.files.get(plan.logits, "")}, settings.artifacts or bundle.artifacts, cache)
+        fetch(plan.files, settings.artifacts or bundle.artifacts, cache)
         measuring = _measuring(bundle, plan, cache, device, jobs.user_attrs)
         with stages.stage("training", len(plan.genotypes)) as advance:
             return do_jobs(jobs, _measured(plan, measuring, advance), grace=settings.grace_period)
@@ -264,7 +261,6 @@ def _context(
     study = settings_of(bundle)
     settings = RankSettings(study=study, **plan.settings)
     space, proxy = equip(bundle, cache, device, begun)
-    walk = walk_of(settings, proxy.views)
     path = cache / plan.logits
     try:
         logits = load_file(path)[_LOGITS]
@@ -272,16 +268,13 @@ def _context(
         raise damaged(path, str(error).splitlines()[0]) from error
     images = validation_images(proxy.val, settings.val_images, study.seed)
     return CheckContext(
-        study=study,
+        settings=settings,
         device=device,
         teacher=plan.teacher,
         images=plan.images,
         num_classes=bundle.num_classes,
         val=proxy.val,
         space=with_band(space, settings),
-        portions=walk.portions,
-        truth=walk.truth,
-        truth_portions=walk.truth_portions,
-        every_start=settings.starts == "all",
+        views=proxy.views,
         validation=Validation(images=images, teacher_logits=logits, temperature=recipe_of(study, 1).temperature),
     )

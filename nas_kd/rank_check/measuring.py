@@ -26,13 +26,13 @@ def measure_genotypes(
     """Each part of each genotype, by (part, digest): from the records, or measured now."""
     own = Measuring(parts=parts_of(check.context), records=records)
     missing = own.missing(genotypes)
-    count = places(check.job, len(missing)) if can_be_shared(check) else 1
-    asked = is_asked_for(check.job)
-    if asked and not can_be_shared(check):
+    shareable, asked = can_be_shared(check), is_asked_for(check.job)
+    if asked and not shareable:
         _logger.warning(
             "the genotypes are measured by this process alone: workers cannot have its images or its teacher"
         )
-        asked = False
+    asked = asked and shareable
+    count = places(check.job, len(missing)) if shareable else 1
     with (
         stages.stage("training", max(1, len(missing))) as advance,
         limited_threads(None if count == 1 else share_of_threads(count)),

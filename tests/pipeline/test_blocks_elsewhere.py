@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +17,10 @@ from typing import Any
 
 import optuna
 import pytest
-import servers
 import torch
 from libraries import assert_same_library
 from optuna.trial import TrialState
+from other_workers import only_after, others_at_work, shared_storage
 from rich.console import Console
 from torch import nn
 from warm import warm_python
@@ -42,7 +42,6 @@ from nas_kd.preparation.materials import gather
 from nas_kd.progress import Stages
 from nas_kd.search.jobs import LIBRARY, do_jobs, open_jobs, post_jobs, remove_jobs
 from nas_kd.search.storage import close_storage
-from nas_kd.search.workers import WORKER, worker_name
 from nas_kd.study import main
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -56,13 +55,8 @@ Given = tuple[nn.Module, Images, LibrarySpec]
 
 @pytest.fixture(scope="module")
 def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    if getattr(request, "param", "sqlite") == "sqlite":
-        yield f"sqlite:///{tmp_path_factory.mktemp('storage') / 'study.db'}"
-        return
-    if servers.postgres_folder() is None:
-        pytest.skip("PostgreSQL is not installed")
-    with servers.postgres() as server:
-        yield server.url
+    with shared_storage(getattr(request, "param", "sqlite"), tmp_path_factory.mktemp("storage")) as its_url:
+        yield its_url
 
 
 @pytest.fixture(scope="module")
@@ -130,23 +124,6 @@ def settings_of(url: str, out: Path, *more: str) -> WorkerSettings:
     return parse_worker(["--storage", url, "--study-name", "s", "--out", str(out), *more])
 
 
-def others_at_work(jobs: optuna.Study, own: str) -> list[int]:
-    """The other processes that are at a block."""
-    found = jobs.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    return [int(name.rpartition(":")[2]) for name in {str(job.user_attrs.get(WORKER, own)) for job in found} - {own}]
-
-
-def only_after(event: Callable[[optuna.Study], object]) -> Callable[..., int]:
-    """Doing jobs here, once something has happened to another process, which has the others until then."""
-
-    def do(jobs: Any, *arguments: Any, **more: Any) -> int:
-        while not event(jobs):
-            time.sleep(0.05)
-        return do_jobs(jobs, *arguments, **more)
-
-    return do
-
-
 @pytest.mark.parametrize(
     ("url", "more"),
     [("sqlite", ()), ("postgresql", ()), pytest.param("sqlite", ("--ray=local",), marks=pytest.mark.slow)],
@@ -157,7 +134,7 @@ def test_a_worker_makes_blocks_that_are_the_same_here(
     study: tuple[Job, Given], alone: Library, url: str, more: tuple[str, ...], tmp_path: Path, monkeypatch: Any
 ) -> None:
     worker = start_worker(url, tmp_path, "--part", "library", *more)
-    began = only_after(lambda jobs: others_at_work(jobs, worker_name()) or worker.poll() is not None)
+    began = only_after(lambda jobs: others_at_work(jobs) or worker.poll() is not None)
     monkeypatch.setattr(blocks_elsewhere, "do_jobs", began)
     # another process of this machine might have made them all before that one begins
     monkeypatch.setattr(sharing, "_for_library", lambda job: 1)
@@ -182,7 +159,7 @@ def test_what_a_killed_process_was_at_is_made_here(
     killed, states = list[int](), list[TrialState]()
 
     def kill(jobs: optuna.Study) -> bool:
-        for process in [] if killed else others_at_work(jobs, worker_name()):
+        for process in [] if killed else others_at_work(jobs):
             os.kill(process, signal.SIGKILL)
             killed.append(process)
         return bool(killed)
@@ -266,7 +243,7 @@ def test_a_worker_that_waits_does_its_part_of_the_whole_study(
 ) -> None:
     url = f"sqlite:///{tmp_path / 'study.db'}"
     worker = start_worker(url, tmp_path / "worker")
-    began = only_after(lambda jobs: others_at_work(jobs, worker_name()) or worker.poll() is not None)
+    began = only_after(lambda jobs: others_at_work(jobs) or worker.poll() is not None)
     monkeypatch.setattr(blocks_elsewhere, "do_jobs", began)
     shared = f"--storage {url} --artifacts {tmp_path / 'store'} --out {tmp_path / 'out'} --no-baselines --no-onnx"
     assert main(f"{SMALL} --budget params=60% --proxy-epochs 1 --trials 3 --front 1 {shared}".split()) == 0
