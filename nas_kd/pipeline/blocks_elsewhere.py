@@ -42,7 +42,7 @@ from nas_kd.search.jobs import (
     post_jobs,
     remove_jobs,
 )
-from nas_kd.search.storage import close_storage, open_storage, storage_errors
+from nas_kd.search.storage import storage_errors, using_storage
 from nas_kd.search.workers import RetryingStudy
 from nas_kd.training.evaluation import predict_logits
 from nas_kd.training.ranks import current
@@ -189,21 +189,17 @@ def take_blocks(settings: WorkerSettings, stages: Stages, sleep: Callable[[float
     Raises a NasKdError for everything that is wrong with the storage, the study or its files.
     """
     device = choose_device(settings.device if settings.ray is None else "cpu")
-    storage = open_storage(settings.storage, grace=settings.grace_period)
-    try:
-        with storage_errors("use the study in its storage"):
-            found = _await_blocks(storage, settings, sleep)
-            if found is None:
-                return None
-            name, jobs, plan = found
-            if plan is None:
-                return 0
-            if (led := lead_to_end(settings, name, PART)) is not None:
-                return led
-            with stages.stage("library", _PERCENT) as advance:
-                return _make_if_open(jobs, plan, settings, device, advance)
-    finally:
-        close_storage(storage)
+    with using_storage(settings.storage, settings.grace_period, "use the study in its storage") as storage:
+        found = _await_blocks(storage, settings, sleep)
+        if found is None:
+            return None
+        name, jobs, plan = found
+        if plan is None:
+            return 0
+        if (led := lead_to_end(settings, name, PART)) is not None:
+            return led
+        with stages.stage("library", _PERCENT) as advance:
+            return _make_if_open(jobs, plan, settings, device, advance)
 
 
 def _await_blocks(storage: BaseStorage, settings: WorkerSettings, sleep: Callable[[float], None]) -> _Found | None:

@@ -6,13 +6,13 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from optuna.storages import BaseStorage
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -32,7 +32,7 @@ from nas_kd.rank_check.parts import Measuring, parts_of, records_in
 from nas_kd.rank_check.validation import Validation, validation_images
 from nas_kd.search.artifacts import open_store
 from nas_kd.search.jobs import GENOTYPES, Notes, Told, are_there, do_jobs, open_jobs, post_jobs, remove_jobs
-from nas_kd.search.storage import close_storage, open_storage, storage_errors
+from nas_kd.search.storage import using_storage
 from nas_kd.search.workers import RetryingStudy
 from nas_kd.training.ranks import current
 from nas_kd.training.tensor_files import write_tensors
@@ -103,25 +103,17 @@ def measure_with_workers(
         measuring.take(keys[key], notes[FOUND])
         advance(measuring.words(keys[key]))
 
-    with _storage(job) as storage, storage_errors("share out genotypes of the rank check"):
+    url, grace = storage_url(job.settings, job.out), job.settings.grace_period
+    with using_storage(url, grace, "share out genotypes of the rank check") as storage:
         jobs = _post(check, measuring, keys, storage)
         told = Told(jobs, keys, own, take)
         with more_processes(job, count, PART) as sleep:
-            do_jobs(jobs, run, grace=job.settings.grace_period, sleep=told.beside(sleep))
+            do_jobs(jobs, run, grace=grace, sleep=told.beside(sleep))
         told.tell()
         remove_jobs(storage, job.settings.name, GENOTYPES)
 
 
-@contextmanager
-def _storage(job: Job) -> Iterator[Any]:
-    storage = open_storage(storage_url(job.settings, job.out), grace=job.settings.grace_period)
-    try:
-        yield storage
-    finally:
-        close_storage(storage)
-
-
-def _post(check: Check, measuring: Measuring, keys: Mapping[str, Genotype], storage: Any) -> RetryingStudy:
+def _post(check: Check, measuring: Measuring, keys: Mapping[str, Genotype], storage: BaseStorage) -> RetryingStudy:
     """Posts genotypes, after all that workers need to measure them."""
     job, materials = check.job, check.materials
     _forget_older(storage, job.settings.name)
@@ -145,7 +137,7 @@ def _post(check: Check, measuring: Measuring, keys: Mapping[str, Genotype], stor
     return post_jobs(storage, job.settings.name, list(keys), GENOTYPES)
 
 
-def _forget_older(storage: Any, name: str) -> None:
+def _forget_older(storage: BaseStorage, name: str) -> None:
     """Puts away what a check of another version left when it was killed: its workers would be refused."""
     left = open_jobs(storage, name, GENOTYPES)
     if left is not None and left.user_attrs.get(BUNDLE, {}).get("version", __version__) != __version__:
@@ -191,18 +183,14 @@ def take_genotypes(settings: WorkerSettings, stages: Stages, sleep: Callable[[fl
     Raises a NasKdError for everything that is wrong with the storage, the check or its files.
     """
     device = choose_device(settings.device if settings.ray is None else "cpu")
-    storage = open_storage(settings.storage, grace=settings.grace_period)
-    try:
-        with storage_errors("use the rank check in its storage"):
-            found = find_jobs(storage, settings.study_name, GENOTYPES)
-            if found is None:
-                return None
-            name, jobs = found
-            if (led := lead_to_end(settings, name, PART)) is not None:
-                return led
-            return _measure_if_there(jobs, settings, device, stages, sleep)
-    finally:
-        close_storage(storage)
+    with using_storage(settings.storage, settings.grace_period, "use the rank check in its storage") as storage:
+        found = find_jobs(storage, settings.study_name, GENOTYPES)
+        if found is None:
+            return None
+        name, jobs = found
+        if (led := lead_to_end(settings, name, PART)) is not None:
+            return led
+        return _measure_if_there(jobs, settings, device, stages, sleep)
 
 
 def _measure_if_there(

@@ -152,6 +152,17 @@ def is_storage_error(error: BaseException) -> bool:
 
 
 @contextmanager
+def using_storage(url: str, grace: float, what: str) -> Iterator[BaseStorage]:
+    """A storage that is open while the block runs; what it raises there is told as by `storage_errors`."""
+    storage = open_storage(url, grace=grace)
+    try:
+        with storage_errors(what):
+            yield storage
+    finally:
+        close_storage(storage)
+
+
+@contextmanager
 def storage_errors(what: str) -> Iterator[None]:
     """Turns what a database or proxy raises inside the block into an OutputError: `what` failed, and why."""
     try:

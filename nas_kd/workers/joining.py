@@ -16,7 +16,7 @@ from nas_kd.progress import Stages
 from nas_kd.search.jobs import GENOTYPES, open_jobs, study_of
 from nas_kd.search.rungs import make_pruner
 from nas_kd.search.sampler import KnapsackSampler, make_sampler
-from nas_kd.search.storage import CONFIG, close_storage, open_storage, storage_errors
+from nas_kd.search.storage import CONFIG, using_storage
 from nas_kd.search.trials import Objective, count_trained
 from nas_kd.search.work import Limits, work
 from nas_kd.search.workers import RetryingStudy
@@ -67,12 +67,8 @@ def joined(
     settings: WorkerSettings, sleep: Callable[[float], None]
 ) -> Iterator[tuple[BaseStorage, optuna.Study, Bundle]]:
     """A storage, the study in it that a worker joins, and what that needs; the storage is closed after the block."""
-    storage = open_storage(settings.storage, grace=settings.grace_period)
-    try:
-        with storage_errors("use the study in its storage"):
-            yield storage, *find_study(storage, settings, sleep)
-    finally:
-        close_storage(storage)
+    with using_storage(settings.storage, settings.grace_period, "use the study in its storage") as storage:
+        yield storage, *find_study(storage, settings, sleep)
 
 
 def _lead(
