@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nas_kd.arguments.images import ImageSettings
+from nas_kd.arguments.data import DataSettings, add_look
+from nas_kd.arguments.network import NetworkSettings
+from nas_kd.arguments.output import add_quiet
 from nas_kd.arguments.parsing import LOCAL, Parser, guarded, model_name, number, path
-from nas_kd.arguments.shared import add_accelerator, add_look
-from nas_kd.budget import short
+from nas_kd.arguments.parts import defaults, part, read
+from nas_kd.arguments.search import add_accelerator
+from nas_kd.budget import ACCELERATOR, short
 from nas_kd.data.dataset_names import choose_dataset
 from nas_kd.errors import ModelError
 
@@ -20,18 +23,22 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class McuSettings(ImageSettings):
+class McuSettings:
     """What the command is asked for."""
 
-    images: int
-    accelerator: str
-    c: str | None
-    cache: str | None
+    network: NetworkSettings = part(NetworkSettings)
+    data: DataSettings = part(DataSettings)
+    images: int = 50
+    accelerator: str = ACCELERATOR
+    c: str | None = None
+    cache: str | None = None
+    quiet: bool = False
+    debug: bool = False
 
     @property
     def folder(self) -> Path:
         """The exported model's folder."""
-        return Path(self.model.removeprefix(LOCAL))
+        return Path(self.network.model.removeprefix(LOCAL))
 
 
 def parse_mcu(argv: Sequence[str]) -> McuSettings:
@@ -47,7 +54,7 @@ def parse_mcu(argv: Sequence[str]) -> McuSettings:
         metavar="FOLDER",
         help="a folder that a study exported with --int8, or that quantize wrote to",
     )
-    add("--images", type=number(1), default=50, metavar="N", help="test images to run in the interpreter (50)")
+    add("--images", type=number(1), metavar="N", help="test images to run in the interpreter (%(default)s)")
     add_accelerator(add)
     add("--c", type=path, metavar="DIR", help="also write a folder in C++ that runs it in TensorFlow Lite Micro")
     add(
@@ -56,11 +63,12 @@ def parse_mcu(argv: Sequence[str]) -> McuSettings:
         metavar="DIR",
         help="decoded images, shared with a study: results/STUDY/cache (FOLDER/cache)",
     )
+    add_quiet(add)
     add_look(parser)
+    parser.take_defaults({**defaults(McuSettings), "dataset": None})
     arguments = vars(parser.parse_args(argv))
     arguments["dataset"] = choose_dataset(arguments["dataset"], arguments["data_dir"])
-    names = [own.name for own in fields(McuSettings) if own.name in arguments]
-    return McuSettings(**{name: arguments[name] for name in names})
+    return read(McuSettings, arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,8 +82,8 @@ def run_mcu(settings: McuSettings) -> int:
 
     console = console_for(sys.stderr)
     configure(console, quiet=settings.quiet, debug=settings.debug)
-    if not settings.model.startswith(LOCAL):
-        raise ModelError(f"there is no exported model in {settings.model}: name a folder that a study wrote")
+    if not settings.network.model.startswith(LOCAL):
+        raise ModelError(f"there is no exported model in {settings.network.model}: name a folder that a study wrote")
 
     import numpy as np
     import torch
@@ -90,7 +98,7 @@ def run_mcu(settings: McuSettings) -> int:
     check_int8(settings.folder)
     need_tools()
     stages = Stages(console, quiet=settings.quiet)
-    _, spec = prepare_network(settings)
+    _, spec = prepare_network(settings.network, settings.data)
     with stages.stage("data"):
         splits = load_splits(spec, Path(settings.cache) if settings.cache else settings.folder / "cache")
     with stages.stage("device"):

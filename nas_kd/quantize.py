@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nas_kd.arguments.images import ImageSettings
+from nas_kd.arguments.data import DataSettings, add_look
+from nas_kd.arguments.network import NetworkSettings
+from nas_kd.arguments.output import add_quiet
 from nas_kd.arguments.parsing import LOCAL, Parser, guarded, model_name, number, path
-from nas_kd.arguments.shared import add_look
+from nas_kd.arguments.parts import defaults, part, read
 from nas_kd.budget import short
 from nas_kd.data.dataset_names import choose_dataset
 
@@ -21,24 +23,28 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class QuantizeSettings(ImageSettings):
+class QuantizeSettings:
     """What the command is asked for."""
 
-    calibration_images: int
-    keep_float: tuple[str, ...]
-    recover: bool
-    threads: int
-    out: str | None
-    cache: str | None
+    network: NetworkSettings = part(NetworkSettings)
+    data: DataSettings = part(DataSettings)
+    calibration_images: int = 300
+    keep_float: tuple[str, ...] = ()
+    recover: bool = True
+    threads: int = 1
+    out: str | None = None
+    cache: str | None = None
+    quiet: bool = False
+    debug: bool = False
 
     @property
     def folder(self) -> Path:
         """Where the files go: as asked for, the folder of an exported model, or one of its own."""
         if self.out is not None:
             return Path(self.out)
-        if self.model.startswith(LOCAL):
-            return Path(self.model.removeprefix(LOCAL))
-        return Path("results") / f"quantize-{Path(self.model).name}"
+        if self.network.is_exported:
+            return Path(self.network.model.removeprefix(LOCAL))
+        return Path("results") / f"quantize-{Path(self.network.model).name}"
 
 
 def parse_quantize(argv: Sequence[str]) -> QuantizeSettings:
@@ -52,24 +58,23 @@ def parse_quantize(argv: Sequence[str]) -> QuantizeSettings:
     add("--pretrained", action="store_true", help="take timm's weights")
     add("--initial-checkpoint", type=path, metavar="FILE", help="take these weights (.safetensors, .pth)")
     add("--img-size", type=number(4), metavar="N", help="side of the images in pixels (the model's)")
-    add(
-        "--calibration-images", type=number(1), default=300, metavar="N", help="training images that calibrate it (300)"
-    )
+    add("--calibration-images", type=number(1), metavar="N", help="training images that calibrate it (%(default)s)")
     add(
         "--keep-float", action="append", default=[], metavar="P", help="layers that stay float: 'layer4.*' (repeatable)"
     )
     add("--no-recover", action="store_false", dest="recover", help="never train a loss away")
-    add("--threads", type=number(1), default=1, metavar="N", help="CPU threads that run it while it is timed (1)")
+    add("--threads", type=number(1), metavar="N", help="CPU threads that run it while it is timed (%(default)s)")
     add("--out", type=path, metavar="DIR", help="where the files go (the model's folder, or results/quantize-MODEL)")
     add(
         "--cache", type=path, metavar="DIR", help="decoded images, shared with a study: results/STUDY/cache (OUT/cache)"
     )
+    add_quiet(add)
     add_look(parser)
+    parser.take_defaults({**defaults(QuantizeSettings), "dataset": None})
     arguments = vars(parser.parse_args(argv))
     arguments["keep_float"] = tuple(arguments["keep_float"])
     arguments["dataset"] = choose_dataset(arguments["dataset"], arguments["data_dir"])
-    names = [own.name for own in fields(QuantizeSettings) if own.name in arguments]
-    return QuantizeSettings(**{name: arguments[name] for name in names})
+    return read(QuantizeSettings, arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,7 +98,7 @@ def run_quantize(settings: QuantizeSettings) -> int:
 
     need("onnx", "onnxruntime")
     stages = Stages(console, quiet=settings.quiet)
-    network, spec = prepare_network(settings)
+    network, spec = prepare_network(settings.network, settings.data)
     folder = open_folder(settings.folder)
     with stages.stage("data"):
         splits = load_splits(spec, Path(settings.cache) if settings.cache else folder / "cache")
@@ -107,9 +112,9 @@ def run_quantize(settings: QuantizeSettings) -> int:
                 keep_float=settings.keep_float,
                 recover=settings.recover,
                 threads=settings.threads,
-                seed=settings.seed,
+                seed=settings.data.seed,
             ),
-            fresh_images(settings, splits.train, splits.num_classes),
+            fresh_images(settings.data, splits.train, splits.num_classes),
         )
     out = console_for(sys.stdout)
     out.print(_table(result), crop=False)

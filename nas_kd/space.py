@@ -6,12 +6,15 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from nas_kd.arguments.choices import ChoicesSettings, add_choices
+from nas_kd.arguments.network import NetworkSettings
 from nas_kd.arguments.parsing import Parser, guarded, model_name, number
-from nas_kd.arguments.shared import add_accelerator, add_choices
-from nas_kd.budget import CYCLES, DEVICE, KINDS, Budget, parse_budget, short
+from nas_kd.arguments.parts import defaults, part, read
+from nas_kd.arguments.search import add_accelerator
+from nas_kd.budget import ACCELERATOR, CYCLES, DEVICE, KINDS, Budget, parse_budget, short
 from nas_kd.errors import BudgetError, ModelError
 
 if TYPE_CHECKING:
@@ -27,18 +30,12 @@ _DRAWS = 100_000  # random genotypes by which the share within a budget is estim
 class SpaceSettings:
     """What the command is asked for."""
 
-    model: str
-    reduction: int | None
-    img_size: int | None
-    in_chans: int
-    num_classes: int | None
-    space: str
-    search_stages: bool
-    pin: tuple[str, ...]
-    channel_multiple: int
-    budget: str | None
-    as_json: bool
-    accelerator: str
+    network: NetworkSettings = part(NetworkSettings)
+    choices: ChoicesSettings = part(ChoicesSettings)
+    num_classes: int | None = None
+    budget: str | None = None
+    accelerator: str = ACCELERATOR
+    as_json: bool = False
 
 
 def parse_space(argv: Sequence[str]) -> SpaceSettings:
@@ -51,18 +48,19 @@ def parse_space(argv: Sequence[str]) -> SpaceSettings:
     add("model", type=model_name, metavar="MODEL", help="a timm model, or the folder of an exported one")
     add("--img-size", type=number(4), metavar="N", help="side of the images in pixels (the model's)")
     add("--reduction", type=number(1), metavar="R", help="total stride of the network; small images need 8 or 4")
-    add("--in-chans", type=int, choices=(1, 3), default=3, help="channels of the images (3)")
+    add("--in-chans", type=int, choices=(1, 3), help="channels of the images (3)")
     add("--num-classes", type=number(1), metavar="N", help="outputs (the model's)")
     add_choices(add)
     add("--budget", metavar="B", help="tell whether it can be met: params=1M,macs=30M or macs=50%% of the base")
     add_accelerator(add)
     add("--json", action="store_true", dest="as_json", help="print one JSON object")
     add("--debug", action="store_true", help="tracebacks")
+    parser.take_defaults(defaults(SpaceSettings))
     arguments = vars(parser.parse_args(argv))
     if arguments["budget"]:
         parse_budget(arguments["budget"])
     arguments["pin"] = tuple(arguments["pin"])
-    return SpaceSettings(**{field.name: arguments[field.name] for field in fields(SpaceSettings)})
+    return read(SpaceSettings, arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,16 +79,18 @@ def show_space(settings: SpaceSettings) -> int:
     from nas_kd.search.space import Space
 
     given = {} if settings.num_classes is None else {"num_classes": settings.num_classes}
-    base = create_base(settings.model, in_chans=settings.in_chans, **given)
-    if settings.reduction is not None:
-        reduce_stride(base, settings.reduction, settings.in_chans)
+    network, choices = settings.network, settings.choices
+    channels = network.in_chans or 3
+    base = create_base(network.model, in_chans=channels, **given)
+    if network.reduction is not None:
+        reduce_stride(base, network.reduction, channels)
     options = parse_options(
-        settings.space,
-        settings.pin,
-        search_stages=settings.search_stages,
-        channel_multiple=settings.channel_multiple,
+        choices.space,
+        choices.pin,
+        search_stages=choices.search_stages,
+        channel_multiple=choices.channel_multiple,
     )
-    space = Space(base, img_size=settings.img_size, options=options, name=settings.model)
+    space = Space(base, img_size=network.img_size, options=options, name=network.model)
     try:
         space.count_device()
     except ModelError:  # they are left out, unless somebody asks for them

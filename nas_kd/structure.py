@@ -27,7 +27,7 @@ def run_structure(settings: StructureSettings) -> int:
     """The whole way from settings to exported folders, progress on standard error, the result on standard output."""
     from nas_kd.progress import Stages, configure, console_for
 
-    study = settings.study
+    study = settings.study.output
     console = console_for(sys.stderr)
     configure(console, quiet=study.quiet, debug=study.debug)
 

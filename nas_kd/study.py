@@ -30,12 +30,12 @@ def run_study(settings: Settings) -> int:
     from nas_kd.progress import Stages, configure, console_for
 
     console = console_for(sys.stderr)
-    configure(console, quiet=settings.quiet, debug=settings.debug)
-    refuse_jobs(settings.jobs)
+    configure(console, quiet=settings.output.quiet, debug=settings.output.debug)
+    refuse_jobs(settings.sharing.jobs)
 
     from nas_kd import pipeline
 
-    stages = Stages(console, quiet=settings.quiet)
+    stages = Stages(console, quiet=settings.output.quiet)
     job = pipeline.prepare(settings, stages=stages)
     summary = pipeline.run(job, stages)
     _conclude(summary, job.out, settings, console_for(sys.stdout))
@@ -50,8 +50,8 @@ def _conclude(summary: StudySummary, out: Path, settings: Settings, console: Con
     from nas_kd.search.storage import sqlite_url
 
     console.print(render_table(summary.models, folder=out, kinds=kinds_of(summary.budget)), crop=False)
-    storage = without_password(settings.storage or sqlite_url(out / "study.db"))
-    artifacts = settings.artifacts or str(out / "artifacts")
+    storage = without_password(settings.sharing.storage or sqlite_url(out / "study.db"))
+    artifacts = settings.sharing.artifacts or str(out / "artifacts")
     shown = shlex.join(["optuna-dashboard", storage, *([] if "://" in artifacts else ["--artifact-dir", artifacts])])
     lines = (
         headline(summary),

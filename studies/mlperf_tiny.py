@@ -169,6 +169,7 @@ class Study:
     images: tuple[str, ...]  # arguments of the main command
     epochs: int
     out: Path
+    lr: float | None = None  # of ours and torch-pruning's, where it was asked for
 
     @cached_property
     def bench(self) -> Bench:
@@ -188,13 +189,15 @@ class Study:
     def run(self, arm: str, seed: int) -> None:
         """Makes, trains and measures a network, and writes its row; does nothing when that is there."""
         epochs = 0 if arm == WHOLE else self.epochs
-        key = f"{self.name}, {arm}, {epochs} epochs, seed {seed}"
+        lr = LR.get(arm) if self.lr is None or arm in (PLAIN, DISTILLED) else self.lr
+        asked = "" if lr == LR.get(arm) else f", lr {lr:g}"
+        key = f"{self.name}, {arm}, {epochs} epochs{asked}, seed {seed}"
         if key in self.records:
             return
         print(f"{time.strftime('%H:%M')} {key}", file=sys.stderr, flush=True)
         started, bench = time.process_time(), self.bench
         torch.manual_seed(seed)
-        row = {"point": self.name, "arm": arm, "seed": seed, "epochs": epochs}
+        row = {"point": self.name, "arm": arm + asked, "seed": seed, "epochs": epochs}
         try:
             network = self.made(arm)
         except NasKdError as error:
@@ -204,12 +207,12 @@ class Study:
         making = time.process_time() - started
         if epochs:
             weight = 0.0 if arm == PLAIN else 0.9
-            recipe = Recipe(epochs=epochs, batch_size=64, lr=LR[arm], seed=seed, distill_weight=weight)
+            recipe = Recipe(epochs=epochs, batch_size=64, lr=lr, seed=seed, distill_weight=weight)
             train(network, bench.views, recipe)
         splits, counted = bench.materials.splits, measure(network, bench.job.space.input_size)
         folder = bench.out / "models" / key.replace(" ", "-").replace(",", "")
         folder.mkdir(parents=True, exist_ok=True)
-        spec, fresh = Int8Spec(seed=seed), fresh_images(bench.job.settings, splits.train, splits.num_classes)
+        spec, fresh = Int8Spec(seed=seed), fresh_images(bench.job.settings.data, splits.train, splits.num_classes)
         made = quantise_network(network, splits, folder, spec, fresh)
         self.records[key] = {
             **row,
@@ -295,6 +298,7 @@ def parse() -> argparse.Namespace:
     add("--cifar10", type=Path, help="CIFAR-10 as image folders")
     add("--weights", type=Path, help="folder with the public weights of the CIFAR ResNets")
     add("--epochs", type=int, default=4, help="on 45,000 images (4)")
+    add("--lr", type=float, help="peak learning rate of what begins with the base's weights (0.03)")
     add("--only", action="append", help="rows that fit, as 'within ResNet-8, ours*' (repeatable; all)")
     add("--out", type=Path, default=Path("results", "mlperf_tiny"), help="rows, models, cache (results/mlperf_tiny)")
     add("--report", type=Path, help="the page (page.md in the output folder)")
@@ -325,6 +329,7 @@ def compare(arguments: argparse.Namespace) -> int:
             images=images_of(arguments, point.base),
             epochs=1 if arguments.smoke else arguments.epochs,
             out=arguments.out,
+            lr=arguments.lr,
         )
         for name, point in (DIGITS if arguments.smoke else CIFAR).items()
     ]

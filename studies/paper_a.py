@@ -228,8 +228,8 @@ def knapsack(arguments: list[str], out: Path, cache: Path) -> list[Row]:
     materials = gather(job, stages)
     genotype = solve(job.space.table, job.budget, job.space.damages(), seconds=60)
     assert genotype is not None
-    assert settings.refine_epochs is not None
-    wanted = WantedModel(role="front", genotype=genotype, space=job.space, epochs=settings.refine_epochs)
+    assert settings.refinement.epochs is not None
+    wanted = WantedModel(role="front", genotype=genotype, space=job.space, epochs=settings.refinement.epochs)
     _, model = make_models(job, [wanted], materials, stages)
     accuracy = {"test accuracy": model.test_accuracy, "path": str(out / str(model.path))}
     return [{"params": model.cost.params, "macs": model.cost.macs, **accuracy}]

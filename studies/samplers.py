@@ -102,14 +102,14 @@ def load(path: Path, costs: tuple[str, ...]) -> Problem:
     """The problem of a table: within its budget, with the score and these costs as objectives."""
     table = json.loads(path.read_text())
     settings = parse_study(table["study"].split())
-    space = make_space(settings, make_base(settings, 10, 1))
+    space = make_space(settings, make_base(settings.network, 10, 1, settings.seed))
     scores, prices = {}, {}
     for name, params, macs, *at_rungs in table["rows"]:
         row = tuple(map(int, name))
         scores[row], prices[row] = tuple(at_rungs), space.cost(space.table.genotype(row))
         assert (prices[row].params, prices[row].macs) == (params, macs), f"the space has changed: make {path} anew"
     return Problem(
-        budget=str(settings.budget),
+        budget=str(settings.search.budget),
         costs=costs,
         space=space,
         damages=[np.array(damage) for damage in table["damages"]],

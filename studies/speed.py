@@ -27,7 +27,7 @@ from paper_tables import hardware
 from torch import nn
 
 import nas_kd.models  # noqa: F401  # exports load by their networks
-from nas_kd.arguments.shared import SPACE, STAGES
+from nas_kd.arguments.choices import ChoicesSettings
 from nas_kd.costs.latency import measure_together
 from nas_kd.networks.onnx import write_model
 from nas_kd.search.options import parse_options
@@ -96,11 +96,11 @@ def spread(gains: Sequence[Gains]) -> tuple[str, ...]:
 def table(folder: Path) -> Iterator[str]:
     yield f"| ÷ beside teacher or base | | {' | '.join(KINDS)} |"
     yield f"|{'---|' * (2 + len(KINDS))}"
-    gains, roles = of_study(folder)
+    gains, roles, usual = *of_study(folder), ChoicesSettings()
     now = {
         "digits, front": spread([gains[name] for name in roles["front"]]),
         "digits, one width everywhere": spread([gains[name] for name in roles.get("uniform", [])]),
-        "EfficientNet-Lite0 at 128, cheapest": spread([cheapest(SPACE, stages=STAGES)]),
+        "EfficientNet-Lite0 at 128, cheapest": spread([cheapest(usual.space, stages=usual.search_stages)]),
     }
     for name, cells in now.items():
         yield f"| {name} | before | {' | '.join(BEFORE[name])} |"

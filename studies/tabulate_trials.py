@@ -88,7 +88,7 @@ def table_of(job: Job, materials: Materials, records: Records, rows: NDArray[np.
         "study": STUDY,
         "blocks": {block.name: [str(choice) for choice in block.choices] for block in job.space.blocks},
         "damages": [np.round(damage, 6).tolist() for damage in job.space.damages()],
-        "rungs": rung_epochs(job.settings.proxy_epochs),
+        "rungs": rung_epochs(job.settings.proxy.epochs),
         "columns": ["choices", "params", "macs", "score at each rung"],
         "rows": [
             [name, int(params), int(macs), *(round(score, 5) for score in found[name]["scores"])]

@@ -49,8 +49,8 @@ from torch import nn
 from versus_arms import FASTNAS, FRESH, OURS, PLAIN, PRUNED, Bench, Ours, OutOfReachError
 from versus_page import write_page
 
+from nas_kd.arguments.choices import ChoicesSettings
 from nas_kd.arguments.parsing import guarded
-from nas_kd.arguments.shared import SPACE
 from nas_kd.rank_check.portions import Portions
 from nas_kd.training.evaluation import evaluate
 from nas_kd.training.loop import train
@@ -100,7 +100,10 @@ def _in_time(base: str, study: str, share: int, words: str, **more: Any) -> Pair
     return Pair(
         title=f"{base} at {words} of its milliseconds",
         study=f"{study} --budget latency={share}% --proxy-epochs 1",
-        ours={"knapsack, small": small, "knapsack, closed forms": Ours(space=SPACE, stages=True, rounds=())},
+        ours={
+            "knapsack, small": small,
+            "knapsack, closed forms": Ours(space=ChoicesSettings().space, stages=True, rounds=()),
+        },
         peers=(WHOLE, TAYLOR, rounded, f"{TAYLOR}, multiples of 8"),
         timed=("knapsack, small", "knapsack, closed forms", rounded),
         seeds={"knapsack, small": 2, "knapsack, closed forms": 2, WHOLE: 2, TAYLOR: 2, rounded: 2},

@@ -20,6 +20,7 @@ from rich.console import Console
 from torch import nn
 
 from nas_kd import Space
+from nas_kd.arguments.parts import changed
 from nas_kd.arguments.study import parse_study
 from nas_kd.budget import LATENCY, Cost
 from nas_kd.costs.verification import measure
@@ -97,7 +98,7 @@ class Bench:
 
     @property
     def amp(self) -> bool:
-        return self.job.settings.amp
+        return self.job.settings.training.amp
 
     @property
     def views(self) -> Views:
@@ -184,7 +185,7 @@ class Bench:
         space = self._space(ours)
         started = time.process_time()
         if ours.trials:
-            settings = dataclasses.replace(self.job.settings, seed=seed, trials=ours.trials)
+            settings = changed(self.job.settings, seed=seed, trials=ours.trials)
             job = dataclasses.replace(self.job, settings=settings, space=space, storage=InMemoryStorage())
             study = search(job, self.materials, self.stages)
             (genotype,) = choose_front(study, 1, job.budget)

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from nas_kd.arguments.augment import AugmentOptions
-from nas_kd.arguments.distill import DistillSettings, parse_distill
-from nas_kd.arguments.study import Settings, parse_study
+from nas_kd.arguments.data import DataSettings
+from nas_kd.arguments.distill import parse_distill
+from nas_kd.arguments.study import noted_settings, parse_study
 from nas_kd.data.augment import Augmentation, PhotoAugmentation
 from nas_kd.data.mixing import Mixing
 from nas_kd.errors import DataError, NasKdError
@@ -17,12 +18,11 @@ from nas_kd.preparation.augmenting import augmentation_of, mixing_of
 from nas_kd.rank_check.arguments import parse_rank_check
 from nas_kd.workers.bundle import Bundle, settings_of
 
-AnySettings = Settings | DistillSettings
-COMMANDS: dict[str, Callable[[Sequence[str]], AnySettings]] = {
-    "study": lambda argv: parse_study(["--budget=params=1M", *argv]),
-    "distill": lambda argv: parse_distill(["resnet18", "--no-teacher", *argv]),
-    "structure": lambda argv: parse_structure(["--budget=params=1M", *argv]).study,
-    "rank_check": lambda argv: parse_rank_check(["--budget=params=1M", *argv]).study,
+COMMANDS: dict[str, Callable[[Sequence[str]], DataSettings]] = {
+    "study": lambda argv: parse_study(["--budget=params=1M", *argv]).data,
+    "distill": lambda argv: parse_distill(["resnet18", "--no-teacher", *argv]).data,
+    "structure": lambda argv: parse_structure(["--budget=params=1M", *argv]).study.data,
+    "rank_check": lambda argv: parse_rank_check(["--budget=params=1M", *argv]).study.data,
 }
 ALL = (
     "--scale 0.5 0.9 --ratio 0.8 1.2 --train-interpolation bicubic --hflip 0.1 --vflip 0.2 --aa rand-m9-mstd0.5"
@@ -33,12 +33,12 @@ FOLDER = ["--dataset=folder", "--data-dir=photos"]
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_takes_timms_options(command: str) -> None:
-    settings = COMMANDS[command]([*FOLDER, *ALL.split()])
-    assert augmentation_of(settings, 128) == PhotoAugmentation(
+    data = COMMANDS[command]([*FOLDER, *ALL.split()])
+    assert augmentation_of(data, 128) == PhotoAugmentation(
         scale=(0.5, 0.9), ratio=(0.8, 1.2), interpolation="bicubic", hflip=0.1, vflip=0.2,
         auto_augment="rand-m9-mstd0.5", re_prob=0.25, re_mode="const",
     )  # fmt: skip
-    assert mixing_of(settings, 7) == Mixing(
+    assert mixing_of(data, 7) == Mixing(
         num_classes=7, mixup=0.2, cutmix=1, mixup_prob=0.9, mixup_switch_prob=0.3, smoothing=0.1
     )
 
@@ -118,14 +118,14 @@ def test_what_cannot_be_done_is_told_as_well() -> None:
 
 
 def test_workers_get_the_options() -> None:
-    settings = COMMANDS["study"]([*FOLDER, *ALL.split()])
-    noted = json.loads(json.dumps(dataclasses.asdict(settings)))
+    settings = parse_study(["--budget=params=1M", *FOLDER, *ALL.split()])
+    noted = json.loads(json.dumps(noted_settings(settings)))
     bundle = Bundle(
         version="", settings=noted, num_classes=7, mean=(0.5,), std=(0.5,), proxy_images=8, teacher="t",
         weights="w", images="i", views="v", library=None, folder="",
     )  # fmt: skip
-    assert settings_of(bundle).augment == settings.augment
+    assert settings_of(bundle) == settings
     assert {"v/shares.npy", "v/plain.npy"} <= set(bundle.paths())
     plain = dataclasses.replace(bundle, settings={**noted, "augment": None})
-    assert settings_of(plain).augment == AugmentOptions()
+    assert settings_of(plain).data.augment == AugmentOptions()
     assert not {"v/shares.npy", "v/plain.npy"} & set(plain.paths())

@@ -34,12 +34,12 @@ def command(request: pytest.FixtureRequest) -> str:
 def test_a_folder_alone_holds_image_folders(command: str) -> None:
     _, parse, arguments = COMMANDS[command]
     settings = parse([*arguments, "--data-dir", "my_images"])
-    assert (settings.dataset, settings.data_dir) == ("folder", "my_images")
+    assert (settings.data.dataset, settings.data.data_dir) == ("folder", "my_images")
 
 
 def test_without_a_folder_there_are_the_digits(command: str) -> None:
     _, parse, arguments = COMMANDS[command]
-    assert parse(arguments).dataset == "digits"
+    assert parse(arguments).data.dataset == "digits"
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def test_budgets_have_one_spelling(typed: str, plain: str) -> None:
     base = Cost(params=10**7, macs=10**9, size=10**8, peak_memory=10**7, latency=10**7)
     assert plain_budget(typed) == plain
     assert parse_budget(typed, base) == parse_budget(plain, base)
-    assert parse_study([f"--budget={typed}"]).budget == plain
+    assert parse_study([f"--budget={typed}"]).search.budget == plain
 
 
 @pytest.mark.parametrize("typed", ["params=1MB", "params=1e", "params=1__0", "latency=1MB", "size=1TB", "macs=1e400"])
@@ -53,13 +53,13 @@ def test_flops_are_answered_with_macs(kind: str) -> None:
 
 def test_numbers_of_options() -> None:
     settings = parse_study(["--budget=params=1M", "--proxy-images", "1e4", "--train-images", "10_000"])
-    assert (settings.proxy_images, settings.train_images) == (10_000, 10_000)
+    assert (settings.proxy.images, settings.data.train_images) == (10_000, 10_000)
     with pytest.raises(NasKdError, match=r"'1\.5' is no whole number"):
         parse_study(["--budget=params=1M", "--trials", "1.5"])
 
 
 def test_models_by_their_name_on_the_hub() -> None:
-    assert parse_study(["--budget=params=1M", "--model", "timm/resnet18.a1_in1k"]).model == "resnet18.a1_in1k"
+    assert parse_study(["--budget=params=1M", "--model", "timm/resnet18.a1_in1k"]).network.model == "resnet18.a1_in1k"
     assert type(create_base("timm/test_resnet")) is type(timm.create_model("test_resnet"))
 
 
@@ -69,19 +69,25 @@ def test_home_is_home_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert load("~/small").num_classes == 2
     study = ["--budget=params=1M", "--model=~/small", "--out=~/out", "--data-dir=~/data", "--class-map=~/map"]
     settings = parse_study([*study, "--storage=~/study.db", "--artifacts=~/store", "--start-from=~/structure.json"])
-    assert settings.model == f"local-dir:{tmp_path / 'small'}"
-    assert settings.storage == f"sqlite:///{tmp_path / 'study.db'}"
-    given = (settings.out, settings.data_dir, settings.class_map, settings.artifacts, *settings.start_from)
+    assert settings.network.model == f"local-dir:{tmp_path / 'small'}"
+    assert settings.sharing.storage == f"sqlite:///{tmp_path / 'study.db'}"
+    given = (
+        settings.output.out,
+        settings.data.data_dir,
+        settings.data.class_map,
+        settings.sharing.artifacts,
+        *settings.search.start_from,
+    )
     assert given == tuple(str(tmp_path / name) for name in ("out", "data", "map", "store", "structure.json"))
     distilled = parse_distill(["local-dir:~/small", "--no-teacher", "--out=~/out", "--cache=~/cache"])
-    assert (distilled.model, distilled.out) == (f"local-dir:{tmp_path / 'small'}", str(tmp_path / "out"))
+    assert (distilled.network.model, distilled.out) == (f"local-dir:{tmp_path / 'small'}", str(tmp_path / "out"))
     assert distilled.cache == str(tmp_path / "cache")
 
 
 def test_a_bare_file_is_a_storage(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse_worker(["--storage", "study.db"]).storage == "sqlite:///study.db"
     monkeypatch.setenv("NAS_KD_STORAGE", "here/study.db")
-    assert parse_study(["--budget=params=1M"]).storage == "sqlite:///here/study.db"
+    assert parse_study(["--budget=params=1M"]).sharing.storage == "sqlite:///here/study.db"
     assert parse_worker([]).storage == "sqlite:///here/study.db"
     monkeypatch.setenv("NAS_KD_STORAGE", "a#b.db")
     with pytest.raises(NasKdError, match=r"NAS_KD_STORAGE: cannot keep a study in 'a#b\.db'"):
@@ -92,5 +98,5 @@ def test_a_bare_file_is_a_storage(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_commands_can_be_pasted() -> None:
     typed = ["--budget", "macs=50%", "--out", "my results", "--pin", "layer1.*:conv=standard"]
-    command = parse_study([*typed, "--new-study"]).command
+    command = parse_study([*typed, "--new-study"]).output.command
     assert shlex.split(command) == ["python", "-m", "nas_kd.study", *typed]

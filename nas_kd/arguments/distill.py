@@ -7,14 +7,18 @@ import ast
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nas_kd.arguments.augment import add_augmentation, augment_options
-from nas_kd.arguments.images import ImageSettings
+from nas_kd.arguments.data import DataSettings, add_data, add_reading
+from nas_kd.arguments.network import NetworkSettings, add_shape
+from nas_kd.arguments.output import add_quiet
 from nas_kd.arguments.parsing import LOCAL, Parser, command_line, model_name, number, path
-from nas_kd.arguments.shared import RATE, add_data, add_shape
+from nas_kd.arguments.parts import defaults, part, read
+from nas_kd.arguments.teacher import TeacherSettings
+from nas_kd.arguments.training import RATE, add_device
 from nas_kd.data.dataset_names import choose_dataset
 from nas_kd.errors import NasKdError
 
@@ -22,59 +26,53 @@ LOSSES = ("kd", "dkd")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DistillSettings(ImageSettings):
+class DistillSettings:
     """The arguments of `python -m nas_kd.distill`, checked as far as that is possible without torch.
 
-    `mode` is `online`, `offline` (then `teacher` names one) or `plain`. `model_kwargs` go to `timm.create_model`.
+    `mode` is `online`, `offline` (then there is a teacher) or `plain`. `model_kwargs` go to `timm.create_model`.
     """
 
-    model_kwargs: tuple[tuple[str, Any], ...]
-    conv: str | None
-    from_scratch: bool
-    reduction: int | None
-    in_chans: int | None
+    network: NetworkSettings = part(NetworkSettings)
+    data: DataSettings = part(DataSettings)
+    teacher: TeacherSettings = part(TeacherSettings)
     mode: str
-    peers: int
-    teacher_gradient: bool
-    class_mean: bool
-    teacher: str | None
-    teacher_pretrained: bool
-    teacher_checkpoint: str | None
-    teacher_epochs: int | None
-    views: int
-    loss: str
-    distill_weight: float
-    temperature: float
-    epochs: int | None
-    batch_size: int
-    lr: float | None
-    optimizer: str
-    schedule: str
-    weight_decay: float
-    device: str | None
-    amp: bool
-    out: str | None
-    cache: str | None
+    model_kwargs: tuple[tuple[str, Any], ...] = ()
+    conv: str | None = None
+    from_scratch: bool = False
+    peers: int = 4
+    teacher_gradient: bool = False
+    class_mean: bool = False
+    views: int = 8
+    loss: str = "kd"
+    distill_weight: float = 0.9
+    temperature: float = 4.0
+    epochs: int | None = None
+    batch_size: int = 64
+    lr: float | None = None
+    optimizer: str = "sgd"
+    schedule: str = "one-cycle"
+    weight_decay: float = 5e-4
+    device: str | None = None
+    amp: bool = False
+    out: str | None = None
+    cache: str | None = None
+    quiet: bool = False
+    debug: bool = False
     command: str = ""
-
-    @property
-    def is_result(self) -> bool:
-        """Whether the model is an exported folder, which brings weights."""
-        return self.model.startswith(LOCAL)
 
     @property
     def has_weights(self) -> bool:
         """Whether the student starts from given weights."""
-        given = self.pretrained or self.initial_checkpoint is not None or self.is_result
+        given = self.network.is_weighted or self.network.is_exported
         return given and not self.from_scratch and self.mode != "online"
 
     @property
     def stem(self) -> str:
         """A short name of the model: with its arguments and its kind of convolution; of an exported one without path,
         params and accuracy."""
-        name = self.model
-        if self.is_result:
-            name = re.sub(r"-\d+\.\d\dM-\d+\.\d.*$", "", Path(self.model.removeprefix(LOCAL)).resolve().name)
+        name = self.network.model
+        if self.network.is_exported:
+            name = re.sub(r"-\d+\.\d\dM-\d+\.\d.*$", "", Path(name.removeprefix(LOCAL)).resolve().name)
         words = [name, *(str(value) for _, value in self.model_kwargs), *([self.conv] if self.conv else [])]
         return re.sub(r"[^\w.%+-]+", "-", "-".join(words)).strip("-.")
 
@@ -99,8 +97,8 @@ def distill_parser(prog: str = "python -m nas_kd.distill") -> argparse.ArgumentP
         metavar="DIR",
         help="images, views, teachers and states, shared by several trainings (OUT/cache)",
     )
-    add("-q", "--quiet", action="store_true", help="print the result alone")
-    add("--debug", action="store_true", help="tracebacks and debug messages")
+    add_quiet(add)
+    parser.take_defaults({**defaults(DistillSettings), "dataset": None})
     return parser
 
 
@@ -122,7 +120,7 @@ def _add_mode(parser: argparse.ArgumentParser) -> None:
     )
     mode.add_argument("--no-teacher", action="store_true", help="plain training, to compare with")
     add = parser.add_argument_group("online distillation").add_argument
-    add("--peers", type=number(2), default=4, metavar="N", help="students that learn together (4)")
+    add("--peers", type=number(2), metavar="N", help="students that learn together (%(default)s)")
     add("--teacher-gradient", action="store_true", help="the soft loss moves the teacher too (the authors' code)")
     add("--class-mean", action="store_true", help="average the soft loss over classes too (the authors' code)")
     add = parser.add_argument_group("offline distillation").add_argument
@@ -139,30 +137,27 @@ def _add_mode(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="epochs of the teacher (by the data's size; few from given weights)",
     )
-    add("--views", type=number(0), default=8, metavar="N", help="augmented views with cached logits; 0: always new (8)")
+    add("--views", type=number(0), metavar="N", help="augmented views with cached logits; 0: always new (%(default)s)")
     add(
         "--distill-weight",
         type=number(0, float, 1 + 1e-9),
-        default=0.9,
         metavar="F",
-        help="share of the soft loss, the rest is cross-entropy (0.9); online everything weighs 1",
+        help="share of the soft loss, the rest is cross-entropy (%(default)s); online everything weighs 1",
     )
     add = parser.add_argument_group("soft loss").add_argument
-    add("--loss", choices=LOSSES, default="kd", help="logit KD or decoupled KD (kd)")
-    add("--temperature", type=number(1e-3, float), default=4.0, metavar="T", help="softens the logits (4)")
+    add("--loss", choices=LOSSES, help="logit KD or decoupled KD (%(default)s)")
+    add("--temperature", type=number(1e-3, float), metavar="T", help="softens the logits (%(default)s)")
 
 
 def _add_recipe(add: Callable[..., object]) -> None:
     add("--epochs", type=number(1), metavar="N", help="epochs (by the data's size)")
-    add("--batch-size", type=number(2), default=64, metavar="N", help="images per step (64)")
+    add("--batch-size", type=number(2), metavar="N", help="images per step (%(default)s)")
     add("--lr", type=RATE, metavar="F", help="peak learning rate (0.005 from given weights, 0.03 from scratch)")
-    add("--optimizer", choices=("sgd", "adamw"), default="sgd", help="(sgd)")
-    add("--schedule", choices=("one-cycle", "cosine", "step", "constant"), default="one-cycle", help="(one-cycle)")
-    add("--weight-decay", type=number(0, float, math.inf), default=5e-4, metavar="F", help="(5e-4)")
-    add("--device", metavar="D", help="cpu, cuda, cuda:1, … (cuda where there is one)")
-    add("--amp", action="store_true", help="mixed precision")
-    add("--workers", type=number(1), default=2, metavar="N", help="threads that decode images (2)")
-    add("--seed", type=number(0, int, 2**32), default=0, metavar="N", help="decides everything that is random (0)")
+    add("--optimizer", choices=("sgd", "adamw"), help="(%(default)s)")
+    add("--schedule", choices=("one-cycle", "cosine", "step", "constant"), help="(%(default)s)")
+    add("--weight-decay", type=number(0, float, math.inf), metavar="F", help="(5e-4)")
+    add_device(add)
+    add_reading(add)
 
 
 def parse_distill(argv: Sequence[str]) -> DistillSettings:
@@ -174,7 +169,7 @@ def parse_distill(argv: Sequence[str]) -> DistillSettings:
     arguments["dataset"] = choose_dataset(arguments["dataset"], arguments["data_dir"])
     arguments["augment"] = augment_options(arguments, arguments["loss"])
     arguments["command"] = command_line("python -m nas_kd.distill", argv)
-    return DistillSettings(**{field.name: arguments[field.name] for field in fields(DistillSettings)})
+    return read(DistillSettings, arguments)
 
 
 def _pair(text: str) -> tuple[str, Any]:

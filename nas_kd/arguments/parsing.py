@@ -7,8 +7,9 @@ import math
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from nas_kd.arguments.torchrun import end
 from nas_kd.data.memory import keep_some
@@ -24,6 +25,12 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, *, description: str, epilog: str | None = None) -> None:
         plain = argparse.RawDescriptionHelpFormatter
         super().__init__(prog, description=description, epilog=epilog, formatter_class=plain, allow_abbrev=False)
+
+    def take_defaults(self, values: Mapping[str, Any]) -> None:
+        """What arguments are where they are not given, by their names; values of what is no argument are left out."""
+        known = {action.dest for action in self._actions}
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        self.set_defaults(**{name: value for name, value in plain.items() if name in known})
 
     def error(self, message: str) -> None:  # type: ignore[override]
         raise NasKdError(f"{message}; see {self.prog} --help")

@@ -7,9 +7,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nas_kd.arguments.output import add_quiet
 from nas_kd.arguments.parsing import Parser, number, path, storage
-from nas_kd.arguments.shared import add_workers
-from nas_kd.arguments.study import STORAGE
+from nas_kd.arguments.parts import defaults
+from nas_kd.arguments.sharing import STORAGE, SharingSettings, add_workers
 from nas_kd.errors import NasKdError
 
 LIBRARY, TRIALS, MODELS = PARTS = "library", "trials", "models"  # of a study's work, in its order
@@ -49,7 +50,6 @@ def worker_parser(prog: str = "python -m nas_kd.worker") -> argparse.ArgumentPar
         "--storage",
         type=storage,
         metavar="URL",
-        default=os.environ.get(STORAGE),
         help="the study's storage: a URL, or SQLite's file ($NAS_KD_STORAGE)",
     )
     add("--study-name", metavar="NAME", help="the study (the only one in the storage)")
@@ -77,8 +77,8 @@ def worker_parser(prog: str = "python -m nas_kd.worker") -> argparse.ArgumentPar
     )
     add("--leash", action="store_true", help=argparse.SUPPRESS)
     add("--part", choices=(*PARTS, GENOTYPES), help=argparse.SUPPRESS)
-    add("-q", "--quiet", action="store_true", help="print nothing but errors")
-    add("--debug", action="store_true", help="tracebacks and debug messages")
+    add_quiet(add, "print nothing but errors")
+    parser.take_defaults({**defaults(SharingSettings), "storage": os.environ.get(STORAGE)})
     return parser
 
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from nas_kd.arguments.augment import add_augmentation
+from nas_kd.arguments.data import add_data, add_reading
+from nas_kd.arguments.network import add_base
+from nas_kd.arguments.output import add_onnx, add_report
 from nas_kd.arguments.parsing import Parser, command_line, number
-from nas_kd.arguments.shared import add_base, add_baselines, add_data, add_onnx, add_recipe, add_report
-from nas_kd.arguments.study import Settings, settings_like
+from nas_kd.arguments.parts import changed, defaults
+from nas_kd.arguments.study import Settings, settings_from
+from nas_kd.arguments.teacher import add_teacher, add_teacher_epochs
+from nas_kd.arguments.training import add_baselines, add_recipe
 from nas_kd.budget import KINDS, parse_budget
 from nas_kd.errors import BudgetError, GenotypeError, NasKdError
 
@@ -37,6 +42,7 @@ def structure_parser(prog: str = "python -m nas_kd.structure") -> argparse.Argum
         epilog=f"example: {prog} --budget macs=50%     (no data, network or GPU needed)",
     )
     add_base(parser)
+    add_teacher(parser)
     add_data(parser)
     add_augmentation(parser)
     _add_widths(parser.add_argument_group("widths").add_argument)
@@ -45,6 +51,7 @@ def structure_parser(prog: str = "python -m nas_kd.structure") -> argparse.Argum
     add_report(output)
     add_baselines(output)
     add_onnx(output)
+    parser.take_defaults({**defaults(Settings), "space": "width", "search_stages": False, "dataset": None})
     return parser
 
 
@@ -63,7 +70,7 @@ def _add_widths(add: Callable[..., object]) -> None:
         metavar="P",
         help="weigh what blocks cost: 'layer2.*=2.0' makes them narrower, 0.5 wider, 0 spares them (repeatable; 1)",
     )
-    add("--space", default="width", metavar="S", help="which widths are open: width=0.25/0.5/1 (all)")
+    add("--space", metavar="S", help="which widths are open: width=0.25/0.5/1 (all)")
     add(
         "--pin",
         action="append",
@@ -78,8 +85,10 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("training").add_argument
     add("--learn-epochs", type=number(1), metavar="N", help="epochs in which widths are learnt (half as many as then)")
     add("--refine-epochs", type=number(1), metavar="N", help="epochs of the narrow network (by the data's size)")
-    add("--distill", choices=LOSSES, default="kd", help="logit KD or decoupled KD from the teacher (kd)")
+    add("--distill", choices=LOSSES, help="logit KD or decoupled KD from the teacher (%(default)s)")
+    add_teacher_epochs(add)
     add_recipe(add)
+    add_reading(add)
 
 
 def parse_structure(argv: Sequence[str]) -> StructureSettings:
@@ -95,9 +104,9 @@ def parse_structure(argv: Sequence[str]) -> StructureSettings:
         "factors": tuple(map(_factor, arguments.pop("factors"))),
     }
     command = command_line("python -m nas_kd.structure", argv)
-    study = settings_like(arguments, command, library_budget=0.0, base_bounds=False)
-    if study.out is None:
-        study = replace(study, out=f"results/structure-{study.name}")
+    study = settings_from({**arguments, "command": command, "library_budget": 0.0, "base_bounds": False})
+    if study.output.out is None:
+        study = changed(study, out=f"results/structure-{study.name}")
     return StructureSettings(study=study, **own)
 
 

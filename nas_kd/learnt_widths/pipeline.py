@@ -84,7 +84,7 @@ def learn_structure(settings: StructureSettings, stages: Stages) -> Structure:
     genotype = rounded(job, learnt, goal)
     start = Start(build=lambda: narrowed(job, learnt, genotype), digest=digest)
     wanted = WantedModel(role="front", genotype=genotype, space=job.space, epochs=refining, start=start)
-    baselines = plain_baselines(job, genotype, learning + refining) if settings.study.baselines else []
+    baselines = plain_baselines(job, genotype, learning + refining) if settings.study.refinement.baselines else []
     models = tuple(make_models(job, [wanted, *baselines], materials, stages))
     blocks = tuple(_block_rows(analysis, goal, learnt, genotype))
     result = Structure(out=job.out, budget=job.budget, genotype=genotype, blocks=blocks, models=models)
@@ -122,15 +122,15 @@ def _learn(job: Job, goal: Goal, materials: Materials, epochs: int, stages: Stag
     settings = job.settings
     recipe = replace(
         recipe_of(settings, epochs),
-        distill=settings.distill,
+        distill=settings.refinement.distill,
         warmup=_WARMUP,
         eval_epochs=tuple(range(1, epochs + 1)),
     )
     learner = WidthLearner(job.space.base, job.space.analysis, goal)
     _say_sources(learner.scales, job.space.analysis)
     choices = [(block.name, block.choices) for block in job.space.blocks]
-    images = images_key(settings, materials.splits)
-    facts = f"1 {materials.digest} {images} {settings.views} {recipe} {goal} {choices}"
+    images = images_key(settings.data, materials.splits)
+    facts = f"1 {materials.digest} {images} {settings.training.views} {recipe} {goal} {choices}"
     digest = hashlib.sha256(facts.encode()).hexdigest()[:16]
     path = job.cache / f"learnt-{digest}.safetensors"
     with stages.stage("learn widths", epochs) as advance:
@@ -210,14 +210,14 @@ def _block_rows(analysis: Analysis, goal: Goal, learnt: LearntWidths, genotype: 
 def _write(result: Structure, learnt: LearntWidths, settings: StructureSettings) -> None:
     """`structure.json`, which a study may start from, and the table of models."""
     record = {
-        "model": settings.study.model,
+        "model": settings.study.network.model,
         "budget": str(result.budget),
         "genotype": json.loads(result.genotype.to_json()),
         "digest": result.genotype.digest,
         "in use": {kind: round(share, 4) for kind, share in learnt.shares.items()},
         "lambda": dict(learnt.lambdas),
         "blocks": [asdict(row) for row in result.blocks],
-        "command": settings.study.command,
+        "command": settings.study.output.command,
         "seed": settings.study.seed,
     }
     write_atomically(result.out / FILE, json.dumps(record, indent=2) + "\n")

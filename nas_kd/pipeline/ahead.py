@@ -105,7 +105,7 @@ class Rounds:
     def __iter__(self) -> Iterator[tuple[Begin, int]]:
         """For each round what trials begin with, and how many of them train: those that are queued, else proposed now;
         until the study has as many as it wants, or a round brought none."""
-        before, trials = -1, self.job.settings.trials
+        before, trials = -1, self.job.settings.search.trials
         while before < (trained := count_trained(self.study)) < trials:
             before, missing = trained, trials - trained
             queued = (_queued(self.job, self.study) or self._propose(min(missing, max(ROUND, self.count))))[:missing]
@@ -148,8 +148,8 @@ def rounds_of(helpers: Helpers | None, study: optuna.Study, proxy: Proxy) -> Rou
     """The rounds of a search; None where one process does it all, one trial after the other."""
     if helpers is None:
         return None
-    trials = helpers.job.settings.trials - count_trained(study)
-    seconds = predicted_seconds(helpers.job, 0, 0)["search"] * trials / helpers.job.settings.trials
+    trials = helpers.job.settings.search.trials - count_trained(study)
+    seconds = predicted_seconds(helpers.job, 0, 0)["search"] * trials / helpers.job.settings.search.trials
     count = processes(helpers.job, trials) if seconds >= (WORTH if helpers.others else BEGIN) else 1
     return None if count == 1 else Rounds(helpers=helpers, study=study, proxy=proxy, count=count)
 

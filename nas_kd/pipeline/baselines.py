@@ -94,7 +94,7 @@ def _random(job: Job) -> Genotype | None:
 
 def whole_space(job: Job) -> Space[nn.Module] | None:
     """A job's base with every width open, residual streams too: what a person narrows without a search."""
-    return whole_of(job.space, job.settings.model)
+    return whole_of(job.space, job.settings.network.model)
 
 
 def whole_of(space: Space[nn.Module], name: str) -> Space[nn.Module] | None:

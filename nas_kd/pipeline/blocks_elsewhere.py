@@ -16,7 +16,8 @@ from optuna.storages import BaseStorage, InMemoryStorage
 from safetensors import SafetensorError
 
 from nas_kd import __version__
-from nas_kd.arguments.study import restore_settings
+from nas_kd.arguments.parts import changed
+from nas_kd.arguments.study import noted_settings, restore_settings
 from nas_kd.arguments.worker import LIBRARY as PART
 from nas_kd.arguments.worker import WorkerSettings
 from nas_kd.errors import ArtifactError, CheckpointError, StudyError
@@ -84,7 +85,7 @@ class BlocksPlan:
 
 def are_open(job: Job) -> bool:
     """Whether workers elsewhere can make blocks: they reach the study's storage."""
-    is_shared = job.settings.storage is not None and not isinstance(job.storage, InMemoryStorage)
+    is_shared = job.settings.sharing.storage is not None and not isinstance(job.storage, InMemoryStorage)
     return is_shared and current().size == 1
 
 
@@ -104,13 +105,13 @@ def make_with_workers(job: Job, count: int, inputs: LibraryInputs, blocks: OpenB
 
     with storage_errors("share out blocks of the library"):
         jobs = post_jobs(job.storage, job.settings.name, list(names), LIBRARY)
-        note_latency(jobs, job.settings, job.space)
+        note_latency(jobs, job.settings.latency, job.space)
         note_cycles(jobs, job.space)
         plan = _plan(job, inputs, blocks.folder)
         jobs.set_user_attr(BLOCKS, dataclasses.asdict(plan))
         told = Told(jobs, names, own, lambda key, _: report_made(names[key]))
         with more_processes(job, count, PART) as sleep:
-            do_jobs(jobs, run, grace=job.settings.grace_period, sleep=told.beside(sleep))
+            do_jobs(jobs, run, grace=job.settings.sharing.grace_period, sleep=told.beside(sleep))
         told.tell()
         for key, notes in done_jobs(jobs).items():
             if key in names and key not in own:
@@ -143,10 +144,10 @@ def _plan(job: Job, inputs: LibraryInputs, folder: Path) -> BlocksPlan:
     path = _INPUTS.format(folder.name)
     if not (job.cache / path).exists():
         inputs.write(job.cache / path)
-    store = open_store(job.settings.artifacts) if job.settings.artifacts else None
+    store = open_store(job.settings.sharing.artifacts) if job.settings.sharing.artifacts else None
     plan = BlocksPlan(
         version=__version__,
-        settings={**dataclasses.asdict(job.settings), **PRIVATE},
+        settings={**noted_settings(job.settings), **PRIVATE},
         num_classes=predict_logits(inputs.base, inputs.images[:1]).shape[1],
         facts=inputs.facts,
         inputs=path,
@@ -273,8 +274,9 @@ def _make(
 def _builder(jobs: RetryingStudy, plan: BlocksPlan, cache: Path, device: torch.device) -> Builder:
     """What builds the plan's library on this machine. Raises ArtifactError for a file that is missing or damaged,
     StudyError where another library would come of it."""
-    settings = dataclasses.replace(restore_settings(plan.settings), pretrained=False, out=str(cache.parent))
-    base = make_base(settings, plan.num_classes, in_chans_of(settings)).to(device)
+    settings = changed(restore_settings(plan.settings), pretrained=False, out=str(cache.parent))
+    channels = in_chans_of(settings.network, settings.data)
+    base = make_base(settings.network, plan.num_classes, channels, settings.seed).to(device)
     path = cache / plan.inputs
     try:
         inputs = LibraryInputs.read(path, base, plan.facts)

@@ -31,7 +31,6 @@ from nas_kd.preparation.job import (
     TRANSFER_LR,
     brings_head,
     epochs_of,
-    has_teacher_weights,
     make_teacher,
     open_folder,
     training_device,
@@ -109,22 +108,22 @@ def prepare_distillation(settings: DistillSettings) -> DistillJob:
 
     Raises a NasKdError for each mistake that a user can make.
     """
-    device = training_device(settings)
+    device = training_device(settings.device, amp=settings.amp)
     out = open_folder(Path(settings.out or Path("results") / _name(settings)))
     if settings.cache is not None:
         open_folder(Path(settings.cache), "--cache")
-    source = open_source(settings.dataset, settings.data_dir, settings.class_map)
-    classes = settings.num_classes or len(source.class_names)
+    source = open_source(settings.data.dataset, settings.data.data_dir, settings.data.class_map)
+    classes = settings.data.num_classes or len(source.class_names)
     size = _input_size(settings)
     student = build(settings, classes, size, 0)
-    teacher, head = make_teacher(settings, classes, size[0])
+    teacher, head = make_teacher(settings.teacher, settings.network.reduction, classes, size[0], settings.data.seed)
     for network in filter(None, (student, teacher)):
         try_out(network, size)
-    trained = teacher is not None and has_teacher_weights(settings)
+    trained = teacher is not None and settings.teacher.is_weighted
     model = teacher if trained and teacher is not None else student
-    data = beside_gpu(data_spec(settings, size, source, model, weighted=trained or settings.has_weights), device)
+    data = beside_gpu(data_spec(settings.data, size, source, model, weighted=trained or settings.has_weights), device)
     if trained or settings.has_weights:
-        warn_of_other_order(source, settings, model, _origin(settings, of_teacher=trained))
+        warn_of_other_order(source, settings.data, model, _origin(settings, of_teacher=trained))
     return DistillJob(
         settings=settings,
         device=device,
@@ -139,26 +138,28 @@ def prepare_distillation(settings: DistillSettings) -> DistillJob:
 
 def _origin(settings: DistillSettings, *, of_teacher: bool) -> str:
     """Where weights come from, in words."""
-    file = settings.teacher_checkpoint if of_teacher else settings.initial_checkpoint
-    return file or f"timm's {settings.teacher if of_teacher else settings.model}"
+    file = settings.teacher.checkpoint if of_teacher else settings.network.initial_checkpoint
+    return file or f"timm's {settings.teacher.model if of_teacher else settings.network.model}"
 
 
 def _name(settings: DistillSettings) -> str:
     """The name of the output folder: results of one base are told apart by their own."""
-    model = Path(settings.model.partition(":")[2]).resolve().name if settings.is_result else settings.stem
-    return f"distill-{model}-{settings.dataset.replace('/', '-')}-{settings.mode}"
+    model = (
+        Path(settings.network.model.partition(":")[2]).resolve().name if settings.network.is_exported else settings.stem
+    )
+    return f"distill-{model}-{settings.data.dataset.replace('/', '-')}-{settings.mode}"
 
 
 def _input_size(settings: DistillSettings) -> tuple[int, int, int]:
     """C, H, W of the images: as given, as an exported model takes them, or by the dataset."""
-    if settings.is_result:
-        channels, side, _ = input_size_of(create_base(settings.model), settings.img_size)
-        return settings.in_chans or channels, side, side
-    digits = settings.dataset == DIGITS
+    if settings.network.is_exported:
+        channels, side, _ = input_size_of(create_base(settings.network.model), settings.network.img_size)
+        return settings.network.in_chans or channels, side, side
+    digits = settings.data.dataset == DIGITS
     with torch.device("meta"):
-        plain = create_base(settings.model, **dict(settings.model_kwargs))
-    _, side, _ = input_size_of(plain, settings.img_size or (DIGITS_SIZE if digits else None))
-    return settings.in_chans or (1 if digits else 3), side, side
+        plain = create_base(settings.network.model, **dict(settings.model_kwargs))
+    _, side, _ = input_size_of(plain, settings.network.img_size or (DIGITS_SIZE if digits else None))
+    return settings.network.in_chans or (1 if digits else 3), side, side
 
 
 def build(
@@ -171,26 +172,26 @@ def build(
     """The student, or peer `number` of online distillation, whose weights its number decides; on the CPU.
 
     `prepare` is given what starts from weights, with the origin of its head, before its convolutions are replaced."""
-    seed = derive_seed(settings.seed, "peer", number)
+    seed = derive_seed(settings.data.seed, "peer", number)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = create_base(
-            settings.model,
-            pretrained=settings.has_weights and settings.initial_checkpoint is None,
+            settings.network.model,
+            pretrained=settings.has_weights and settings.network.initial_checkpoint is None,
             num_classes=classes,
             in_chans=input_size[0],
             **dict(settings.model_kwargs),
         )
         whole = brings_head(network)
-        if settings.initial_checkpoint is not None:
-            whole = load_checkpoint(network, Path(settings.initial_checkpoint))
-        if settings.reduction is not None:
-            reduce_stride(network, settings.reduction, input_size[0])
+        if settings.network.initial_checkpoint is not None:
+            whole = load_checkpoint(network, Path(settings.network.initial_checkpoint))
+        if settings.network.reduction is not None:
+            reduce_stride(network, settings.network.reduction, input_size[0])
         if settings.has_weights and prepare is not None:
             prepare(network, "own" if whole else "new")
         if settings.conv is None:
             return network
-        analysis = analyse(network, input_size, name=settings.model, open={"conv"})
+        analysis = analyse(network, input_size, name=settings.network.model, open={"conv"})
         make = inherit_student if settings.has_weights else build_student
         return make(network, analysis, cheap_genotype(analysis, settings.conv))
 
@@ -210,7 +211,7 @@ def _recipe(settings: DistillSettings, epochs: int) -> Recipe:
         class_mean=settings.class_mean,
         teacher_gradient=settings.teacher_gradient,
         amp=settings.amp,
-        seed=settings.seed,
+        seed=settings.data.seed,
         eval_epochs=tuple(epochs * (index + 1) // evaluations for index in range(evaluations)),
     )
 
@@ -219,11 +220,11 @@ def _teacher(job: DistillJob, splits: Splits, stages: Stages) -> TeacherResult |
     settings, head = job.settings, job.teacher_head
     if job.teacher is None:
         return None
-    network, augmentation = job.teacher.to(job.device), augmentation_of(settings, job.input_size[1])
+    network, augmentation = job.teacher.to(job.device), augmentation_of(settings.data, job.input_size[1])
     epochs = _teacher_epochs(job, splits)
     with stages.stage("teacher", epochs + (head is not None)) as advance:
         if not epochs:
-            return adopt_teacher(network, splits, augmentation=augmentation, seed=settings.seed)
+            return adopt_teacher(network, splits, augmentation=augmentation, seed=settings.data.seed)
         lr = settings.lr or TEACHER_LR if head is None else TRANSFER_LR
         recipe = dataclasses.replace(_recipe(settings, epochs), distill_weight=0.0, lr=lr)
         recipe = dataclasses.replace(recipe, distill="kd", temperature=4.0, eval_epochs=())
@@ -231,14 +232,14 @@ def _teacher(job: DistillJob, splits: Splits, stages: Stages) -> TeacherResult |
             network,
             splits,
             Teaching(recipe=recipe, augmentation=augmentation, head="better" if head == "own" else head),
-            cache=TeacherCache(folder=job.cache, key=f"{settings.teacher} {settings.seed}"),
+            cache=TeacherCache(folder=job.cache, key=f"{settings.teacher.model} {settings.data.seed}"),
             report=lambda _, accuracy: advance(f"val accuracy {100 * accuracy:.1f} %"),
         )
 
 
 def _teacher_epochs(job: DistillJob, splits: Splits) -> int:
     """0 for a teacher that was trained for these classes, unless it is to be tuned."""
-    given = job.settings.teacher_epochs
+    given = job.settings.teacher.epochs
     if job.teacher_head == "own":
         return given or 0
     if job.teacher_head == "new":
@@ -253,13 +254,13 @@ def _training_data(job: DistillJob, splits: Splits, teacher: TeacherResult | Non
     """Fresh views of the training images in every epoch; beside a teacher cached ones with its logits, or its logits in
     every step where there is to be no cache, it would be too large or the images stream."""
     settings = job.settings
-    fresh = fresh_images(settings, splits.train, splits.num_classes)
+    fresh = fresh_images(settings.data, splits.train, splits.num_classes)
     if teacher is None:
         return fresh
     spec = ViewSpec(
         count=max(1, min(settings.views, epochs)),
         augmentation=fresh.augmentation,
-        seed=settings.seed,
+        seed=settings.data.seed,
         key=splits.digest,
         mixing=fresh.mixing,
     )
@@ -297,7 +298,7 @@ def _train(job: DistillJob, splits: Splits, teacher: TeacherResult | None, stage
         splits=splits,
         recipe=recipe,
         folder=job.cache,
-        key=f"{images_key(settings, splits)} {teacher.digest if teacher else ''} {settings.views}",
+        key=f"{images_key(settings.data, splits)} {teacher.digest if teacher else ''} {settings.views}",
         peers=settings.peers if settings.mode == "online" else 0,
     )
     candidate = Candidate(role=settings.mode, digest=weights_digest(student(0))[:12], build=student)
@@ -339,7 +340,7 @@ def _facts(settings: DistillSettings, cost: Cost, refined: Refined, quotes_val: 
         **{kind: cost[kind] for kind in COUNTED},
         **val,
         "test accuracy": round(refined.test_accuracy, 4),
-        "dataset": settings.dataset,
+        "dataset": settings.data.dataset,
         "command": settings.command,
-        "seed": settings.seed,
+        "seed": settings.data.seed,
     }

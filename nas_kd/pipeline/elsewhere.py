@@ -65,7 +65,7 @@ class ModelsPlan:
 def expect_models(job: Job, study: optuna.Study) -> None:
     """Lets workers wait for the models that follow the search; those of a study whose storage nobody else reaches have
     nothing to wait for."""
-    if job.settings.storage is not None:
+    if job.settings.sharing.storage is not None:
         study.set_user_attr(MODELS, COMING)
 
 
@@ -78,7 +78,7 @@ def are_shared(job: Job, pending: Sequence[WantedModel], materials: Materials) -
 def _study_of(job: Job) -> RetryingStudy | None:
     """A job's study where workers may be at it."""
     name, storage = job.settings.name, job.storage
-    if job.settings.storage is None or name not in optuna.get_all_study_names(storage):
+    if job.settings.sharing.storage is None or name not in optuna.get_all_study_names(storage):
         return None
     study = RetryingStudy(name, storage)
     return study if MODELS in study.user_attrs else None
@@ -112,7 +112,7 @@ def train_with_workers(
         study.set_user_attr(MODELS, dataclasses.asdict(_plan(job, bundle, context, models)))
         with more_processes(job, count, PART) as sleep:
             first()
-            do_jobs(jobs, run, grace=job.settings.grace_period, sleep=sleep)
+            do_jobs(jobs, run, grace=job.settings.sharing.grace_period, sleep=sleep)
         for name, notes in done_jobs(jobs).items():
             _bring(bundle, job.cache / name, notes)
             if name in models and name not in own:
@@ -133,10 +133,13 @@ def _plan(job: Job, bundle: Bundle, context: RefinementContext, models: Mapping[
     assert isinstance(views, Views)
     assert views.folder is not None
     originals = ("originals_pixels", "originals_sizes") if bundle.originals else ()
-    fresh = ("train_pixels", *originals) if job.settings.distill == "online" else ()
+    fresh = ("train_pixels", *originals) if job.settings.refinement.distill == "online" else ()
     parts = ("train_labels", "val_pixels", "val_labels", "test_pixels", "test_labels", *fresh)
-    paths = [*(f"{bundle.images}/{part}.npy" for part in parts), *view_files(job.settings.augment, views.folder.name)]
-    store = open_store(job.settings.artifacts) if job.settings.artifacts else None
+    paths = [
+        *(f"{bundle.images}/{part}.npy" for part in parts),
+        *view_files(job.settings.data.augment, views.folder.name),
+    ]
+    store = open_store(job.settings.sharing.artifacts) if job.settings.sharing.artifacts else None
     return ModelsPlan(
         key=context.key,
         views=views.folder.name,
@@ -158,8 +161,10 @@ def _plan(job: Job, bundle: Bundle, context: RefinementContext, models: Mapping[
 def more_processes(job: Job, count: int, part: str) -> Iterator[Callable[[float], None]]:
     """Other processes of this machine that do a part of the study's work while the block runs; each, this one too, has
     its share of the threads. What waits beside them sleeps by what this gives."""
-    command = [*worker_arguments(job.settings.name, job.settings.grace_period, part), "--out", str(job.out)]
-    others = local_workers(command, storage_url(job.settings, job.out), job.settings.device, count, first=1)
+    command = [*worker_arguments(job.settings.name, job.settings.sharing.grace_period, part), "--out", str(job.out)]
+    others = local_workers(
+        command, storage_url(job.settings.sharing, job.out), job.settings.training.device, count, first=1
+    )
 
     def sleep(seconds: float) -> None:
         time.sleep(seconds)
@@ -267,7 +272,7 @@ def _site(
         raise damaged(cache / plan.views, "it is not there, or does not match its checksums")
     given = settings_of(bundle)
     context = RefinementContext(settings=given, device=device, cache=cache, splits=splits, views=views, key=plan.key)
-    return _Site(context=context, space=space, name=given.model, store=None if own else address)
+    return _Site(context=context, space=space, name=given.network.model, store=None if own else address)
 
 
 def _splits(bundle: Bundle, plan: ModelsPlan, cache: Path) -> Splits:

@@ -18,7 +18,8 @@ from typing import Any, NoReturn
 from rich.console import Console
 
 from nas_kd.arguments.parsing import guarded
-from nas_kd.arguments.study import STORAGE, Settings, restore_settings
+from nas_kd.arguments.sharing import STORAGE
+from nas_kd.arguments.study import Settings, restore_settings
 from nas_kd.costs.latency import limited_threads
 from nas_kd.pipeline import ahead, sharing
 from nas_kd.pipeline.helpers import PLAN, SETTINGS, STUDY, Claims, done_file

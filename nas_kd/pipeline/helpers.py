@@ -24,6 +24,7 @@ from typing import Any, TextIO, TypeVar
 import torch
 from optuna.storages import InMemoryStorage
 
+from nas_kd.arguments.study import noted_settings
 from nas_kd.preparation.job import Job, storage_url
 from nas_kd.progress import Advance
 from nas_kd.search.workers import is_gone, worker_name
@@ -56,15 +57,15 @@ def places(job: Job, most: int, *, light: bool = False) -> int:
     if current().size > 1:  # torchrun's processes share each training
         return 1
     on_device = min(_MOST, torch.get_num_threads()) if job.device.type == "cpu" else _on_gpus(job, light)
-    found = job.settings.jobs if job.settings.jobs > 1 else on_device
+    found = job.settings.sharing.jobs if job.settings.sharing.jobs > 1 else on_device
     return max(1, min(found, most, 1 + _fitting()))
 
 
 def _on_gpus(job: Job, light: bool) -> int:
     """One for each GPU; several where a GPU would wait for Python, and for cuDNN, which takes seconds to choose the
     kernels of a new student (docs/results/gpu.md)."""
-    gpus = torch.cuda.device_count() if job.settings.device in (None, "cuda") else 1
-    if not light and job.space.base_cost().macs * job.settings.batch_size > _BUSY:
+    gpus = torch.cuda.device_count() if job.settings.training.device in (None, "cuda") else 1
+    if not light and job.space.base_cost().macs * job.settings.training.batch_size > _BUSY:
         return gpus
     fitting = torch.cuda.mem_get_info(job.device)[0] // _EACH_ON_GPU
     return min(_MOST, gpus * max(1, min(_BESIDE, torch.get_num_threads() // (2 * gpus), fitting)))
@@ -181,11 +182,11 @@ class Helpers:
 
     def start(self, count: int) -> None:
         """Starts what `count` processes lack, this one included, and those that have ended."""
-        settings = dataclasses.asdict(self.job.settings)
+        settings = noted_settings(self.job.settings)
         settings |= {"storage": None, "out": str(self.job.out), "new_study": False}
         (self.folder / STUDY).write_text(json.dumps({SETTINGS: settings, **self.more}), encoding="utf-8")
-        url, first = storage_url(self.job.settings, self.job.out), 1 + len(self.others)
-        command, device = [str(self.folder)], self.job.settings.device
+        url, first = storage_url(self.job.settings.sharing, self.job.out), 1 + len(self.others)
+        command, device = [str(self.folder)], self.job.settings.training.device
         self.others += local_workers(command, url, device, count, first=first, module=self.module)
         for other in tuple(self.others):
             try:

@@ -60,16 +60,16 @@ def make_results(
     What turns out slower than the budget allows is left out before it is refined.
     """
     epochs = refine_epochs(job, materials.splits.train)
-    chosen = choose_front(study, job.settings.front, job.budget, job.space.levels)
+    chosen = choose_front(study, job.settings.refinement.front, job.budget, job.space.levels)
     plan = [WantedModel(role="front", genotype=genotype, space=job.space, epochs=epochs) for genotype in chosen]
-    plan += baselines(job, chosen[0], epochs) if job.settings.baselines else []
+    plan += baselines(job, chosen[0], epochs) if job.settings.refinement.baselines else []
     plan = [_for_as_long(job, wanted) for wanted in plan]
     return make_models(job, plan, materials, stages, helpers)
 
 
 def _for_as_long(job: Job, wanted: WantedModel) -> WantedModel:
     """A model of the plan with more epochs where it is cheaper than most, unless their number was asked for."""
-    if job.settings.refine_epochs:
+    if job.settings.refinement.epochs:
         return wanted
     table = wanted.space.table
     share = table.cost(wanted.genotype).macs / table.base().macs
@@ -91,8 +91,8 @@ def make_models(
             cost = wanted.space.cost(wanted.genotype)
             model = Model(role=wanted.role, genotype=wanted.genotype, cost=cost, refined=refined)
             models.append(_timed(model, latency))
-    if job.settings.int8 or set(ON_DEVICE) & set(job.budget):
-        models = on_device(_quantised(job, models, materials, stages), job.budget, job.settings.accelerator)
+    if job.settings.output.int8 or set(ON_DEVICE) & set(job.budget):
+        models = on_device(_quantised(job, models, materials, stages), job.budget, job.settings.search.accelerator)
     with stages.stage("export", len(models)) as advance:
         rows = []
         for model in models:
@@ -138,8 +138,8 @@ def _teacher_model(job: Job, materials: Materials) -> Model:
 def _quantised(job: Job, models: Sequence[Model], materials: Materials, stages: Stages) -> list[Model]:
     """The models, the front's and the teacher with their int8 forms; one that cannot be quantised goes without."""
     settings, splits = job.settings, materials.splits
-    fresh = fresh_images(settings, splits.train, splits.num_classes)
-    spec = Int8Spec(threads=settings.latency_threads, seed=settings.seed)
+    fresh = fresh_images(settings.data, splits.train, splits.num_classes)
+    spec = Int8Spec(threads=settings.latency.threads, seed=settings.seed)
     done = []
     with stages.stage("int8", sum(model.role in _IN_INT8 for model in models)) as advance:
         for model in models:
@@ -190,7 +190,7 @@ def _measured_on_device(model: Model, accelerator: str) -> Model:
 def _export(job: Job, model: Model, materials: Materials) -> ModelRow:
     settings, refined = job.settings, model.refined
     genotype = model.genotype or job.space.analysis.identity
-    name = f"{_stem(settings.model)}-{model.cost.params / 1e6:.2f}M-{100 * refined.test_accuracy:.1f}"
+    name = f"{_stem(settings.network.model)}-{model.cost.params / 1e6:.2f}M-{100 * refined.test_accuracy:.1f}"
     if model.role not in ("front", "teacher"):
         name += f"-{model.role.replace(' ', '-')}"
     name += f"-{genotype.digest[:4]}" if _taken(job.out / name, genotype) else ""
@@ -201,12 +201,12 @@ def _export(job: Job, model: Model, materials: Materials) -> ModelRow:
         "digest": genotype.digest,
         "genotype": genotype.to_json(),
         **{kind: model.cost[kind] for kind in (*COUNTED, *ON_DEVICE) if kind in COUNTED or model.cost[kind]},
-        "latency": f"{amount(LATENCY, model.cost.latency)} ({latency_spec(settings)})",
+        "latency": f"{amount(LATENCY, model.cost.latency)} ({latency_spec(settings.latency)})",
         "test accuracy": round(refined.test_accuracy, 4),
-        **({"distillation": settings.distill} if model.role not in ("teacher", "no teacher") else {}),
+        **({"distillation": settings.refinement.distill} if model.role not in ("teacher", "no teacher") else {}),
         **({} if model.int8 is None else model.int8[0].facts),
-        "dataset": settings.dataset,
-        "command": settings.command,
+        "dataset": settings.data.dataset,
+        "command": settings.output.command,
         "seed": settings.seed,
     }
     card = Card(
@@ -236,7 +236,7 @@ def _export(job: Job, model: Model, materials: Materials) -> ModelRow:
 
 def wants_onnx(settings: Settings) -> bool:
     """Whether the front is written as ONNX too: as asked for, or where that is installed."""
-    return is_installed() if settings.onnx is None else settings.onnx
+    return is_installed() if settings.output.onnx is None else settings.output.onnx
 
 
 def _export_to(folder: Path, network: nn.Module, card: Card, onnx: bool, beside: Sequence[Path]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from nas_kd.arguments.network import NetworkSettings
 from nas_kd.arguments.study import Settings
 from nas_kd.data.augment import derive_seed
 from nas_kd.data.splits import Splits
@@ -49,7 +50,7 @@ def refinement_context(job: Job, materials: Materials) -> RefinementContext:
         cache=job.cache,
         splits=splits,
         views=materials.refine_views,
-        key=f"{images_key(settings, splits)} {materials.digest} {settings.views} {settings.seed}",
+        key=f"{images_key(settings.data, splits)} {materials.digest} {settings.training.views} {settings.seed}",
     )
 
 
@@ -79,15 +80,15 @@ def is_refined(job: Job, wanted: WantedModel, materials: Materials) -> bool:
 
 def _refinement(context: RefinementContext, wanted: WantedModel) -> tuple[Candidate, Refinement]:
     role, genotype, space, settings = wanted.role, wanted.genotype, wanted.space, context.settings
-    online = settings.distill == "online" and role != "no teacher"
+    online = settings.refinement.distill == "online" and role != "no teacher"
     views, splits = context.views, context.splits
-    fresh = fresh_images(settings, splits.train, splits.num_classes)
+    fresh = fresh_images(settings.data, splits.train, splits.num_classes)
 
     def build(number: int) -> nn.Module:
         if online or role == "no teacher":  # from scratch
             seed = derive_seed(settings.seed, "peer", number) if online else settings.seed
-            seeded = dataclasses.replace(settings, seed=seed)
-            return fresh_student(seeded, space, genotype, splits.num_classes).to(context.device)
+            network = fresh_student(settings.network, space, genotype, splits.num_classes, seed)
+            return network.to(context.device)
         student = wanted.start.build() if wanted.start is not None else space.student(genotype)
         return student.to(context.device)
 
@@ -101,7 +102,7 @@ def _refinement(context: RefinementContext, wanted: WantedModel) -> tuple[Candid
         recipe=_recipe(settings, role, wanted.epochs),
         folder=context.cache,
         key=context.key,
-        peers=settings.peers if online else 0,
+        peers=settings.refinement.peers if online else 0,
     )
 
     digest = genotype.digest if wanted.start is None else f"{genotype.digest} {wanted.start.digest}"
@@ -113,14 +114,16 @@ def _recipe(settings: Settings, role: Role, epochs: int) -> Recipe:
     recipe = dataclasses.replace(recipe_of(settings, epochs), eval_epochs=tuple(range(1, epochs + 1)))
     if role == "no teacher":
         return dataclasses.replace(recipe, lr=TEACHER_LR, distill_weight=0.0)
-    if settings.distill == "online":
+    if settings.refinement.distill == "online":
         return dataclasses.replace(recipe, lr=TEACHER_LR)
-    return dataclasses.replace(recipe, distill=settings.distill)
+    return dataclasses.replace(recipe, distill=settings.refinement.distill)
 
 
-def fresh_student(settings: Settings, space: Space[nn.Module], genotype: Genotype, classes: int) -> nn.Module:
+def fresh_student(
+    network: NetworkSettings, space: Space[nn.Module], genotype: Genotype, classes: int, seed: int
+) -> nn.Module:
     """The student of a genotype with random weights, the same for the same seed."""
-    base = make_base(dataclasses.replace(settings, pretrained=False), classes, space.input_size[0])
+    base = make_base(dataclasses.replace(network, pretrained=False), classes, space.input_size[0], seed)
     with torch.random.fork_rng():  # the cheap convolutions get weights of their own
-        torch.manual_seed(derive_seed(settings.seed, "fresh weights"))
+        torch.manual_seed(derive_seed(seed, "fresh weights"))
         return build_student(base, space.analysis, genotype)

@@ -36,7 +36,7 @@ def search(job: Job, materials: Materials, stages: Stages, helpers: Helpers | No
     with storage_errors(f"use the study {settings.name!r} in its storage"):
         study = _open(job, materials)
         forget_blocks(job)
-        note_latency(study, settings, job.space)  # before workers join
+        note_latency(study, settings.latency, job.space)  # before workers join
         note_cycles(study, job.space)
         bundle = publish_bundle(job, materials, study)
         note_budget(study, job.budget)
@@ -44,13 +44,13 @@ def search(job: Job, materials: Materials, stages: Stages, helpers: Helpers | No
         announce(job, study)
         retry_dead_trials(study)
         retry_lost_trials(study)
-        job.space.enqueue(study, min(STARTS, settings.trials), dearest_first=True)
-        with stages.board("search", max(1, settings.trials - count_trained(study))) as board:
-            if settings.jobs > 1:
+        job.space.enqueue(study, min(STARTS, settings.search.trials), dearest_first=True)
+        with stages.board("search", max(1, settings.search.trials - count_trained(study))) as board:
+            if settings.sharing.jobs > 1:
                 run_pool(pool_of(settings, job.out), study, board)
             else:
                 _run_here(job, study, proxy_of(job, materials, checkpoints(bundle, job.cache)), board, helpers)
-            settle(study, settings.grace_period)
+            settle(study, settings.sharing.grace_period)
     return study
 
 
@@ -59,24 +59,24 @@ def _run_here(job: Job, study: optuna.Study, proxy: Proxy, board: Board, helpers
     settings = job.settings
 
     def run(begin: Begin, target: int) -> None:
-        limits = Limits(target=lambda: target, grace=settings.grace_period)
-        objective = Objective(job.space, proxy, front_pruning=settings.pruner == "front", begin=begin)
+        limits = Limits(target=lambda: target, grace=settings.sharing.grace_period)
+        objective = Objective(job.space, proxy, front_pruning=settings.search.pruner == "front", begin=begin)
         work(study, objective, limits, lambda trial: advance_by(board, trial))
 
     for begin, count in rounds_of(helpers, study, proxy) or ():
         run(begin, count_trained(study) + count)
-    run(begin_here, settings.trials)
+    run(begin_here, settings.search.trials)
 
 
 def _open(job: Job, materials: Materials) -> optuna.Study:
-    settings, wanted = job.settings, objectives(job.space.budget, job.settings.maximize)
+    settings, wanted = job.settings, objectives(job.space.budget, job.settings.search.maximize)
     study = open_study(
         job.storage,
         settings.name,
         directions=list(wanted.values()),
         config=_config(job, materials),
-        sampler=make_sampler(settings.sampler, job.space, settings.seed),
-        pruner=make_pruner(settings.pruner, settings.proxy_epochs),
+        sampler=make_sampler(settings.search.sampler, job.space, settings.seed),
+        pruner=make_pruner(settings.search.pruner, settings.proxy.epochs),
     )
     study.set_metric_names(list(wanted))
     note_effort(study, job.effort)

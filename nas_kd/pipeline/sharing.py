@@ -122,7 +122,7 @@ def begin_helpers(helpers: Helpers) -> None:
     of what comes before it some is one process's work."""
     job = helpers.job
     is_there = job.space.library is not None or any(job.cache.glob("library-*"))
-    if job.settings.library_budget and not is_there and not blocks_elsewhere.are_open(job):
+    if job.settings.search.library_budget and not is_there and not blocks_elsewhere.are_open(job):
         count = _for_library(job)
         if count > 1:
             helpers.start(count)
@@ -145,7 +145,7 @@ def sharing_library(helpers: Helpers, base: nn.Module, images: Images, spec: Lib
     with limited_threads(share_of_threads(count)):
         yield functools.partial(_share_if_worth, job, share)
     blocks_elsewhere.end_blocks(job)
-    if job.settings.jobs > 1:  # others run the trials
+    if job.settings.sharing.jobs > 1:  # others run the trials
         helpers.stop()
 
 

@@ -35,7 +35,7 @@ def artifact_address(artifacts: str | None, out: Path) -> str:
 
 def announce(job: Job, study: optuna.Study) -> None:
     """Notes on the study by what command it runs."""
-    show_note(study, command_note(job.settings.command))
+    show_note(study, command_note(job.settings.output.command))
 
 
 def show(job: Job, study: optuna.Study, summary: StudySummary) -> None:
@@ -46,7 +46,7 @@ def show(job: Job, study: optuna.Study, summary: StudySummary) -> None:
             show_note(study, study_note(summary))
             for name, figure in _plots(summary).items():
                 show_plot(study, name, figure)
-            store = open_store(artifact_address(job.settings.artifacts, job.out))
+            store = open_store(artifact_address(job.settings.sharing.artifacts, job.out))
             trials = _trials(study)
             for model in summary.models:
                 if model.role == "front" and model.digest in trials:

@@ -36,10 +36,10 @@ def summarise(
     settings = job.settings
     return StudySummary(
         study_name=settings.name,
-        command=settings.command,
+        command=settings.output.command,
         seed=settings.seed,
-        base=settings.model,
-        dataset=settings.dataset,
+        base=settings.network.model,
+        dataset=settings.data.dataset,
         budget=job.budget,
         models=tuple(mark_levels(list(models), job.budget, job.space.levels)),
         trials=tuple(map(_trial_row, study.get_trials(deepcopy=False))),
@@ -79,14 +79,14 @@ def _notes(job: Job, materials: Materials) -> Iterable[str]:
         f"{len(splits.test):,} to test on, once."
     )
     settings = job.settings
-    if settings.distill == "online":
+    if settings.refinement.distill == "online":
         yield (
-            f"The front's models learnt online, from scratch, each with {settings.peers - 1} peers and a teacher built "
-            "from them (arXiv 1909.13063); of the peers the best on validation images was taken."
+            f"The front's models learnt online, from scratch, each with {settings.refinement.peers - 1} peers and a"
+            " teacher built from them (arXiv 1909.13063); of the peers the best on validation images was taken."
         )
-    if settings.teacher is not None:
+    if settings.teacher.model is not None:
         yield (
-            f"Students begin with the base's weights and learn from {settings.teacher}, which knows "
+            f"Students begin with the base's weights and learn from {settings.teacher.model}, which knows "
             f"{100 * materials.teacher.val_accuracy:.1f} % of the validation images (the base "
             f"{100 * materials.base.val_accuracy:.1f} %)."
         )
@@ -104,7 +104,7 @@ def _trust(job: Job, materials: Materials) -> str:
     except OutputError as error:
         _logger.warning("the report goes without the rank check: %s", error)
         return ""
-    ours = (job.settings.model, materials.digest, space_of(job.settings))
+    ours = (job.settings.network.model, materials.digest, space_of(job.settings.choices))
     if check is None or (check.model, check.teacher, check.space) != ours:
         return ""
     return check.sentence()

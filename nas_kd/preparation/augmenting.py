@@ -1,4 +1,4 @@
-"""What a command's settings make of its training images: one place for their augmentation and mixing."""
+"""What a command is asked for makes of its training images: one place for their augmentation and mixing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from nas_kd.arguments.augment import AugmentOptions
-from nas_kd.arguments.images import ImageSettings
+from nas_kd.arguments.data import DataSettings
 from nas_kd.data.augment import (
     AnyAugmentation,
     Augmentation,
@@ -22,10 +22,10 @@ from nas_kd.errors import DataError
 _NAMES = {"aa": "auto_augment", "train_interpolation": "interpolation", "reprob": "re_prob", "remode": "re_mode"}
 
 
-def augmentation_of(settings: ImageSettings, img_size: int) -> AnyAugmentation:
+def augmentation_of(data: DataSettings, img_size: int) -> AnyAugmentation:
     """How training images with sides of so many pixels are augmented: by the size and kind of the data, and as the
     options say. Raises DataError for options that timm cannot read."""
-    options, dataset = settings.augment, settings.dataset
+    options, dataset = data.augment, data.dataset
     if options.no_aug:
         return Augmentation(shift=0, flip=False)
     chosen = default_augmentation(dataset, img_size)
@@ -51,21 +51,21 @@ def _flips(probability: float) -> bool:
     return probability > 0
 
 
-def mixing_of(settings: ImageSettings, num_classes: int) -> Mixing | None:
+def mixing_of(data: DataSettings, num_classes: int) -> Mixing | None:
     """How a student's training images are mixed and their labels smoothed; None where neither is asked for."""
-    options = settings.augment
+    options = data.augment
     if not options.softens:
         return None
     known = {field.name for field in dataclasses.fields(Mixing)}
     return Mixing(num_classes=num_classes, **{name: value for name, value in options.given.items() if name in known})
 
 
-def images_key(settings: ImageSettings, splits: Splits) -> str:
+def images_key(data: DataSettings, splits: Splits) -> str:
     """What names the images that students see: their splits, and how they are augmented where that was said."""
-    return " ".join(filter(None, (splits.digest, settings.augment.text)))
+    return " ".join(filter(None, (splits.digest, data.augment.text)))
 
 
-def fresh_images(settings: ImageSettings, images: ImageSet, num_classes: int) -> AugmentedImages:
+def fresh_images(data: DataSettings, images: ImageSet, num_classes: int) -> AugmentedImages:
     """Training images of a student, augmented and mixed anew in every epoch."""
-    augmentation = augmentation_of(settings, images.shape[-1])
-    return AugmentedImages(images, augmentation, settings.seed, mixing_of(settings, num_classes))
+    augmentation = augmentation_of(data, images.shape[-1])
+    return AugmentedImages(images, augmentation, data.seed, mixing_of(data, num_classes))

@@ -34,7 +34,7 @@ def count_cycles(
         space.tell_cycles(told, None)
         return
     need_tools()
-    estimator = Estimator(settings.accelerator)
+    estimator = Estimator(settings.search.accelerator)
     key = cycles_key(estimator, space.base, space.input_size)
     store = Records(cache_folder(settings) / f"cycles-{key}.jsonl")
     if told is not None:
@@ -48,7 +48,7 @@ def count_cycles(
 
 def cycle_facts(settings: Settings, budget: Budget) -> dict[str, Any]:
     """What must stay the same for the cycles of a study to be comparable."""
-    return {CYCLES: settings.accelerator} if CYCLES in budget else {}
+    return {CYCLES: settings.search.accelerator} if CYCLES in budget else {}
 
 
 def note_cycles(study: optuna.Study, space: Space[nn.Module]) -> None:

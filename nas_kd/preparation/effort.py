@@ -6,7 +6,6 @@ the same command does the same; it is noted on the study, and a resumed one does
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
@@ -16,6 +15,8 @@ from optuna.storages import BaseStorage
 from torch import nn
 
 from nas_kd.analysis.structure import Analysis
+from nas_kd.arguments.data import DataSettings
+from nas_kd.arguments.parts import changed
 from nas_kd.arguments.study import Settings
 from nas_kd.costs.forward_time import STEP, forward_seconds
 from nas_kd.data.cutting import TEST_FRACTION
@@ -71,7 +72,7 @@ def choose_effort(
     if begun is not None:
         return Effort(**begun.get(_NOTE, {}))  # an earlier version knew one effort alone
     seconds = forward_seconds(base, analysis)
-    return effort_for(seconds, images, refine_epochs=settings.refine_epochs, gpu=gpu)
+    return effort_for(seconds, images, refine_epochs=settings.refinement.epochs, gpu=gpu)
 
 
 def note_effort(study: optuna.Study, effort: Effort) -> None:
@@ -99,11 +100,11 @@ def more_epochs(effort: Effort, share: float) -> float:
 def with_effort(settings: Settings, effort: Effort) -> Settings:
     """The settings with what they leave open as `effort` says."""
     chosen: dict[str, Any] = {name: own for name, own in asdict(effort).items() if name in settings.left_open}
-    return dataclasses.replace(settings, **chosen)
+    return changed(settings, **chosen)
 
 
-def training_images(source: Source, settings: Settings) -> int:
+def training_images(source: Source, data: DataSettings) -> int:
     """About how many training images there are when what a dataset lacks, test and validation, is cut from them."""
-    kept = (1.0 if source.test is not None else 1 - TEST_FRACTION) * (1.0 if source.val else 1 - settings.val_fraction)
+    kept = (1.0 if source.test is not None else 1 - TEST_FRACTION) * (1.0 if source.val else 1 - data.val_fraction)
     count = round(kept * len(source.train_labels))
-    return max(1, min(count, settings.train_images or count))
+    return max(1, min(count, data.train_images or count))

@@ -64,7 +64,7 @@ def slowness(job: Job, clock: Callable[[], float] = time.perf_counter) -> float:
     """How many times the predicted seconds of one ordinary core a training step takes here: a second or two to see."""
     base = job.space.base.to(job.device)
     each = forward_seconds(base, job.space.analysis)
-    count = max(2, min(job.settings.batch_size, int(_LOOK_SECONDS / (STEP * max(each, 1e-9)))))
+    count = max(2, min(job.settings.training.batch_size, int(_LOOK_SECONDS / (STEP * max(each, 1e-9)))))
     images = torch.randn(count, *job.space.input_size, device=job.device)
     forward, step = time_step(base, images, clock)
     return (forward + step) / (count * (1 + STEP) * each)
@@ -72,32 +72,35 @@ def slowness(job: Job, clock: Callable[[], float] = time.perf_counter) -> float:
 
 def refined_models(settings: Settings) -> int:
     """How many models are refined at most."""
-    return settings.front + (_BASELINES if settings.baselines else 0)
+    return settings.refinement.front + (_BASELINES if settings.refinement.baselines else 0)
 
 
 def predicted_seconds(job: Job, teacher_epochs: int, refine_epochs: int) -> Mapping[str, float]:
     """Seconds by stage on one ordinary core, with nothing kept from before."""
     settings, images = job.settings, job.train_images
     each = forward_seconds(job.space.base, job.space.analysis)
-    step, val = STEP * each, settings.val_fraction / (1 - settings.val_fraction) * images
-    proxy = min(settings.proxy_images, images)
-    views = min(settings.views, settings.proxy_epochs) * proxy + min(settings.views, refine_epochs) * images
+    step, val = STEP * each, settings.data.val_fraction / (1 - settings.data.val_fraction) * images
+    proxy = min(settings.proxy.images, images)
+    views = (
+        min(settings.training.views, settings.proxy.epochs) * proxy
+        + min(settings.training.views, refine_epochs) * images
+    )
     entries = sum(len(made_choices(block)) for block in job.space.blocks)
     once = min(_FIT, MOST_IMAGES * each / len(job.space.blocks))
     library = entries * (ENTRY + PASSES * once + UNBEATEN * (ENTRY + min(_DAMAGE, MOST_IMAGES * each) / 2))
     spec = plan_library(LibrarySpec(), job.space.analysis, library_images(job, images, teacher_epochs, refine_epochs))
     library += step * UNBEATEN * entries / len(job.space.blocks) * spec.batch_size * sum(spec.rounds)
-    student, small = student_share(job.space), _LAYER_SECONDS * _layers(job.space.base) / settings.batch_size
-    trial = student * (settings.proxy_epochs * proxy * step + each * (val + LOOK_CALIBRATION))
-    trial += settings.proxy_epochs * proxy * small + _TRIAL_SECONDS
-    more = 1.0 if settings.refine_epochs else more_epochs(job.effort, student)
+    student, small = student_share(job.space), _LAYER_SECONDS * _layers(job.space.base) / settings.training.batch_size
+    trial = student * (settings.proxy.epochs * proxy * step + each * (val + LOOK_CALIBRATION))
+    trial += settings.proxy.epochs * proxy * small + _TRIAL_SECONDS
+    more = 1.0 if settings.refinement.epochs else more_epochs(job.effort, student)
     model = more * refine_epochs * (student * (images * step + val * each) + images * small)
     transfer = PROBE * images * step if job.transferred else 0.0
     return {
         "teacher": teacher_epochs * (images * step + val * each) + transfer,
         "views": views * each,
-        "library": library if settings.library_budget else 0.0,
-        "search": settings.trials * trial,
+        "library": library if settings.search.library_budget else 0.0,
+        "search": settings.search.trials * trial,
         "refine": refined_models(settings) * model,
     }
 
@@ -106,9 +109,9 @@ def library_images(job: Job, images: int, teacher_epochs: int, refine_epochs: in
     """How much the library may cost, in images that the base would see in the meantime (forward alone): its share of
     everything else, on so many training images."""
     settings = job.settings
-    trials = settings.trials * settings.proxy_epochs * min(settings.proxy_images, images)
+    trials = settings.search.trials * settings.proxy.epochs * min(settings.proxy.images, images)
     students = student_share(job.space) * (trials + refine_epochs * refined_models(settings) * images)
-    share = settings.library_budget / (1 - settings.library_budget)
+    share = settings.search.library_budget / (1 - settings.search.library_budget)
     return share * _STEP * (teacher_epochs * images + students)
 
 
@@ -119,8 +122,8 @@ def _host_seconds(job: Job) -> Mapping[str, float]:
     layers = _layers(job.space.base)
     entries = sum(len(made_choices(block)) for block in job.space.blocks)
     return {
-        "library": _SMALL_PASSES * layers * entries if job.settings.library_budget else 0.0,
-        "search": _CHOSEN * layers * job.settings.trials,
+        "library": _SMALL_PASSES * layers * entries if job.settings.search.library_budget else 0.0,
+        "search": _CHOSEN * layers * job.settings.search.trials,
         "refine": _CHOSEN * layers * refined_models(job.settings),
     }
 
@@ -134,19 +137,20 @@ def plan_line(job: Job, teacher_epochs: int, refine_epochs: int) -> str:
     settings, factor, host = job.settings, slowness(job), _host_seconds(job)
     predicted = predicted_seconds(job, teacher_epochs, refine_epochs)
     seconds = {kind: factor * own + host.get(kind, 0.0) for kind, own in predicted.items()}
-    proxy = min(settings.proxy_images, job.train_images)
-    beside = " and baselines" if settings.baselines else ""
+    proxy = min(settings.proxy.images, job.train_images)
+    trials = _count(settings.search.trials, "trial")
+    beside = " and baselines" if settings.refinement.baselines else ""
     does = {
         "teacher": f"teacher {_count(teacher_epochs, 'epoch')}" if teacher_epochs else "teacher as it is",
         "views": "views",
         "library": "library",
-        "search": f"{_count(settings.trials, 'trial')} of {_count(settings.proxy_epochs, 'epoch')} on {proxy} images",
-        "refine": f"{_count(settings.front, 'model')}{beside} {_count(refine_epochs, 'epoch')} each",
+        "search": f"{trials} of {_count(settings.proxy.epochs, 'epoch')} on {proxy} images",
+        "refine": f"{_count(settings.refinement.front, 'model')}{beside} {_count(refine_epochs, 'epoch')} each",
     }
     parts = [f"{does[kind]} ({_duration(seconds[kind])})" for kind in _KINDS if seconds[kind]]
     size = "×".join(map(str, job.space.input_size[1:]))
     return (
-        f"plan: {settings.model} on about {job.train_images} images of {size}: {', '.join(parts)}; "
+        f"plan: {settings.network.model} on about {job.train_images} images of {size}: {', '.join(parts)}; "
         f"about {_duration(sum(seconds.values()))} here, less where something is kept from before"
     )
 

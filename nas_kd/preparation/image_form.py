@@ -11,7 +11,7 @@ import torch
 from timm.data import resolve_data_config
 from torch import nn
 
-from nas_kd.arguments.images import ImageSettings
+from nas_kd.arguments.data import DataSettings
 from nas_kd.data.augment import PhotoAugmentation
 from nas_kd.data.class_maps import warn_of_order
 from nas_kd.data.cutting import DataSpec, check_source
@@ -27,7 +27,7 @@ _PHOTO_WORKERS = 8
 
 
 def data_spec(
-    settings: ImageSettings,
+    data: DataSettings,
     input_size: Sequence[int],
     source: Source,
     network: nn.Module,
@@ -43,23 +43,23 @@ def data_spec(
     channels, side, _ = input_size
     mean, std = (_for_channels(config.get(name, ()), channels) if weighted else None for name in ("mean", "std"))
     spec = DataSpec(
-        dataset=settings.dataset,
-        data_dir=settings.data_dir,
+        dataset=data.dataset,
+        data_dir=data.data_dir,
         img_size=side,
         in_chans=channels,
-        num_classes=settings.num_classes,
+        num_classes=data.num_classes,
         mean=mean,
         std=std,
-        val_fraction=settings.val_fraction,
-        train_images=settings.train_images,
-        seed=settings.seed,
-        workers=settings.workers,
-        preprocessing=_preprocessing(settings, min(side, source.side), config),
-        class_map=settings.class_map,
-        skip_unreadable=settings.skip_unreadable,
-        originals=_DETAIL if isinstance(augmentation_of(settings, side), PhotoAugmentation) else None,
+        val_fraction=data.val_fraction,
+        train_images=data.train_images,
+        seed=data.seed,
+        workers=data.workers,
+        preprocessing=_preprocessing(data, min(side, source.side), config),
+        class_map=data.class_map,
+        skip_unreadable=data.skip_unreadable,
+        originals=_DETAIL if isinstance(augmentation_of(data, side), PhotoAugmentation) else None,
         originals_bytes=_ORIGINALS_BYTES,
-        memory=memory_of_machine() // 2 if settings.data_memory is None else settings.data_memory,
+        memory=memory_of_machine() // 2 if data.data_memory is None else data.data_memory,
     )
     check_source(source, spec)
     return spec
@@ -86,7 +86,7 @@ def _for_channels(values: Sequence[float], channels: int) -> tuple[float, ...] |
     return (sum(values) / len(values),) if channels == 1 and values else None
 
 
-def _preprocessing(settings: ImageSettings, side: int, config: dict[str, Any]) -> Preprocessing:
+def _preprocessing(data: DataSettings, side: int, config: dict[str, Any]) -> Preprocessing:
     """How images are resized and cropped: as given, else as the network's config says where they are photos; tiny ones
     are not cropped."""
     usual = Preprocessing()
@@ -96,16 +96,16 @@ def _preprocessing(settings: ImageSettings, side: int, config: dict[str, Any]) -
         usual = Preprocessing(crop_pct=crop_pct, interpolation=config["interpolation"], crop_mode=mode)
     return dataclasses.replace(
         usual,
-        crop_pct=settings.crop_pct or usual.crop_pct,
-        interpolation=settings.interpolation or usual.interpolation,
+        crop_pct=data.crop_pct or usual.crop_pct,
+        interpolation=data.interpolation or usual.interpolation,
     )
 
 
-def warn_of_other_order(source: Source, settings: ImageSettings, network: nn.Module, weights: str) -> None:
+def warn_of_other_order(source: Source, data: DataSettings, network: nn.Module, weights: str) -> None:
     """Warns when `network`, which has its weights from `weights`, may number the classes otherwise than the data."""
     config: Any = getattr(network, "pretrained_cfg", None) or {}
     names = config.get("label_names") or ()
     known = names if isinstance(names, (list, tuple)) and len(names) == getattr(network, "num_classes", 0) else ()
-    told = settings.dataset != FOLDER or settings.class_map is not None or weights.startswith("timm's ")
+    told = data.dataset != FOLDER or data.class_map is not None or weights.startswith("timm's ")
     if known or not told:
         warn_of_order(source.class_names, known, weights)

@@ -16,8 +16,13 @@ from torch import nn
 from nas_kd import __version__
 from nas_kd.analysis.stride_reduction import reduce_stride
 from nas_kd.analysis.trace import meta_image, without_storage
-from nas_kd.arguments.distill import DistillSettings
-from nas_kd.arguments.study import SAMPLERS, Settings
+from nas_kd.arguments.data import DataSettings
+from nas_kd.arguments.network import NetworkSettings
+from nas_kd.arguments.parsing import LOCAL
+from nas_kd.arguments.search import SAMPLERS
+from nas_kd.arguments.sharing import SharingSettings
+from nas_kd.arguments.study import Settings
+from nas_kd.arguments.teacher import TeacherSettings
 from nas_kd.budget import DEVICE, Budget
 from nas_kd.costs.device import RULE as DEVICE_RULE
 from nas_kd.costs.peak_memory import RULE
@@ -109,26 +114,26 @@ def prepare(settings: Settings, storage: BaseStorage | None = None, stages: Stag
     of latencies. What the settings leave open is decided here, or as the study began.
     Raises a NasKdError for each mistake that a user can make.
     """
-    if settings.int8:
+    if settings.output.int8:
         need("onnx", "onnxruntime")
-    device = training_device(settings)
-    out = open_folder(Path(settings.out or Path("results") / settings.name))
-    source = open_source(settings.dataset, settings.data_dir, settings.class_map)
-    images = training_images(source, settings)
-    storage = storage or open_storage(storage_url(settings, out), grace=settings.grace_period)
+    device = training_device(settings.training.device, amp=settings.training.amp)
+    out = open_folder(Path(settings.output.out or Path("results") / settings.name))
+    source = open_source(settings.data.dataset, settings.data.data_dir, settings.data.class_map)
+    images = training_images(source, settings.data)
+    storage = storage or open_storage(storage_url(settings.sharing, out), grace=settings.sharing.grace_period)
     try:
-        begun = None if settings.new_study else begun_study(storage, settings.name)
+        begun = None if settings.sharing.new_study else begun_study(storage, settings.name)
         settings = as_begun(settings, begun)
-        networks = _networks(settings, settings.num_classes or len(source.class_names))
+        networks = _networks(settings, settings.data.num_classes or len(source.class_names))
         space = open_space(settings, networks.base)
         if networks.other is not None:
             try_out(networks.other, space.input_size)
         data = beside_gpu(_data(settings, source, space, networks), device)
-        space.given = tuple(read_start(Path(file), space) for file in settings.start_from)
+        space.given = tuple(read_start(Path(file), space) for file in settings.search.start_from)
         bound_space(space, settings, stages, begun)  # last, since latencies take their time
         assert space.budget is not None
         _check_beginning(space, settings)
-        if settings.new_study and (kept := set_aside(storage, settings.name)):
+        if settings.sharing.new_study and (kept := set_aside(storage, settings.name)):
             _logger.warning("the study that was %r is now %r", settings.name, kept)
         effort = choose_effort(settings, networks.base, space.analysis, images, storage, gpu=device.type != "cpu")
         settings = with_effort(settings, effort)
@@ -143,7 +148,7 @@ def prepare(settings: Settings, storage: BaseStorage | None = None, stages: Stag
         space=space,
         budget=space.budget,
         data=data,
-        transferred=_is_weighted(settings),
+        transferred=settings.network.is_weighted,
         trained_elsewhere=networks.whole,
         storage=storage,
         effort=effort,
@@ -165,11 +170,12 @@ class _Networks:
 
 
 def _networks(settings: Settings, classes: int) -> _Networks:
-    base = make_base(settings, classes, in_chans_of(settings))
-    other, other_head = make_teacher(settings, classes, in_chans_of(settings))
-    whole = brings_head(base) if settings.pretrained else False
-    if settings.initial_checkpoint:
-        whole = load_checkpoint(base, Path(settings.initial_checkpoint))
+    network, channels = settings.network, in_chans_of(settings.network, settings.data)
+    base = make_base(network, classes, channels, settings.seed)
+    other, other_head = make_teacher(settings.teacher, network.reduction, classes, channels, settings.seed)
+    whole = brings_head(base) if settings.network.pretrained else False
+    if settings.network.initial_checkpoint:
+        whole = load_checkpoint(base, Path(settings.network.initial_checkpoint))
     return _Networks(base=base, whole=whole, other=other, other_head=other_head)
 
 
@@ -178,37 +184,32 @@ def _check_beginning(space: Space[nn.Module], settings: Settings) -> None:
     the space."""
     if space.budget is None:
         return
-    for file, genotype in zip(settings.start_from, space.given, strict=True):
+    for file, genotype in zip(settings.search.start_from, space.given, strict=True):
         if words := space.budget.explain(space.cost(genotype)):
             _logger.warning("the genotype in %s is left out, it is %s", file, words)
-    if settings.sampler not in SAMPLERS:
-        directions = list(objectives(space.budget, settings.maximize).values())
-        check_own_sampler(settings.sampler, settings.seed, directions, space.distributions)
-
-
-def _is_weighted(settings: Settings) -> bool:
-    """Whether the base has weights from elsewhere."""
-    return settings.pretrained or settings.initial_checkpoint is not None
+    if settings.search.sampler not in SAMPLERS:
+        directions = list(objectives(space.budget, settings.search.maximize).values())
+        check_own_sampler(settings.search.sampler, settings.seed, directions, space.distributions)
 
 
 def _data(settings: Settings, source: Source, space: Space[nn.Module], networks: _Networks) -> DataSpec:
     """The images, in the form that the network wants that brings weights; warns of classes in another order."""
-    if _is_weighted(settings):
-        weights = settings.initial_checkpoint or f"timm's {settings.model}"
-        warn_of_other_order(source, settings, networks.base, weights)
-        return data_spec(settings, space.input_size, source, networks.base, weighted=True)
+    if settings.network.is_weighted:
+        weights = settings.network.initial_checkpoint or f"timm's {settings.network.model}"
+        warn_of_other_order(source, settings.data, networks.base, weights)
+        return data_spec(settings.data, space.input_size, source, networks.base, weighted=True)
     other = networks.other if networks.other_head is not None else None
-    return data_spec(settings, space.input_size, source, other or networks.base, weighted=other is not None)
+    return data_spec(settings.data, space.input_size, source, other or networks.base, weighted=other is not None)
 
 
-def in_chans_of(settings: Settings) -> int:
+def in_chans_of(network: NetworkSettings, data: DataSettings) -> int:
     """The channels of the images: as given, or what the dataset has."""
-    return settings.in_chans or (1 if settings.dataset == DIGITS else 3)
+    return network.in_chans or (1 if data.dataset == DIGITS else 3)
 
 
-def storage_url(settings: Settings, out: Path) -> str:
+def storage_url(sharing: SharingSettings, out: Path) -> str:
     """Where the study lives: as given, or a file in the output folder."""
-    return settings.storage or sqlite_url(out / "study.db")
+    return sharing.storage or sqlite_url(out / "study.db")
 
 
 def brings_head(pretrained: nn.Module) -> bool:
@@ -217,11 +218,11 @@ def brings_head(pretrained: nn.Module) -> bool:
     return bool(config.get("num_classes") == getattr(pretrained, "num_classes", None))
 
 
-def training_device(settings: Settings | DistillSettings) -> torch.device:
-    """The device that settings ask for (`choose_device`). Warns of mixed precision where it is slower: a processor
-    without AVX-512 computes bfloat16 step by step (docs/decisions.md)."""
-    device = choose_device(settings.device)
-    if settings.amp and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
+def training_device(name: str | None, *, amp: bool) -> torch.device:
+    """The device of this name (`choose_device`). Warns of mixed precision where it is slower: a processor without
+    AVX-512 computes bfloat16 step by step (docs/decisions.md)."""
+    device = choose_device(name)
+    if amp and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
         _logger.warning(
             "this processor has no fast bfloat16: trainings are several times slower with --amp, not faster"
         )
@@ -262,37 +263,30 @@ def open_folder(folder: Path, option: str = "--out") -> Path:
     return folder
 
 
-def make_base(settings: Settings, classes: int, in_chans: int) -> nn.Module:
+def make_base(network: NetworkSettings, classes: int, in_chans: int, seed: int) -> nn.Module:
     """The base from timm, its strides reduced where asked for; the same initial weights for the same seed."""
     with torch.random.fork_rng():
-        torch.manual_seed(derive_seed(settings.seed, "weights"))
-        base = create_base(settings.model, pretrained=settings.pretrained, num_classes=classes, in_chans=in_chans)
-    return base if settings.reduction is None else reduce_stride(base, settings.reduction, in_chans)
-
-
-def has_teacher_weights(settings: Settings | DistillSettings) -> bool:
-    """Whether the teacher that is named gets weights from elsewhere."""
-    name = settings.teacher or ""
-    return settings.teacher_pretrained or settings.teacher_checkpoint is not None or name.startswith("local-dir:")
+        torch.manual_seed(derive_seed(seed, "weights"))
+        base = create_base(network.model, pretrained=network.pretrained, num_classes=classes, in_chans=in_chans)
+    return base if network.reduction is None else reduce_stride(base, network.reduction, in_chans)
 
 
 def make_teacher(
-    settings: Settings | DistillSettings, classes: int, channels: int
+    asked: TeacherSettings, reduction: int | None, classes: int, in_chans: int, seed: int
 ) -> tuple[nn.Module | None, HeadOrigin | None]:
     """The teacher, and the origin of its head where its weights come from elsewhere; without one nothing."""
-    if settings.teacher is None:
+    if asked.model is None:
         return None, None
-    trained = has_teacher_weights(settings)
-    pretrained = trained and settings.teacher_checkpoint is None
+    pretrained = asked.is_weighted and asked.checkpoint is None
     with torch.random.fork_rng():
-        torch.manual_seed(derive_seed(settings.seed, "teacher"))
-        teacher = create_base(settings.teacher, pretrained=pretrained, num_classes=classes, in_chans=channels)
+        torch.manual_seed(derive_seed(seed, "teacher"))
+        teacher = create_base(asked.model, pretrained=pretrained, num_classes=classes, in_chans=in_chans)
     whole = brings_head(teacher)
-    if settings.teacher_checkpoint is not None:
-        whole = load_checkpoint(teacher, Path(settings.teacher_checkpoint))
-    if settings.reduction is not None and not settings.teacher.startswith("local-dir:"):
-        reduce_stride(teacher, settings.reduction, channels)
-    return teacher, ("own" if whole else "new") if trained else None
+    if asked.checkpoint is not None:
+        whole = load_checkpoint(teacher, Path(asked.checkpoint))
+    if reduction is not None and not asked.model.startswith(LOCAL):
+        reduce_stride(teacher, reduction, in_chans)
+    return teacher, ("own" if whole else "new") if asked.is_weighted else None
 
 
 def try_out(network: nn.Module, input_size: tuple[int, int, int]) -> None:
@@ -310,16 +304,16 @@ def try_out(network: nn.Module, input_size: tuple[int, int, int]) -> None:
 def choices_made(settings: Settings, budget: Budget) -> dict[str, Any]:
     """The part of the configuration that is known before anything is trained."""
     return {
-        "model": settings.model,
-        "maximize": settings.maximize,
-        "objectives": list(objectives(budget, settings.maximize)),
+        "model": settings.network.model,
+        "maximize": settings.search.maximize,
+        "objectives": list(objectives(budget, settings.search.maximize)),
         **({"peak memory": RULE} if "peak_memory" in budget else {}),
         **({"device": DEVICE_RULE} if set(DEVICE) & set(budget) else {}),
-        **latency_facts(settings, budget),
+        **latency_facts(settings.latency, budget),
         **cycle_facts(settings, budget),
-        **space_of(settings),
+        **space_of(settings.choices),
         **bounds_of(settings),
-        "augmentation": settings.augment.text,
+        "augmentation": settings.data.augment.text,
         "proxy": repr(proxy_recipe_of(settings)),
         "score": f"accuracy after batch norms see {LOOK_CALIBRATION} images",
         "version": __version__,
@@ -328,13 +322,19 @@ def choices_made(settings: Settings, budget: Budget) -> dict[str, Any]:
 
 def recipe_of(settings: Settings, epochs: int) -> Recipe:
     """How students are trained for so many epochs."""
-    return Recipe(epochs=epochs, batch_size=settings.batch_size, lr=settings.lr, amp=settings.amp, seed=settings.seed)
+    return Recipe(
+        epochs=epochs,
+        batch_size=settings.training.batch_size,
+        lr=settings.training.lr,
+        amp=settings.training.amp,
+        seed=settings.seed,
+    )
 
 
 def proxy_recipe_of(settings: Settings) -> Recipe:
     """How the short trainings are done that a search ranks students by."""
     return dataclasses.replace(
-        recipe_of(settings, settings.proxy_epochs), lr=settings.proxy_lr or _PROXY_RATE * settings.lr
+        recipe_of(settings, settings.proxy.epochs), lr=settings.proxy.lr or _PROXY_RATE * settings.training.lr
     )
 
 
@@ -355,4 +355,4 @@ def epochs_of(given: int | None, default: tuple[int, int], images: int, device: 
 def refine_epochs(job: Job, images: ImageSet | int) -> int:
     """The epochs that a model of the results is trained for on these images, or on so many."""
     count = images if isinstance(images, int) else len(images)
-    return epochs_of(job.settings.refine_epochs, (job.effort.refine_images, REFINE[1]), count, job.device)
+    return epochs_of(job.settings.refinement.epochs, (job.effort.refine_images, REFINE[1]), count, job.device)

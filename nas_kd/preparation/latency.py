@@ -10,6 +10,7 @@ from typing import Any, get_args
 import optuna
 from torch import nn
 
+from nas_kd.arguments.latency import LatencySettings
 from nas_kd.arguments.study import Settings
 from nas_kd.budget import LATENCY, Budget
 from nas_kd.costs.latency_table import STUDENTS, LatencyTable, Meter, latencies_key
@@ -23,37 +24,37 @@ _NOTE = "nas_kd latency"  # the study's user attribute
 _logger = logging.getLogger(__name__)
 
 
-def latency_spec(settings: Settings) -> LatencySpec:
+def latency_spec(latency: LatencySettings) -> LatencySpec:
     """What the latency of a study is: of ONNX Runtime, if nothing else is asked for and that is there."""
     named = {runtime: runtime for runtime in get_args(Runtime)}
-    runtime: Runtime = named.get(settings.latency_runtime) or default_runtime(settings.latency_device)[0]
+    runtime: Runtime = named.get(latency.runtime) or default_runtime(latency.device)[0]
     return LatencySpec(
         runtime=runtime,
-        device=settings.latency_device,
-        batch=settings.latency_batch,
-        threads=settings.latency_threads,
-        command=settings.latency_command,
-        limit_s=settings.latency_timeout,
+        device=latency.device,
+        batch=latency.batch,
+        threads=latency.threads,
+        command=latency.command,
+        limit_s=latency.timeout,
     )
 
 
-def tell_runtime(settings: Settings) -> None:
+def tell_runtime(latency: LatencySettings) -> None:
     """Warns when latency is measured in torch for want of ONNX Runtime."""
-    reason = default_runtime(settings.latency_device)[1]
-    if reason and settings.latency_runtime is None and not settings.latency_command:
+    reason = default_runtime(latency.device)[1]
+    if reason and latency.runtime is None and not latency.command:
         _logger.warning("latency is measured in torch, which few deploy: %s", reason)
 
 
 def make_meter(settings: Settings) -> Meter:
     """A meter that keeps what it measures in the study's cache, in a file of this specification and machine."""
-    spec = latency_spec(settings)
-    tell_runtime(settings)
+    spec = latency_spec(settings.latency)
+    tell_runtime(settings.latency)
     return Meter(spec, store=Records(cache_folder(settings) / f"latency-{latencies_key(spec)}.jsonl"))
 
 
 def cache_folder(settings: Settings) -> Path:
     """Where a study keeps what it measured, made where it is not there. Raises OutputError when it cannot be."""
-    folder = Path(settings.out or Path("results") / settings.name) / "cache"
+    folder = Path(settings.output.out or Path("results") / settings.name) / "cache"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -72,26 +73,26 @@ def measure_latencies(space: Space[nn.Module], meter: Meter, stages: Stages | No
         space.measure_latency(meter, lambda name: advance(name))
 
 
-def latency_facts(settings: Settings, budget: Budget) -> dict[str, Any]:
+def latency_facts(latency: LatencySettings, budget: Budget) -> dict[str, Any]:
     """What must stay the same for the latencies of a study to be comparable; nothing without a wish for them: where the
     base's is the bound, other machines are told (`note_latency`)."""
-    facts = latency_spec(settings).facts() if LATENCY in budget and LATENCY not in budget.fixed else {}
+    facts = latency_spec(latency).facts() if LATENCY in budget and LATENCY not in budget.fixed else {}
     return {LATENCY if name == "what" else f"{LATENCY} {name}": value for name, value in facts.items()}
 
 
-def note_latency(study: optuna.Study, settings: Settings, space: Space[nn.Module]) -> None:
+def note_latency(study: optuna.Study, latency: LatencySettings, space: Space[nn.Module]) -> None:
     """Notes on a study that is bounded by its base's latency what was measured, for other machines. Raises StudyError
     where another machine noted something else in the meantime."""
     if space.latency is None or space.budget is None or LATENCY not in space.budget.fixed:
         return
-    facts = latency_spec(settings).facts()
+    facts = latency_spec(latency).facts()
     if _NOTE not in study.user_attrs:
         study.set_user_attr(_NOTE, {"facts": facts, **space.latency.notes()})
     elif study.user_attrs[_NOTE]["facts"] != facts and not space.latency.is_told:
         raise StudyError(f"another machine began the study {study.study_name!r} just now: run this command again")
 
 
-def told_latency(attributes: Mapping[str, Any] | None, settings: Settings) -> Mapping[str, Any] | None:
+def told_latency(attributes: Mapping[str, Any] | None, latency: LatencySettings) -> Mapping[str, Any] | None:
     """What the machine that began a study noted of latencies; None where that was this one, or nothing was noted."""
     noted: Mapping[str, Any] | None = (attributes or {}).get(_NOTE)
-    return None if noted is None or noted["facts"] == latency_spec(settings).facts() else noted
+    return None if noted is None or noted["facts"] == latency_spec(latency).facts() else noted

@@ -82,13 +82,15 @@ def collect(job: Job, stages: Stages, sharing: Sharing | None = None) -> Materia
     base = _base(job, splits, stages)
     teacher = base if job.other_teacher is None else _other_teacher(job, splits, stages)
     check_study(job.storage, settings.name, {"teacher": _digest_of(base, teacher)})
-    sample = with_sample(splits, job.data, settings.proxy_images, job.cache)
-    subset = sample.train[: settings.proxy_images]
-    short, long = (min(settings.views, epochs) for epochs in (settings.proxy_epochs, refine_epochs(job, splits.train)))
+    sample = with_sample(splits, job.data, settings.proxy.images, job.cache)
+    subset = sample.train[: settings.proxy.images]
+    short, long = (
+        min(settings.training.views, epochs) for epochs in (settings.proxy.epochs, refine_epochs(job, splits.train))
+    )
     with stages.stage("views", short + long) as advance:
         proxy_views = _views(job, splits, teacher, short, subset, advance)
         whole = _views(job, splits, teacher, long, splits.train, advance)
-    if settings.library_budget and job.space.library is None:
+    if settings.search.library_budget and job.space.library is None:
         job.space.library = _library(job, splits, base, stages, sharing)
     return Materials(
         splits=splits, sample=sample, base=base, teacher=teacher, proxy_views=proxy_views, refine_views=whole
@@ -102,7 +104,7 @@ def gather_whole(job: Job, epochs: Callable[[Splits], int], stages: Stages) -> M
         splits = load_splits(job.data, job.cache)
     base = _base(job, splits, stages)
     teacher = base if job.other_teacher is None else _other_teacher(job, splits, stages)
-    count = min(settings.views, epochs(splits))
+    count = min(settings.training.views, epochs(splits))
     with stages.stage("views", count) as advance:
         views = _views(job, splits, teacher, count, splits.train, advance)
     return Materials(splits=splits, sample=splits, base=base, teacher=teacher, proxy_views=views, refine_views=views)
@@ -111,7 +113,7 @@ def gather_whole(job: Job, epochs: Callable[[Splits], int], stages: Stages) -> M
 def _library(job: Job, splits: Splits, base: TeacherResult, stages: Stages, sharing: Sharing | None) -> Library:
     """The library of the base's blocks, with as many training steps as its share of the study's work allows."""
     size = job.space.input_size[1]
-    augmented = AugmentedImages(splits.train, augmentation_of(job.settings, size), job.settings.seed)
+    augmented = AugmentedImages(splits.train, augmentation_of(job.settings.data, size), job.settings.seed)
     count = len(splits.train)
     affordable = library_images(job, count, _teacher_epochs(job, count), refine_epochs(job, splits.train))
     spec = plan_library(LibrarySpec(seed=job.settings.seed, anchor=False), job.space.analysis, affordable)
@@ -128,7 +130,7 @@ def _library(job: Job, splits: Splits, base: TeacherResult, stages: Stages, shar
 
 def _teacher_epochs(job: Job, images: int) -> int:
     """0 for a base that teaches as it is."""
-    given = job.settings.teacher_epochs
+    given = job.settings.teacher.epochs
     if job.trained_elsewhere:
         return given or 0
     affordable = epochs_of(given, (job.effort.teacher_images, TEACHER[1]), images, job.device)
@@ -155,7 +157,7 @@ def _base(job: Job, splits: Splits, stages: Stages) -> TeacherResult:
         network=job.space.base,
         head=job.head_origin,
         epochs=_teacher_epochs(job, len(splits.train)),
-        key=f"{settings.model} {settings.pretrained} {settings.seed}",
+        key=f"{settings.network.model} {settings.network.pretrained} {settings.seed}",
     )
     return _taught(job, splits, pupil, stages, "teacher" if job.other_teacher is None else "base")
 
@@ -164,11 +166,11 @@ def _other_teacher(job: Job, splits: Splits, stages: Stages) -> TeacherResult:
     """Another network, for the same images and in the same way as the base."""
     settings, head, images = job.settings, job.other_head, len(splits.train)
     assert job.other_teacher is not None
-    epochs = epochs_of(settings.teacher_epochs, TEACHER, images, job.device)
+    epochs = epochs_of(settings.teacher.epochs, TEACHER, images, job.device)
     if head is not None:
-        epochs = 0 if head == "own" else transfer_epochs(settings.teacher_epochs, images, job.device)
+        epochs = 0 if head == "own" else transfer_epochs(settings.teacher.epochs, images, job.device)
     network = job.other_teacher if head is None else _as_it_wants(job.other_teacher, splits)
-    pupil = _Pupil(network=network, head=head, epochs=epochs, key=f"{settings.teacher} {settings.seed}")
+    pupil = _Pupil(network=network, head=head, epochs=epochs, key=f"{settings.teacher.model} {settings.seed}")
     return _taught(job, splits, pupil, stages, "teacher")
 
 
@@ -183,7 +185,7 @@ def _as_it_wants(network: nn.Module, splits: Splits) -> nn.Module:
 def _taught(job: Job, splits: Splits, pupil: _Pupil, stages: Stages, stage: str) -> TeacherResult:
     """A network, trained for these classes; of weights from elsewhere it is first made what suits the images."""
     network, settings = pupil.network.to(job.device), job.settings
-    augmentation = augmentation_of(settings, job.space.input_size[1])
+    augmentation = augmentation_of(settings.data, job.space.input_size[1])
     with stages.stage(stage, pupil.epochs + (0 if pupil.head is None else PROBE) or 1) as advance:
         if not pupil.epochs:
             return adopt_teacher(network, splits, augmentation=augmentation, seed=settings.seed)
@@ -208,7 +210,7 @@ def _views(
 ) -> Views | OnlineViews:
     """Cached views, or the teacher beside the student in every step where they would be too large to keep or the images
     stream."""
-    fresh = fresh_images(job.settings, images, splits.num_classes)
+    fresh = fresh_images(job.settings.data, images, splits.num_classes)
     spec = ViewSpec(
         count=count,
         augmentation=fresh.augmentation,

@@ -12,6 +12,8 @@ from typing import Any
 from torch import nn
 
 from nas_kd.analysis.structure import ROUND_TO
+from nas_kd.arguments.choices import ChoicesSettings
+from nas_kd.arguments.parts import changed
 from nas_kd.arguments.study import Settings
 from nas_kd.budget import CYCLES, DEVICE, KINDS, LATENCY, Cost, parse_budget, parse_levels
 from nas_kd.costs.cost_table import CostTable
@@ -43,14 +45,14 @@ def open_space(settings: Settings, base: nn.Module) -> Space[nn.Module]:
     """What the base may become, without bounds."""
     return Space(
         base,
-        img_size=settings.img_size or (DIGITS_SIZE if settings.dataset == DIGITS else None),
+        img_size=settings.network.img_size or (DIGITS_SIZE if settings.data.dataset == DIGITS else None),
         options=parse_options(
-            settings.space,
-            settings.pin,
-            search_stages=settings.search_stages,
-            channel_multiple=settings.channel_multiple,
+            settings.choices.space,
+            settings.choices.pin,
+            search_stages=settings.choices.search_stages,
+            channel_multiple=settings.choices.channel_multiple,
         ),
-        name=settings.model,
+        name=settings.network.model,
     )
 
 
@@ -63,12 +65,12 @@ def bound_space(
     """Bounds a space as it is asked, and what that leaves out by the base's own; latencies and cycles are measured for
     it, which `stages` show. `begun` are the user attributes of the study that goes on: what another machine
     measured is there."""
-    given = parse_budget(settings.budget)
+    given = parse_budget(settings.search.budget)
     _count_device(space, settings, is_bounded=bool(set(DEVICE) & set(given)))
     if CYCLES in given:
         count_cycles(space, settings, stages, begun)
-    own = [kind for kind in BASE_BOUNDS if settings.base_bounds and kind not in given]
-    if LATENCY in own and (told := told_latency(begun, settings)):
+    own = [kind for kind in BASE_BOUNDS if settings.search.base_bounds and kind not in given]
+    if LATENCY in own and (told := told_latency(begun, settings.latency)):
         space.tell_latency(make_meter(settings), told)
     elif LATENCY in (*given, *own):
         try:
@@ -79,8 +81,8 @@ def bound_space(
             own.remove(LATENCY)
             _logger.warning("latency is not bounded by the base's: %s", error)
     base = space.base_cost()
-    space.set_budget(parse_budget(settings.budget, base).no_worse_than(_just_below(base, space.table, own), own))
-    space.set_levels(parse_levels(settings.levels))
+    space.set_budget(parse_budget(settings.search.budget, base).no_worse_than(_just_below(base, space.table, own), own))
+    space.set_levels(parse_levels(settings.search.levels))
 
 
 def _just_below(base: Cost, table: CostTable, kinds: Sequence[str]) -> Cost:
@@ -91,7 +93,7 @@ def _just_below(base: Cost, table: CostTable, kinds: Sequence[str]) -> Cost:
 
 def _count_device(space: Space[nn.Module], settings: Settings, *, is_bounded: bool) -> None:
     """Counts flash and ram where they are bounded, and where int8 is asked for if the base has them."""
-    if not is_bounded and not settings.int8:
+    if not is_bounded and not settings.output.int8:
         return
     try:
         space.count_device()
@@ -109,11 +111,11 @@ def as_begun(settings: Settings, begun: Mapping[str, Any] | None) -> Settings:
         return settings
     config = begun[CONFIG]
     noted = {
-        "space": config.get("space", settings.space),
+        "space": config.get("space", settings.choices.space),
         "search_stages": config.get(_STAGES, False),
         "base_bounds": config.get(_BASE_BOUNDS, False),
     }
-    return dataclasses.replace(settings, **{name: own for name, own in noted.items() if name in settings.left_open})
+    return changed(settings, **{name: own for name, own in noted.items() if name in settings.left_open})
 
 
 def read_start(path: Path, space: Space[nn.Module]) -> Genotype:
@@ -137,13 +139,13 @@ def read_start(path: Path, space: Space[nn.Module]) -> Genotype:
     return genotype
 
 
-def space_of(settings: Settings) -> dict[str, Any]:
+def space_of(choices: ChoicesSettings) -> dict[str, Any]:
     """The arguments that say what a base may become."""
-    stages = {_STAGES: True} if settings.search_stages else {}
-    multiple = {} if settings.channel_multiple == ROUND_TO else {"channel multiple": settings.channel_multiple}
-    return {"space": settings.space, "pin": list(settings.pin), **stages, **multiple}
+    stages = {_STAGES: True} if choices.search_stages else {}
+    multiple = {} if choices.channel_multiple == ROUND_TO else {"channel multiple": choices.channel_multiple}
+    return {"space": choices.space, "pin": list(choices.pin), **stages, **multiple}
 
 
 def bounds_of(settings: Settings) -> dict[str, Any]:
     """Whether students are bounded by what the base has, as a study notes it."""
-    return {_BASE_BOUNDS: True} if settings.base_bounds else {}
+    return {_BASE_BOUNDS: True} if settings.search.base_bounds else {}

@@ -26,13 +26,13 @@ def run_check(settings: RankSettings) -> int:
     """The whole way from settings to results, with progress on standard error and the result on standard output."""
     from nas_kd.progress import Stages, configure, console_for
 
-    refuse_jobs(settings.study.jobs)
+    refuse_jobs(settings.study.sharing.jobs)
     console = console_for(sys.stderr)
-    configure(console, quiet=settings.study.quiet, debug=settings.study.debug)
+    configure(console, quiet=settings.study.output.quiet, debug=settings.study.output.debug)
 
     from nas_kd.rank_check.check import run_stages
 
-    result, job = run_stages(settings, Stages(console, quiet=settings.study.quiet))
+    result, job = run_stages(settings, Stages(console, quiet=settings.study.output.quiet))
     _conclude(result, job.out, console_for(sys.stdout))
     return 0
 

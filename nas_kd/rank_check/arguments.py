@@ -7,19 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from nas_kd.arguments.augment import add_augmentation
+from nas_kd.arguments.choices import add_choices
+from nas_kd.arguments.data import add_data, add_reading
+from nas_kd.arguments.network import add_base
+from nas_kd.arguments.output import add_report
 from nas_kd.arguments.parsing import Parser, command_line, number
-from nas_kd.arguments.shared import (
-    add_base,
-    add_choices,
-    add_data,
-    add_library,
-    add_proxy_rate,
-    add_recipe,
-    add_report,
-    add_storage,
-    add_workers,
-)
-from nas_kd.arguments.study import Settings, settings_like, storage_of_environment
+from nas_kd.arguments.parts import defaults
+from nas_kd.arguments.search import add_library
+from nas_kd.arguments.sharing import add_storage, add_workers, storage_of_environment
+from nas_kd.arguments.study import Settings, settings_from
+from nas_kd.arguments.teacher import add_teacher, add_teacher_epochs
+from nas_kd.arguments.training import add_proxy_rate, add_recipe
 from nas_kd.errors import NasKdError, without_password
 
 
@@ -30,13 +28,13 @@ class RankSettings:
     all the weights that they can, or, of `starts` "study", with those of a study alone."""
 
     study: Settings
-    genotypes: int
-    band: float
-    near: int
-    truth_images: int
-    proxy_images: int
-    val_images: int
-    starts: str
+    genotypes: int = 30
+    band: float = 0.15
+    near: int = 0
+    truth_images: int = 102_400
+    proxy_images: int = 4000
+    val_images: int = 2000
+    starts: str = "all"
 
 
 def rank_parser(prog: str = "python -m nas_kd.rank_check") -> argparse.ArgumentParser:
@@ -48,31 +46,35 @@ def rank_parser(prog: str = "python -m nas_kd.rank_check") -> argparse.ArgumentP
         epilog=f"example: {prog} --budget params=1M --genotypes 10 --truth-images 20000",
     )
     add_base(parser)
+    add_teacher(parser)
     add_data(parser)
     add_augmentation(parser)
     add = parser.add_argument_group("check").add_argument
     add("--budget", required=True, metavar="B", help="around which costs: params=1M,macs=30M or macs=50%% of the base")
-    add("--genotypes", type=number(0), default=30, metavar="N", help="random genotypes to train (30)")
-    add("--band", type=number(0.001, float, 1), default=0.15, metavar="F", help="how far off the budget (0.15)")
-    add("--near", type=number(0), default=0, metavar="N", help="genotypes near the optimum to train as well (0)")
+    add("--genotypes", type=number(0), metavar="N", help="random genotypes to train (%(default)s)")
+    add("--band", type=number(0.001, float, 1), metavar="F", help="how far off the budget (%(default)s)")
+    add("--near", type=number(0), metavar="N", help="genotypes near the optimum to train as well (%(default)s)")
     add_choices(add)
     add_library(add)
     add = parser.add_argument_group("training").add_argument
-    add("--truth-images", type=number(2), default=102_400, metavar="N", help="images that a truth sees (102400)")
-    add("--proxy-images", type=number(8), default=4000, metavar="N", help="images that a short training sees (4000)")
+    add("--truth-images", type=number(2), metavar="N", help="images that a truth sees (%(default)s)")
+    add("--proxy-images", type=number(8), metavar="N", help="images that a short training sees (%(default)s)")
     add_proxy_rate(add)
     add(
         "--starts",
         choices=("all", "study"),
-        default="all",
-        help="short trainings from fresh weights, the closed form and the library, or as in a study alone (all)",
+        help="short trainings from fresh weights, the closed form and the library, or as in a study alone"
+        " (%(default)s)",
     )
-    add("--val-images", type=number(2), default=2000, metavar="N", help="validation images a score looks at (2000)")
+    add("--val-images", type=number(2), metavar="N", help="validation images a score looks at (%(default)s)")
+    add_teacher_epochs(add)
     add_recipe(add)
+    add_reading(add)
     add = parser.add_argument_group("output").add_argument
     add_report(add)
     add_storage(add)
     add_workers(parser)
+    parser.take_defaults({**defaults(Settings), **defaults(RankSettings), "dataset": None})
     return parser
 
 
@@ -87,8 +89,9 @@ def parse_rank_check(argv: Sequence[str]) -> RankSettings:
         )
     _check_counts(own["genotypes"], own["near"])
     command = command_line("python -m nas_kd.rank_check", [*map(without_password, argv)])
+    arguments |= {"command": command, "base_bounds": False}
     arguments["storage"] = arguments["storage"] or storage_of_environment()
-    return RankSettings(study=settings_like(arguments, command, base_bounds=False), **own)
+    return RankSettings(study=settings_from(arguments), **own)
 
 
 def _check_counts(genotypes: int, near: int) -> None:

@@ -157,17 +157,17 @@ def _rung_scores(start: str, rung: Record, before: float, cost: Cost, damage: fl
 
 def _conclude(check: Check, groups: Mapping[str, Sequence[_Entry]]) -> RankCheck:
     job, settings, context = check.job, check.context.settings, check.context
-    batch_size = settings.study.batch_size
+    batch_size = settings.study.training.batch_size
     library = context.library
     return RankCheck(
-        model=settings.study.model,
+        model=settings.study.network.model,
         teacher=check.materials.digest,
         data=check.materials.splits.digest,
-        space=space_of(settings.study),
+        space=space_of(settings.study.choices),
         budget=str(job.budget),
         band=settings.band,
         seed=settings.study.seed,
-        command=settings.study.command,
+        command=settings.study.output.command,
         truth_steps=context.truth.steps(batch_size) * context.truth_portions,
         truth_images=context.truth.count * context.truth_portions,
         library_seconds=None if library is None else library.seconds,

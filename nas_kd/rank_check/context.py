@@ -63,13 +63,13 @@ class CheckContext:
     @functools.cached_property
     def truth(self) -> Portions:
         """The images in portions of a truth, of which it has `truth_portions`."""
-        count, _ = truth_portions(self.settings.truth_images, self.study.batch_size)
+        count, _ = truth_portions(self.settings.truth_images, self.study.training.batch_size)
         return Portions(self.views, count, self.study.seed)
 
     @property
     def truth_portions(self) -> int:
         """How many portions a truth has."""
-        return truth_portions(self.settings.truth_images, self.study.batch_size)[1]
+        return truth_portions(self.settings.truth_images, self.study.training.batch_size)[1]
 
     @property
     def clock(self) -> Callable[[], float]:
@@ -100,7 +100,8 @@ class CheckContext:
     def student(self, genotype: Genotype, start: str) -> nn.Module:
         """The student on its device, its batch norms recalibrated where it inherits."""
         if start == FRESH:
-            return fresh_student(self.study, self.space, genotype, self.num_classes).to(self.device)
+            network = fresh_student(self.study.network, self.space, genotype, self.num_classes, self.study.seed)
+            return network.to(self.device)
         student = self._space_of(start).student(genotype).to(self.device)
         recalibrate(student, self.portions.sample(CALIBRATION))
         return student
@@ -129,7 +130,7 @@ def context_of(job: Job, settings: RankSettings, materials: Materials) -> CheckC
         settings=settings,
         device=job.device,
         teacher=materials.digest,
-        images=images_key(study, splits),
+        images=images_key(study.data, splits),
         num_classes=splits.num_classes,
         val=splits.val,
         space=with_band(job.space, settings),

@@ -76,13 +76,13 @@ class GenotypesPlan:
 
 def is_asked_for(job: Job) -> bool:
     """Whether others are to measure, however short it takes."""
-    return job.settings.storage is not None or job.settings.jobs > 1
+    return job.settings.sharing.storage is not None or job.settings.sharing.jobs > 1
 
 
 def can_be_shared(check: Check) -> bool:
     """Whether others can have what the trainings need: images in arrays, and views or the base that teaches."""
     views, splits = check.materials.refine_views, check.materials.splits
-    is_taught = (isinstance(views, Views) and views.folder is not None) or check.context.study.teacher is None
+    is_taught = (isinstance(views, Views) and views.folder is not None) or check.context.study.teacher.model is None
     return splits.folder is not None and is_taught and current().size == 1
 
 
@@ -103,7 +103,7 @@ def measure_with_workers(
         measuring.take(keys[key], notes[FOUND])
         advance(measuring.words(keys[key]))
 
-    url, grace = storage_url(job.settings, job.out), job.settings.grace_period
+    url, grace = storage_url(job.settings.sharing, job.out), job.settings.sharing.grace_period
     with using_storage(url, grace, "share out genotypes of the rank check") as storage:
         jobs = _post(check, measuring, keys, storage)
         told = Told(jobs, keys, own, take)
@@ -118,12 +118,12 @@ def _post(check: Check, measuring: Measuring, keys: Mapping[str, Genotype], stor
     job, materials = check.job, check.materials
     _forget_older(storage, job.settings.name)
     jobs = post_jobs(storage, job.settings.name, [], GENOTYPES)
-    note_latency(jobs, job.settings, job.space)
+    note_latency(jobs, job.settings.latency, job.space)
     note_cycles(jobs, job.space)
     whole = dataclasses.replace(materials, sample=materials.splits, proxy_views=materials.refine_views)
     publish_bundle(job, whole, jobs)
     logits = _write_logits(check)
-    store = open_store(job.settings.artifacts) if job.settings.artifacts else None
+    store = open_store(job.settings.sharing.artifacts) if job.settings.sharing.artifacts else None
     plan = GenotypesPlan(
         settings=_without_study(check.context.settings),
         teacher=check.context.teacher,

@@ -18,7 +18,8 @@ from torch import nn
 
 from nas_kd import __version__
 from nas_kd.arguments.augment import AugmentOptions
-from nas_kd.arguments.study import Settings, restore_settings
+from nas_kd.arguments.parts import changed
+from nas_kd.arguments.study import Settings, noted_settings, restore_settings
 from nas_kd.data.arrays import load_arrays
 from nas_kd.data.images import Images
 from nas_kd.data.originals import open_originals
@@ -92,7 +93,7 @@ def publish_bundle(job: Job, materials: Materials, study: optuna.Study) -> Bundl
     """Notes on the study what a worker needs, and puts its files into the artifact store if there is one."""
     bundle = _describe(job, materials)
     before = read_bundle(study)
-    store = open_store(job.settings.artifacts) if job.settings.artifacts else None
+    store = open_store(job.settings.sharing.artifacts) if job.settings.sharing.artifacts else None
     if store is not None:
         bundle = dataclasses.replace(bundle, artifacts=store.address, files=_upload(bundle, job.cache, store))
     elif before is not None and before.weights == bundle.weights:
@@ -110,7 +111,7 @@ def _describe(job: Job, materials: Materials) -> Bundle:
         write_tensors(job.cache / weights, job.space.base.state_dict())
     return Bundle(
         version=__version__,
-        settings={**dataclasses.asdict(job.settings), **PRIVATE},
+        settings={**noted_settings(job.settings), **PRIVATE},
         num_classes=splits.num_classes,
         mean=splits.mean,
         std=splits.std,
@@ -200,11 +201,11 @@ def equip(
 ) -> tuple[Space[nn.Module], Proxy]:
     """The space and the proxy of a study from its bundle and its user attributes, `begun`. Raises ArtifactError for a
     file that is missing or damaged."""
-    settings = settings_of(bundle)
-    base = make_base(dataclasses.replace(settings, pretrained=False), bundle.num_classes, in_chans_of(settings))
+    settings = changed(settings_of(bundle), pretrained=False, out=str(cache.parent))
+    channels = in_chans_of(settings.network, settings.data)
+    base = make_base(settings.network, bundle.num_classes, channels, settings.seed)
     _load_weights(base, bundle, cache)
-    settings_here = dataclasses.replace(settings, out=str(cache.parent))
-    space = make_space(settings_here, base.to(device).eval(), begun=begun)
+    space = make_space(settings, base.to(device).eval(), begun=begun)
     if bundle.library:
         space.library = _open_library(space, cache / bundle.library)
     images = images_of(bundle, cache)
@@ -221,7 +222,7 @@ def equip(
 def checkpoints(bundle: Bundle, cache: Path) -> Path:
     """Where trials of this study keep their state: those of other teachers, images or recipes keep theirs elsewhere."""
     recipe = proxy_recipe_of(settings_of(bundle))
-    augment = settings_of(bundle).augment.text
+    augment = settings_of(bundle).data.augment.text
     facts = [
         bundle.weights,
         bundle.images,
@@ -275,13 +276,13 @@ def images_of(bundle: Bundle, cache: Path) -> dict[str, Images]:
 def _proxy_views(
     bundle: Bundle, settings: Settings, cache: Path, images: Mapping[str, Images], base: nn.Module
 ) -> Views | OnlineViews:
-    if bundle.views is None and settings.teacher is not None:
+    if bundle.views is None and settings.teacher.model is not None:
         raise ArtifactError(
-            f"the views of this study were too large to keep, and its teacher {settings.teacher} is no file of it: "
-            "give its command fewer --proxy-images"
+            f"the views of this study were too large to keep, and its teacher {settings.teacher.model} is no file of "
+            "it: give its command fewer --proxy-images"
         )
     if bundle.views is None:
-        return OnlineViews(fresh_images(settings, images["train"], bundle.num_classes), Teacher(base))
+        return OnlineViews(fresh_images(settings.data, images["train"], bundle.num_classes), Teacher(base))
     views = open_views(cache / bundle.views, images["train"].labels, bundle.mean, bundle.std)
     if views is None:
         raise damaged(cache / bundle.views, "it is not there, or does not match its checksums")

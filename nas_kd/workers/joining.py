@@ -57,7 +57,7 @@ def join(settings: WorkerSettings, stages: Stages, sleep: Callable[[float], None
         study.sampler = make_sampler(str(bundle.settings["sampler"]), space, int(bundle.settings["seed"]))
         if not isinstance(study.sampler, KnapsackSampler):  # which draws from each trial's own number
             study.sampler.reseed_rng()
-        pruner = settings_of(bundle).pruner
+        pruner = settings_of(bundle).search.pruner
         study.pruner = make_pruner(pruner, int(bundle.settings["proxy_epochs"]))
         return _work(study, Objective(space, proxy, front_pruning=pruner == "front"), settings, stages)
 

@@ -20,7 +20,8 @@ import optuna
 import torch
 from optuna.trial import FrozenTrial
 
-from nas_kd.arguments.study import STORAGE, Settings
+from nas_kd.arguments.sharing import STORAGE
+from nas_kd.arguments.study import Settings
 from nas_kd.arguments.worker import TRIALS, WorkerSettings
 from nas_kd.budget import short
 from nas_kd.errors import NasKdError, OutputError, StudyError
@@ -72,12 +73,14 @@ class WorkerPool:
 
 def pool_of(settings: Settings, out: Path) -> WorkerPool:
     """The workers that a study's settings ask for."""
-    command = [*worker_arguments(settings.name, settings.grace_period, TRIALS), "--out", str(out)]
+    command = [*worker_arguments(settings.name, settings.sharing.grace_period, TRIALS), "--out", str(out)]
     return WorkerPool(
-        workers=tuple(local_workers(command, storage_url(settings, out), settings.device, settings.jobs)),
-        trials=settings.trials,
-        epochs=settings.proxy_epochs,
-        grace=settings.grace_period,
+        workers=tuple(
+            local_workers(command, storage_url(settings.sharing, out), settings.training.device, settings.sharing.jobs)
+        ),
+        trials=settings.search.trials,
+        epochs=settings.proxy.epochs,
+        grace=settings.sharing.grace_period,
     )
 
 

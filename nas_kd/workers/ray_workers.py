@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from nas_kd.arguments.study import STORAGE
+from nas_kd.arguments.sharing import STORAGE
 from nas_kd.arguments.worker import WorkerSettings
 from nas_kd.errors import StudyError
 from nas_kd.workers.pool import LocalWorker, file_arguments, stop_all, worker_arguments

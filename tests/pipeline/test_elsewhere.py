@@ -74,8 +74,9 @@ def plan_of(job: Job, epochs: int) -> list[WantedModel]:
 
 
 def start_worker(job: Job, out: Path, *more: str) -> subprocess.Popen[str]:
-    assert job.settings.storage is not None
-    arguments = ["--storage", job.settings.storage, "--study-name", "s", "--out", str(out), "--grace-period", "600"]
+    storage = job.settings.sharing.storage
+    assert storage is not None
+    arguments = ["--storage", storage, "--study-name", "s", "--out", str(out), "--grace-period", "600"]
     python = sys.executable if "--ray=local" in more else warm_python()  # Ray knows its processes by number
     command = [python, "-m", "nas_kd.worker", *arguments, *more]
     # Ray's tasks give way to others by default, and would starve beside a busy process

@@ -23,6 +23,7 @@ from optuna.trial import TrialState
 from rich.console import Console
 from torch import Tensor, nn
 
+from nas_kd.arguments.parts import changed
 from nas_kd.arguments.study import parse_study
 from nas_kd.data.augment import default_augmentation
 from nas_kd.data.images import AugmentedImages, Images
@@ -337,7 +338,7 @@ def test_a_process_that_cannot_begin_is_done_without(
 def test_how_many_share_a_gpu(
     study: tuple[Job, Materials], gpus: int, threads: int, free: int, batch_size: int, count: int
 ) -> None:
-    settings = replace(study[0].settings, jobs=1, device=None, batch_size=batch_size)
+    settings = changed(study[0].settings, jobs=1, device=None, batch_size=batch_size)
     job = replace(study[0], settings=settings, device=torch.device("cuda"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "device_count", lambda: gpus)

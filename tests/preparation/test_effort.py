@@ -25,7 +25,7 @@ CHEAP, DEAR = 0.3e-3, 11e-3  # seconds of an image through a base: resnet18 at 1
 def test_cheap_images_change_nothing() -> None:
     assert effort_for(CHEAP, 1150) == Effort()
     settings = parse_study(["--budget", "params=1M"])
-    assert (settings.proxy_epochs, settings.proxy_images, settings.front) == (4, 10_000, 8)
+    assert (settings.proxy.epochs, settings.proxy.images, settings.refinement.front) == (4, 10_000, 8)
     assert with_effort(settings, effort_for(CHEAP, 1150)) == settings
 
 
@@ -50,7 +50,7 @@ def test_a_gpu_affords_more() -> None:
 def test_what_is_given_stays() -> None:
     settings = parse_study(["--budget", "params=1M", "--proxy-epochs", "3", "--front", "6", "--proxy-images", "50"])
     chosen = with_effort(settings, effort_for(DEAR, 1600))
-    assert (chosen.proxy_epochs, chosen.proxy_images, chosen.front) == (3, 50, 6)
+    assert (chosen.proxy.epochs, chosen.proxy.images, chosen.refinement.front) == (3, 50, 6)
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +69,8 @@ def test_a_resumed_study_does_what_it_began_with(job: Job) -> None:
         patch.setattr("nas_kd.preparation.job.check_study", lambda *arguments: None)
         again = prepare(job.settings, job.storage)
     assert (again.effort.proxy_epochs, again.effort.front) == (2, 6)
-    assert (again.settings.proxy_epochs, again.settings.front) == (2, 6)
-    assert again.settings.proxy_images == job.settings.proxy_images
+    assert (again.settings.proxy.epochs, again.settings.refinement.front) == (2, 6)
+    assert again.settings.proxy.images == job.settings.proxy.images
 
 
 def test_the_plan_names_every_stage(job: Job) -> None:

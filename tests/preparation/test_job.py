@@ -36,13 +36,13 @@ def test_a_trial_is_gentler_than_the_refinement(given: tuple[str, ...], trial: f
 def test_the_plan_counts_the_images_that_are_left_to_train_on() -> None:
     """Of 1,797 digits a fifth is cut off to test on, and a fifth of the rest to select on."""
     settings = parse_study(["--budget", "params=1M"])
-    assert training_images(open_source("digits", None), settings) == 1150
-    assert training_images(open_source("digits", None), replace(settings, train_images=100)) == 100
+    assert training_images(open_source("digits", None), settings.data) == 1150
+    assert training_images(open_source("digits", None), replace(settings.data, train_images=100)) == 100
 
 
 def test_a_study_that_bounded_peak_memory_by_an_earlier_rule_does_not_go_on() -> None:
     settings = parse_study(["--budget", "params=1M,peak_memory=1M", "--proxy-epochs", "1"])
-    now = choices_made(settings, parse_budget(settings.budget))
+    now = choices_made(settings, parse_budget(settings.search.budget))
     storage = optuna.storages.InMemoryStorage()
     study = optuna.create_study(study_name="old", storage=storage)
     study.set_user_attr(CONFIG, {key: value for key, value in now.items() if key != "peak memory"})
@@ -58,5 +58,5 @@ def test_mixed_precision_that_would_be_slower_is_told_of(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, words: str, processor: str, slower: bool
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
-    training_device(parse_study(["--budget", "params=1M", "--device", "cpu", *words.split()]))
+    training_device("cpu", amp="--amp" in words)
     assert ("no fast bfloat16" in caplog.text) == slower

@@ -95,4 +95,4 @@ def test_what_is_no_sampler_for_a_study_is_one_line(path: str, words: str, small
 def test_what_can_be_no_path_is_refused_at_once(text: str, words: str) -> None:
     with pytest.raises(NasKdError, match=words):
         parse_study(["--budget", "params=1M", "--sampler", text])
-    assert parse_study(["--budget", "params=1M", "--sampler", "my.own:Sampler"]).sampler == "my.own:Sampler"
+    assert parse_study(["--budget", "params=1M", "--sampler", "my.own:Sampler"]).search.sampler == "my.own:Sampler"
