@@ -17,7 +17,7 @@ from nas_kd.arguments.network import NetworkSettings, add_shape
 from nas_kd.arguments.output import add_quiet
 from nas_kd.arguments.parsing import LOCAL, Parser, command_line, model_name, number, path
 from nas_kd.arguments.parts import defaults, part, read
-from nas_kd.arguments.teacher import TeacherSettings
+from nas_kd.arguments.teacher import TeacherSettings, add_teacher_epochs, add_teacher_weights, check_teacher
 from nas_kd.arguments.training import RATE, add_device
 from nas_kd.data.dataset_names import choose_dataset
 from nas_kd.errors import NasKdError
@@ -124,19 +124,8 @@ def _add_mode(parser: argparse.ArgumentParser) -> None:
     add("--teacher-gradient", action="store_true", help="the soft loss moves the teacher too (the authors' code)")
     add("--class-mean", action="store_true", help="average the soft loss over classes too (the authors' code)")
     add = parser.add_argument_group("offline distillation").add_argument
-    add("--teacher-pretrained", action="store_true", help="take timm's weights")
-    add(
-        "--teacher-checkpoint",
-        type=path,
-        metavar="FILE",
-        help="take these weights; without any, the teacher is trained here",
-    )
-    add(
-        "--teacher-epochs",
-        type=number(1),
-        metavar="N",
-        help="epochs of the teacher (by the data's size; few from given weights)",
-    )
+    add_teacher_weights(add)
+    add_teacher_epochs(add)
     add("--views", type=number(0), metavar="N", help="augmented views with cached logits; 0: always new (%(default)s)")
     add(
         "--distill-weight",
@@ -190,11 +179,9 @@ def _check_weights(arguments: dict[str, Any]) -> None:
         raise NasKdError(f"{given} does not go with --online: every peer starts from weights of its own; leave it out")
     if given and arguments["from_scratch"]:
         raise NasKdError(f"{given} does not go with --from-scratch: leave one of them out")
-    extra = [name for name in ("teacher_pretrained", "teacher_checkpoint", "teacher_epochs") if arguments[name]]
-    if extra and arguments["mode"] != "offline":
-        raise NasKdError(f"--{extra[0].replace('_', '-')} speaks of a teacher: name one by --teacher")
-    if arguments["teacher_pretrained"] and arguments["teacher_checkpoint"]:
-        raise NasKdError("--teacher-pretrained does not go with --teacher-checkpoint: leave one of them out")
+    check_teacher(arguments)
+    if arguments["teacher_epochs"] and arguments["teacher"] is None:
+        raise NasKdError("--teacher-epochs speaks of a teacher: name one by --teacher")
     for name in ("teacher_gradient", "class_mean"):
         if arguments[name] and arguments["mode"] != "online":
             raise NasKdError(f"--{name.replace('_', '-')} is a switch of --online: leave it out")

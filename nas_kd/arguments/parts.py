@@ -5,9 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, field, fields
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-Value = TypeVar("Value")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Value = TypeVar("Value", bound="DataclassInstance")
 _ARGUMENT, _PART = "argument", "part"
 
 
@@ -17,7 +20,7 @@ def argument(name: str, default: Any = MISSING) -> Any:
     return field(default=default, metadata={_ARGUMENT: name})
 
 
-def part(kind: type[Any]) -> Any:
+def part(kind: type[DataclassInstance]) -> Any:
     """A field that is a part itself, with arguments of its own."""
     return field(metadata={_PART: kind})
 
@@ -26,7 +29,7 @@ def read(kind: type[Value], arguments: Mapping[str, Any]) -> Value:
     """The value of a class of settings; what the mapping has not is as by default, what it has more is left out. Raises
     TypeError where something has no default."""
     values: dict[str, Any] = {}
-    for own in fields(kind):  # type: ignore[arg-type]  # a dataclass, which no type says
+    for own in fields(kind):
         if _PART in own.metadata:
             values[own.name] = read(own.metadata[_PART], arguments)
         elif _name(own) in arguments:
@@ -34,7 +37,7 @@ def read(kind: type[Value], arguments: Mapping[str, Any]) -> Value:
     return kind(**values)
 
 
-def written(settings: Any) -> dict[str, Any]:
+def written(settings: DataclassInstance) -> dict[str, Any]:
     """Settings by the names of their arguments; the inverse of `read`."""
     found: dict[str, Any] = {}
     for own in fields(settings):
@@ -51,12 +54,12 @@ def changed(settings: Value, **arguments: Any) -> Value:
     return read(type(settings), {**known, **arguments})
 
 
-def defaults(kind: type[Any]) -> dict[str, Any]:
+def defaults(kind: type[DataclassInstance]) -> dict[str, Any]:
     """What arguments are by default, where that is a value."""
     return {_name(own): own.default for own in _leaves(kind) if own.default is not MISSING}
 
 
-def _leaves(kind: type[Any]) -> Iterator[Field[Any]]:
+def _leaves(kind: type[DataclassInstance]) -> Iterator[Field[Any]]:
     for own in fields(kind):
         if _PART in own.metadata:
             yield from _leaves(own.metadata[_PART])

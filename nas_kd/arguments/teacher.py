@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,11 @@ def add_teacher(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="what teaches the students: a timm model, or the folder of an exported one (the base)",
     )
+    add_teacher_weights(add)
+
+
+def add_teacher_weights(add: Callable[..., object]) -> None:
+    """Where the weights of a teacher come from."""
     add("--teacher-pretrained", action="store_true", help="take timm's weights for it")
     add(
         "--teacher-checkpoint",
@@ -46,7 +51,7 @@ def add_teacher(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_teacher_epochs(add: Any) -> None:
+def add_teacher_epochs(add: Callable[..., object]) -> None:
     """How long the teacher is trained."""
     add(
         "--teacher-epochs",
