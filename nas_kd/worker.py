@@ -41,8 +41,8 @@ def run_worker(settings: WorkerSettings) -> int:
 def _work(settings: WorkerSettings, stages: Stages) -> str:
     """Does the parts of the work that are asked for; says what was this worker's."""
     from nas_kd.pipeline.blocks_elsewhere import take_blocks
-    from nas_kd.pipeline.elsewhere import take_models
-    from nas_kd.rank_check.elsewhere import take_genotypes
+    from nas_kd.pipeline.models_elsewhere import take_models
+    from nas_kd.rank_check.genotypes_elsewhere import take_genotypes
     from nas_kd.workers.joining import join
 
     began, parts = time.monotonic(), (*PARTS, GENOTYPES) if settings.part is None else (settings.part,)

@@ -30,7 +30,7 @@ _LOGGERS = ("nas_kd", "timm", "huggingface_hub")
 
 
 # files that take a minute or more, the longest first: begun last, one of them would go on alone
-_LONG = "test_workers test_rank_check test_study test_documents test_elsewhere test_building".split()
+_LONG = "test_workers test_rank_check test_study test_documents test_models_elsewhere test_building".split()
 
 
 def pytest_configure(config: pytest.Config) -> None:

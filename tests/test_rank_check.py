@@ -28,7 +28,7 @@ from nas_kd.costs.latency import limited_threads
 from nas_kd.genotype import Genotype
 from nas_kd.preparation.records import Records
 from nas_kd.progress import Advance
-from nas_kd.rank_check import elsewhere, main, measuring
+from nas_kd.rank_check import genotypes_elsewhere, main, measuring
 from nas_kd.rank_check.parts import Measuring
 from nas_kd.results.rank_rows import FILE, RankCheck, read_check
 from nas_kd.search.jobs import GENOTYPES, done_jobs, post_jobs
@@ -270,7 +270,7 @@ def check_same(out: Path, finished: tuple[Path, str, str]) -> None:
 def test_another_process_measures_the_same(
     finished: tuple[Path, str, str], prepared: Path, mine: list[Genotype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(elsewhere, "do_jobs", only_after(done_jobs))
+    monkeypatch.setattr(genotypes_elsewhere, "do_jobs", only_after(done_jobs))
     assert main([*BASE, *SMALL, "--starts", "study", "--out", str(prepared), "-q"]) == 0
     assert 1 <= len(mine) < 3
     check_same(prepared, finished)
@@ -284,7 +284,7 @@ def test_what_a_process_that_dies_had_taken_is_measured_here(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(elsewhere, "do_jobs", only_after(kill_others))
+    monkeypatch.setattr(genotypes_elsewhere, "do_jobs", only_after(kill_others))
     assert main([*BASE, *SMALL, "--starts", "study", "--out", str(prepared)]) == 0
     assert capsys.readouterr().err.count("a process beside this one ended") == 1
     check_same(prepared, finished)
@@ -302,7 +302,7 @@ def test_a_worker_on_another_machine_measures_the_same(
     """Another machine: its folder is its own, and what it needs is in the artifact store alone."""
     describe = bundle._describe
     monkeypatch.setattr(bundle, "_describe", lambda *given: dataclasses.replace(describe(*given), folder="elsewhere"))
-    monkeypatch.setattr(elsewhere, "do_jobs", only_after(done_jobs))
+    monkeypatch.setattr(genotypes_elsewhere, "do_jobs", only_after(done_jobs))
     joining = ["--storage", shared, "--wait", "600", "--out", str(tmp_path / "joined"), "--device", "cpu"]
     worker = subprocess.Popen(
         [warm_python(), "-m", "nas_kd.worker", *joining], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -334,18 +334,18 @@ def test_a_worker_of_another_version_measures_nothing(
     """What it would find has other keys; the command goes on without it."""
     shared = f"sqlite:///{tmp_path / 'shared.db'}"
     joining = ["--storage", shared, "--device", "cpu", "--out", str(tmp_path / "joined"), "--part", "genotypes", "-q"]
-    plan = elsewhere.GenotypesPlan
+    plan = genotypes_elsewhere.GenotypesPlan
 
-    def other(**facts: Any) -> elsewhere.GenotypesPlan:
+    def other(**facts: Any) -> genotypes_elsewhere.GenotypesPlan:
         return plan(**{**facts, "keys": {**facts["keys"], "truth": "another"}})
 
     def do(jobs: Any, *arguments: Any, **more: Any) -> int:
         assert work(joining) == 2
         return do_jobs(jobs, *arguments, **more)
 
-    do_jobs = elsewhere.do_jobs
-    monkeypatch.setattr(elsewhere, "GenotypesPlan", other)
-    monkeypatch.setattr(elsewhere, "do_jobs", do)
+    do_jobs = genotypes_elsewhere.do_jobs
+    monkeypatch.setattr(genotypes_elsewhere, "GenotypesPlan", other)
+    monkeypatch.setattr(genotypes_elsewhere, "do_jobs", do)
     assert main([*BASE, *SMALL, "--starts", "study", "--out", str(prepared), "-q", "--storage", shared]) == 0
     assert "use the same versions of nas_kd and timm" in capsys.readouterr().err
 

@@ -25,7 +25,7 @@ from nas_kd.library.building import Builder, OpenBlocks, open_builder
 from nas_kd.library.effort import Step
 from nas_kd.library.inputs import LibraryInputs
 from nas_kd.library.library import entry_file, made_choices
-from nas_kd.pipeline.elsewhere import DONE, FILE, more_processes
+from nas_kd.pipeline.models_elsewhere import DONE, FILE, more_processes
 from nas_kd.preparation.cycles import note_cycles
 from nas_kd.preparation.job import Job, choose_device, in_chans_of, make_base
 from nas_kd.preparation.latency import note_latency

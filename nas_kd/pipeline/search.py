@@ -8,8 +8,8 @@ import optuna
 
 from nas_kd.pipeline.ahead import Begin, proxy_of, rounds_of
 from nas_kd.pipeline.blocks_elsewhere import forget_blocks
-from nas_kd.pipeline.elsewhere import expect_models
 from nas_kd.pipeline.helpers import Helpers
+from nas_kd.pipeline.models_elsewhere import expect_models
 from nas_kd.pipeline.showcase import announce
 from nas_kd.preparation.cycles import note_cycles
 from nas_kd.preparation.effort import note_effort

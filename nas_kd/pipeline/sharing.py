@@ -19,8 +19,8 @@ from nas_kd.library.inputs import LibraryInputs
 from nas_kd.library.spec import LibrarySpec
 from nas_kd.pipeline import blocks_elsewhere
 from nas_kd.pipeline.baselines import WantedModel, whole_space
-from nas_kd.pipeline.elsewhere import are_shared, forget_models, train_with_workers
 from nas_kd.pipeline.helpers import Claims, Helpers, helping, pass_over, processes
+from nas_kd.pipeline.models_elsewhere import are_shared, forget_models, train_with_workers
 from nas_kd.pipeline.refining import is_refined, refine_one
 from nas_kd.preparation.estimate import predicted_seconds, refined_models
 from nas_kd.preparation.job import Job

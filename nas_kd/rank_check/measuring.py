@@ -12,7 +12,7 @@ from nas_kd.pipeline.helpers import places
 from nas_kd.preparation.records import Record, Records
 from nas_kd.progress import Stages
 from nas_kd.rank_check.context import Check
-from nas_kd.rank_check.elsewhere import can_be_shared, is_asked_for, measure_with_workers
+from nas_kd.rank_check.genotypes_elsewhere import can_be_shared, is_asked_for, measure_with_workers
 from nas_kd.rank_check.parts import Measuring, parts_of
 from nas_kd.workers.pool import share_of_threads
 

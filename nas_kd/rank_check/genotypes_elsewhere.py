@@ -21,7 +21,7 @@ from nas_kd.arguments.worker import GENOTYPES as PART
 from nas_kd.arguments.worker import WorkerSettings
 from nas_kd.errors import ArtifactError, StudyError
 from nas_kd.genotype import Genotype
-from nas_kd.pipeline.elsewhere import more_processes
+from nas_kd.pipeline.models_elsewhere import more_processes
 from nas_kd.preparation.cycles import note_cycles
 from nas_kd.preparation.job import Job, choose_device, recipe_of, storage_url
 from nas_kd.preparation.latency import note_latency

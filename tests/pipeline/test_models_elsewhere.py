@@ -22,9 +22,9 @@ from warm import warm_python
 
 from nas_kd.arguments.study import parse_study
 from nas_kd.genotype import Genotype
-from nas_kd.pipeline import elsewhere, search
+from nas_kd.pipeline import models_elsewhere, search
 from nas_kd.pipeline.baselines import WantedModel, whole_space
-from nas_kd.pipeline.elsewhere import DONE, MODELS, expect_models
+from nas_kd.pipeline.models_elsewhere import DONE, MODELS, expect_models
 from nas_kd.pipeline.refining import is_refined
 from nas_kd.pipeline.sharing import refine_all
 from nas_kd.preparation.job import Job, prepare
@@ -94,7 +94,7 @@ def others_at_work(job: Job) -> list[int]:
 
 def after(event: Callable[[], object]) -> Callable[..., Refined]:
     """Training a model here, once something has happened to another process, which has the other models until then."""
-    own = elsewhere.refine_in
+    own = models_elsewhere.refine_in
 
     def train(*arguments: Any) -> Refined:
         while not event():
@@ -123,7 +123,7 @@ def test_a_worker_trains_models_that_are_the_same_here(
     plan = plan_of(job, 2)
     worker = start_worker(job, tmp_path, *filter(None, [ray]))
     with monkeypatch.context() as here:
-        here.setattr(elsewhere, "refine_in", after(lambda: others_at_work(job) or worker.poll()))
+        here.setattr(models_elsewhere, "refine_in", after(lambda: others_at_work(job) or worker.poll()))
         told: list[float] = []
         shared = refine_all(job, plan, materials, lambda words, steps=1, /: told.append(steps))
     assert sum(told) == sum(wanted.epochs for wanted in plan)  # those of the worker too
@@ -157,8 +157,8 @@ def test_what_a_killed_process_was_at_is_trained_here(
         return bool(killed)
 
     with monkeypatch.context() as here, caplog.at_level(logging.WARNING, "nas_kd"):
-        here.setattr(elsewhere, "refine_in", after(kill))
-        elsewhere.train_with_workers(job, plan, materials, 2, ignore)  # another process beside this one
+        here.setattr(models_elsewhere, "refine_in", after(kill))
+        models_elsewhere.train_with_workers(job, plan, materials, 2, ignore)  # another process beside this one
     assert "ended (SIGKILL)" in caplog.text
     assert all(is_refined(job, wanted, materials) for wanted in plan)
     jobs = open_jobs(job.storage, "s")
