@@ -67,6 +67,7 @@ OURS, PRUNED, PLAIN, DISTILLED, WHOLE = (
 )
 INNER = Method("local", "l2", "inner")
 STEP, STEPS = 0.95, 30  # torch-pruning's bounds fall until its int8 file is within everything
+VIEWS = 2  # of each image, augmented once
 LR = {OURS: 0.03, PRUNED: 0.03, PLAIN: 0.1, DISTILLED: 0.1}
 
 
@@ -170,6 +171,7 @@ class Study:
     epochs: int
     out: Path
     lr: float | None = None  # of ours and torch-pruning's, where it was asked for
+    views: int = VIEWS
 
     @cached_property
     def bench(self) -> Bench:
@@ -191,6 +193,7 @@ class Study:
         epochs = 0 if arm == WHOLE else self.epochs
         lr = LR.get(arm) if self.lr is None or arm in (PLAIN, DISTILLED) else self.lr
         asked = "" if lr == LR.get(arm) else f", lr {lr:g}"
+        asked += "" if self.views == VIEWS or not epochs else f", {self.views} views"
         key = f"{self.name}, {arm}, {epochs} epochs{asked}, seed {seed}"
         if key in self.records:
             return
@@ -299,6 +302,7 @@ def parse() -> argparse.Namespace:
     add("--weights", type=Path, help="folder with the public weights of the CIFAR ResNets")
     add("--epochs", type=int, default=4, help="on 45,000 images (4)")
     add("--lr", type=float, help="peak learning rate of what begins with the base's weights (0.03)")
+    add("--views", type=int, default=VIEWS, help=f"augmented views of each image ({VIEWS})")
     add("--only", action="append", help="rows that fit, as 'within ResNet-8, ours*' (repeatable; all)")
     add("--out", type=Path, default=Path("results", "mlperf_tiny"), help="rows, models, cache (results/mlperf_tiny)")
     add("--report", type=Path, help="the page (page.md in the output folder)")
@@ -311,7 +315,8 @@ def parse() -> argparse.Namespace:
 
 def images_of(arguments: argparse.Namespace, base: str) -> tuple[str, ...]:
     """The arguments of the main command that say which images and weights there are, and how they are seen."""
-    usual = "--views 2 --refine-epochs 2 --proxy-epochs 1 --proxy-images 1600"
+    views = arguments.views
+    usual = f"--views {views} --refine-epochs {views} --proxy-epochs 1 --proxy-images 1600"
     if arguments.smoke:
         return tuple(f"--img-size 16 --teacher-epochs 2 --train-images 320 {usual}".split())
     weights = arguments.weights / f"{base.replace('cifar_', 'cifar10_')}_akamaster.safetensors"
@@ -330,6 +335,7 @@ def compare(arguments: argparse.Namespace) -> int:
             epochs=1 if arguments.smoke else arguments.epochs,
             out=arguments.out,
             lr=arguments.lr,
+            views=arguments.views,
         )
         for name, point in (DIGITS if arguments.smoke else CIFAR).items()
     ]
