@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from nas_kd.arguments.data import DataSettings, add_look
 from nas_kd.arguments.network import NetworkSettings
 from nas_kd.arguments.output import add_quiet
-from nas_kd.arguments.parsing import LOCAL, Parser, guarded, model_name, number, path
+from nas_kd.arguments.parsing import Parser, guarded, model_name, number, path
 from nas_kd.arguments.parts import defaults, part, read
 from nas_kd.arguments.search import add_accelerator
 from nas_kd.budget import ACCELERATOR, short
@@ -38,7 +38,7 @@ class McuSettings:
     @property
     def folder(self) -> Path:
         """The exported model's folder."""
-        return Path(self.network.model.removeprefix(LOCAL))
+        return self.network.folder
 
 
 def parse_mcu(argv: Sequence[str]) -> McuSettings:
@@ -65,7 +65,7 @@ def parse_mcu(argv: Sequence[str]) -> McuSettings:
     )
     add_quiet(add)
     add_look(parser)
-    parser.take_defaults({**defaults(McuSettings), "dataset": None})
+    parser.take_defaults(defaults(McuSettings))
     arguments = vars(parser.parse_args(argv))
     arguments["dataset"] = choose_dataset(arguments["dataset"], arguments["data_dir"])
     return read(McuSettings, arguments)
@@ -82,7 +82,7 @@ def run_mcu(settings: McuSettings) -> int:
 
     console = console_for(sys.stderr)
     configure(console, quiet=settings.quiet, debug=settings.debug)
-    if not settings.network.model.startswith(LOCAL):
+    if not settings.network.is_exported:
         raise ModelError(f"there is no exported model in {settings.network.model}: name a folder that a study wrote")
 
     import numpy as np

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from nas_kd.arguments.data import DataSettings, add_look
 from nas_kd.arguments.network import NetworkSettings
 from nas_kd.arguments.output import add_quiet
-from nas_kd.arguments.parsing import LOCAL, Parser, guarded, model_name, number, path
+from nas_kd.arguments.parsing import Parser, guarded, model_name, number, path
 from nas_kd.arguments.parts import defaults, part, read
 from nas_kd.budget import short
 from nas_kd.data.dataset_names import choose_dataset
@@ -43,7 +43,7 @@ class QuantizeSettings:
         if self.out is not None:
             return Path(self.out)
         if self.network.is_exported:
-            return Path(self.network.model.removeprefix(LOCAL))
+            return self.network.folder
         return Path("results") / f"quantize-{Path(self.network.model).name}"
 
 
@@ -70,7 +70,7 @@ def parse_quantize(argv: Sequence[str]) -> QuantizeSettings:
     )
     add_quiet(add)
     add_look(parser)
-    parser.take_defaults({**defaults(QuantizeSettings), "dataset": None})
+    parser.take_defaults(defaults(QuantizeSettings))
     arguments = vars(parser.parse_args(argv))
     arguments["keep_float"] = tuple(arguments["keep_float"])
     arguments["dataset"] = choose_dataset(arguments["dataset"], arguments["data_dir"])

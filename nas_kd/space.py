@@ -74,23 +74,17 @@ def show_space(settings: SpaceSettings) -> int:
     from nas_kd.analysis.stride_reduction import reduce_stride
     from nas_kd.networks.hub import create_base
     from nas_kd.networks.micro import Estimator
-    from nas_kd.search.options import parse_options
+    from nas_kd.preparation.opening import options_of
     from nas_kd.search.prices import block_prices
     from nas_kd.search.space import Space
 
     given = {} if settings.num_classes is None else {"num_classes": settings.num_classes}
-    network, choices = settings.network, settings.choices
+    network = settings.network
     channels = network.in_chans or 3
     base = create_base(network.model, in_chans=channels, **given)
     if network.reduction is not None:
         reduce_stride(base, network.reduction, channels)
-    options = parse_options(
-        choices.space,
-        choices.pin,
-        search_stages=choices.search_stages,
-        channel_multiple=choices.channel_multiple,
-    )
-    space = Space(base, img_size=network.img_size, options=options, name=network.model)
+    space = Space(base, img_size=network.img_size, options=options_of(settings.choices), name=network.model)
     try:
         space.count_device()
     except ModelError:  # they are left out, unless somebody asks for them

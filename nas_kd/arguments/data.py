@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 from nas_kd.arguments.augment import AugmentOptions
 from nas_kd.arguments.parsing import number, path, size
-from nas_kd.data.dataset_names import DIGITS
 from nas_kd.data.preprocessing import INTERPOLATIONS
 
 
@@ -17,7 +16,7 @@ class DataSettings:
     """Images: which, how many of them, how they are read, resized and augmented. The `seed` cuts and augments them; all
     else that is random follows from it, too."""
 
-    dataset: str = DIGITS
+    dataset: str
     data_dir: str | None = None
     num_classes: int | None = None
     class_map: str | None = None

@@ -8,14 +8,13 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from nas_kd.arguments.augment import add_augmentation, augment_options
 from nas_kd.arguments.data import DataSettings, add_data, add_reading
 from nas_kd.arguments.network import NetworkSettings, add_shape
 from nas_kd.arguments.output import add_quiet
-from nas_kd.arguments.parsing import LOCAL, Parser, command_line, model_name, number, path
+from nas_kd.arguments.parsing import Parser, command_line, model_name, number, path
 from nas_kd.arguments.parts import defaults, part, read
 from nas_kd.arguments.teacher import TeacherSettings, add_teacher_epochs, add_teacher_weights, check_teacher
 from nas_kd.arguments.training import RATE, add_device
@@ -72,7 +71,7 @@ class DistillSettings:
         params and accuracy."""
         name = self.network.model
         if self.network.is_exported:
-            name = re.sub(r"-\d+\.\d\dM-\d+\.\d.*$", "", Path(name.removeprefix(LOCAL)).resolve().name)
+            name = re.sub(r"-\d+\.\d\dM-\d+\.\d.*$", "", self.network.folder.resolve().name)
         words = [name, *(str(value) for _, value in self.model_kwargs), *([self.conv] if self.conv else [])]
         return re.sub(r"[^\w.%+-]+", "-", "-".join(words)).strip("-.")
 
@@ -98,7 +97,7 @@ def distill_parser(prog: str = "python -m nas_kd.distill") -> argparse.ArgumentP
         help="images, views, teachers and states, shared by several trainings (OUT/cache)",
     )
     add_quiet(add)
-    parser.take_defaults({**defaults(DistillSettings), "dataset": None})
+    parser.take_defaults(defaults(DistillSettings))
     return parser
 
 

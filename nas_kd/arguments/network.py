@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from nas_kd.arguments.parsing import LOCAL, model_name, number, path
 
@@ -29,6 +30,11 @@ class NetworkSettings:
     def is_exported(self) -> bool:
         """Whether it is a folder that a study wrote, which brings weights."""
         return self.model.startswith(LOCAL)
+
+    @property
+    def folder(self) -> Path:
+        """Of an exported one."""
+        return Path(self.model.removeprefix(LOCAL))
 
 
 def add_base(parser: argparse.ArgumentParser) -> None:

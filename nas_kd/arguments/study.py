@@ -37,7 +37,6 @@ from nas_kd.spelling import plain_budget
 
 # of an effort at most, or as the study began, where nothing was said
 OPEN = ("proxy_epochs", "proxy_images", "front", "space", "search_stages", "base_bounds")
-_UNSAID = {**dict.fromkeys((*OPEN, "dataset", "pruner"), None), "pin": (), "start_from": ()}
 _ONCE = {"base_bounds": False}  # what a study did before there was an argument for it
 
 
@@ -70,6 +69,10 @@ class Settings:
     def seed(self) -> int:
         """Decides everything that is random."""
         return self.data.seed
+
+
+_USUAL = defaults(Settings)
+_UNSAID = {**_USUAL, **dict.fromkeys((*OPEN, "pruner"))}  # arguments before they are read
 
 
 def noted_settings(settings: Settings) -> dict[str, Any]:
@@ -110,7 +113,7 @@ def study_parser(prog: str = "python -m nas_kd.study") -> argparse.ArgumentParse
     add("--new-study", action="store_true", help="begin anew under this name; the study that had it is kept")
     add_storage(add)
     add_workers(parser)
-    parser.take_defaults({**defaults(Settings), **_UNSAID})
+    parser.take_defaults(_UNSAID)
     return parser
 
 
@@ -127,7 +130,7 @@ def parse_study(argv: Sequence[str]) -> Settings:
 def settings_from(asked: Mapping[str, Any]) -> Settings:
     """The settings of a study of parsed arguments; what was not asked for is as by default. Raises NasKdError for bad
     ones."""
-    arguments = {**defaults(Settings), **_UNSAID, **asked}
+    arguments = {**_UNSAID, **asked}
     parse_budget(arguments["budget"])
     arguments["budget"] = plain_budget(arguments["budget"])  # which names the study too
     parse_levels(arguments["levels"])
@@ -137,7 +140,7 @@ def settings_from(asked: Mapping[str, Any]) -> Settings:
     arguments |= {name: tuple(arguments[name]) for name in ("pin", "start_from")}
     arguments["dataset"] = choose_dataset(arguments["dataset"], arguments["data_dir"])
     arguments["left_open"] = tuple(name for name in OPEN if arguments[name] is None)
-    arguments |= {name: defaults(Settings)[name] for name in arguments["left_open"]}
+    arguments |= {name: _USUAL[name] for name in arguments["left_open"]}
     arguments["pruner"] = pruner_of(arguments["pruner"], bool(arguments["maximize"]))
     arguments["augment"] = augment_options(arguments, arguments["distill"])
     return read(Settings, arguments)

@@ -51,7 +51,7 @@ def structure_parser(prog: str = "python -m nas_kd.structure") -> argparse.Argum
     add_report(output)
     add_baselines(output)
     add_onnx(output)
-    parser.take_defaults({**defaults(Settings), "space": "width", "search_stages": False, "dataset": None})
+    parser.take_defaults({**defaults(Settings), "space": "width", "search_stages": False})
     return parser
 
 

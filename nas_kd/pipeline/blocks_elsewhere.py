@@ -16,7 +16,6 @@ from optuna.storages import BaseStorage, InMemoryStorage
 from safetensors import SafetensorError
 
 from nas_kd import __version__
-from nas_kd.arguments.parts import changed
 from nas_kd.arguments.study import noted_settings, restore_settings
 from nas_kd.arguments.worker import LIBRARY as PART
 from nas_kd.arguments.worker import WorkerSettings
@@ -27,7 +26,7 @@ from nas_kd.library.inputs import LibraryInputs
 from nas_kd.library.library import entry_file, made_choices
 from nas_kd.pipeline.models_elsewhere import DONE, FILE, more_processes
 from nas_kd.preparation.cycles import note_cycles
-from nas_kd.preparation.job import Job, choose_device, in_chans_of, make_base
+from nas_kd.preparation.job import Job, choose_device
 from nas_kd.preparation.latency import note_latency
 from nas_kd.preparation.opening import make_space
 from nas_kd.progress import Advance, Stages
@@ -47,7 +46,7 @@ from nas_kd.search.storage import storage_errors, using_storage
 from nas_kd.search.workers import RetryingStudy
 from nas_kd.training.evaluation import predict_logits
 from nas_kd.training.ranks import current
-from nas_kd.workers.bundle import PRIVATE, cache_here, check_version, damaged, locate_files
+from nas_kd.workers.bundle import PRIVATE, begin_with, cache_here, check_version, damaged, locate_files
 from nas_kd.workers.joining import find_jobs, is_begun, lead_to_end
 
 BLOCKS = "nas_kd blocks"  # the user attribute of these jobs: what workers need for them
@@ -274,9 +273,8 @@ def _make(
 def _builder(jobs: RetryingStudy, plan: BlocksPlan, cache: Path, device: torch.device) -> Builder:
     """What builds the plan's library on this machine. Raises ArtifactError for a file that is missing or damaged,
     StudyError where another library would come of it."""
-    settings = changed(restore_settings(plan.settings), pretrained=False, out=str(cache.parent))
-    channels = in_chans_of(settings.network, settings.data)
-    base = make_base(settings.network, plan.num_classes, channels, settings.seed).to(device)
+    settings, base = begin_with(plan.settings, plan.num_classes, cache)
+    base.to(device)
     path = cache / plan.inputs
     try:
         inputs = LibraryInputs.read(path, base, plan.facts)

@@ -21,10 +21,10 @@ from nas_kd.costs.verification import analyse, measure
 from nas_kd.data.augment import derive_seed
 from nas_kd.data.images import AugmentedImages, Images
 from nas_kd.data.sources import open_source
-from nas_kd.data.splits import DIGITS, DataSpec, Splits, load_splits
+from nas_kd.data.splits import DataSpec, Splits, load_splits
 from nas_kd.networks.hub import create_base
 from nas_kd.preparation.augmenting import augmentation_of, fresh_images, images_key
-from nas_kd.preparation.image_form import beside_gpu, data_spec, warn_of_other_order
+from nas_kd.preparation.image_form import beside_gpu, data_spec, img_size_of, in_chans_of, warn_of_other_order
 from nas_kd.preparation.job import (
     TEACHER,
     TEACHER_LR,
@@ -37,7 +37,6 @@ from nas_kd.preparation.job import (
     transfer_epochs,
     try_out,
 )
-from nas_kd.preparation.opening import DIGITS_SIZE
 from nas_kd.progress import Stages
 from nas_kd.results.export import Card, export
 from nas_kd.results.refine import Candidate, Refined, Refinement, refine
@@ -144,9 +143,7 @@ def _origin(settings: DistillSettings, *, of_teacher: bool) -> str:
 
 def _name(settings: DistillSettings) -> str:
     """The name of the output folder: results of one base are told apart by their own."""
-    model = (
-        Path(settings.network.model.partition(":")[2]).resolve().name if settings.network.is_exported else settings.stem
-    )
+    model = settings.network.folder.resolve().name if settings.network.is_exported else settings.stem
     return f"distill-{model}-{settings.data.dataset.replace('/', '-')}-{settings.mode}"
 
 
@@ -155,11 +152,10 @@ def _input_size(settings: DistillSettings) -> tuple[int, int, int]:
     if settings.network.is_exported:
         channels, side, _ = input_size_of(create_base(settings.network.model), settings.network.img_size)
         return settings.network.in_chans or channels, side, side
-    digits = settings.data.dataset == DIGITS
     with torch.device("meta"):
         plain = create_base(settings.network.model, **dict(settings.model_kwargs))
-    _, side, _ = input_size_of(plain, settings.network.img_size or (DIGITS_SIZE if digits else None))
-    return settings.network.in_chans or (1 if digits else 3), side, side
+    _, side, _ = input_size_of(plain, img_size_of(settings.network, settings.data))
+    return in_chans_of(settings.network, settings.data), side, side
 
 
 def build(

@@ -81,10 +81,8 @@ def predicted_seconds(job: Job, teacher_epochs: int, refine_epochs: int) -> Mapp
     each = forward_seconds(job.space.base, job.space.analysis)
     step, val = STEP * each, settings.data.val_fraction / (1 - settings.data.val_fraction) * images
     proxy = min(settings.proxy.images, images)
-    views = (
-        min(settings.training.views, settings.proxy.epochs) * proxy
-        + min(settings.training.views, refine_epochs) * images
-    )
+    most = settings.training.views
+    views = min(most, settings.proxy.epochs) * proxy + min(most, refine_epochs) * images
     entries = sum(len(made_choices(block)) for block in job.space.blocks)
     once = min(_FIT, MOST_IMAGES * each / len(job.space.blocks))
     library = entries * (ENTRY + PASSES * once + UNBEATEN * (ENTRY + min(_DAMAGE, MOST_IMAGES * each) / 2))

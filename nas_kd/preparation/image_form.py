@@ -12,15 +12,17 @@ from timm.data import resolve_data_config
 from torch import nn
 
 from nas_kd.arguments.data import DataSettings
+from nas_kd.arguments.network import NetworkSettings
 from nas_kd.data.augment import PhotoAugmentation
 from nas_kd.data.class_maps import warn_of_order
 from nas_kd.data.cutting import DataSpec, check_source
-from nas_kd.data.dataset_names import FOLDER
+from nas_kd.data.dataset_names import DIGITS, FOLDER
 from nas_kd.data.memory import memory_of_machine
 from nas_kd.data.preprocessing import CROP_MODES, PHOTO, Preprocessing
 from nas_kd.data.sources import Source
 from nas_kd.preparation.augmenting import augmentation_of
 
+DIGITS_SIZE = 16  # at the base's own stride: measured, docs/decisions.md
 _DETAIL = 2.0  # times the network's size is the short side of an original: a crop of a quarter of it stays sharp
 _ORIGINALS_BYTES = 8 << 30  # on disk, memory-mapped
 _PHOTO_WORKERS = 8
@@ -63,6 +65,16 @@ def data_spec(
     )
     check_source(source, spec)
     return spec
+
+
+def in_chans_of(network: NetworkSettings, data: DataSettings) -> int:
+    """The channels of the images: as given, or what the dataset has."""
+    return network.in_chans or (1 if data.dataset == DIGITS else 3)
+
+
+def img_size_of(network: NetworkSettings, data: DataSettings) -> int | None:
+    """The side of the images in pixels: as given, or what the dataset has; None where it is the model's own."""
+    return network.img_size or (DIGITS_SIZE if data.dataset == DIGITS else None)
 
 
 def beside_gpu(spec: DataSpec, device: torch.device) -> DataSpec:

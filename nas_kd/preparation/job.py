@@ -16,7 +16,6 @@ from torch import nn
 from nas_kd import __version__
 from nas_kd.analysis.stride_reduction import reduce_stride
 from nas_kd.analysis.trace import meta_image, without_storage
-from nas_kd.arguments.data import DataSettings
 from nas_kd.arguments.network import NetworkSettings
 from nas_kd.arguments.parsing import LOCAL
 from nas_kd.arguments.search import SAMPLERS
@@ -29,13 +28,13 @@ from nas_kd.costs.peak_memory import RULE
 from nas_kd.data.augment import derive_seed
 from nas_kd.data.images import ImageSet
 from nas_kd.data.sources import Source, open_source
-from nas_kd.data.splits import DIGITS, DataSpec
+from nas_kd.data.splits import DataSpec
 from nas_kd.errors import DeviceError, ModelError, NasKdError, OutputError
 from nas_kd.networks.hub import create_base
 from nas_kd.networks.onnx import need
 from nas_kd.preparation.cycles import cycle_facts
 from nas_kd.preparation.effort import Effort, choose_effort, training_images, with_effort
-from nas_kd.preparation.image_form import beside_gpu, data_spec, warn_of_other_order
+from nas_kd.preparation.image_form import beside_gpu, data_spec, in_chans_of, warn_of_other_order
 from nas_kd.preparation.latency import latency_facts
 from nas_kd.preparation.opening import as_begun, bound_space, bounds_of, open_space, read_start, space_of
 from nas_kd.progress import Stages
@@ -200,11 +199,6 @@ def _data(settings: Settings, source: Source, space: Space[nn.Module], networks:
         return data_spec(settings.data, space.input_size, source, networks.base, weighted=True)
     other = networks.other if networks.other_head is not None else None
     return data_spec(settings.data, space.input_size, source, other or networks.base, weighted=other is not None)
-
-
-def in_chans_of(network: NetworkSettings, data: DataSettings) -> int:
-    """The channels of the images: as given, or what the dataset has."""
-    return network.in_chans or (1 if data.dataset == DIGITS else 3)
 
 
 def storage_url(sharing: SharingSettings, out: Path) -> str:

@@ -17,18 +17,17 @@ from nas_kd.arguments.parts import changed
 from nas_kd.arguments.study import Settings
 from nas_kd.budget import CYCLES, DEVICE, KINDS, LATENCY, Cost, parse_budget, parse_levels
 from nas_kd.costs.cost_table import CostTable
-from nas_kd.data.splits import DIGITS
 from nas_kd.errors import GenotypeError, ModelError, OutputError
 from nas_kd.genotype import Genotype
 from nas_kd.networks.tflite_file import has_interpreter
 from nas_kd.preparation.cycles import count_cycles
+from nas_kd.preparation.image_form import img_size_of
 from nas_kd.preparation.latency import make_meter, measure_latencies, told_latency
 from nas_kd.progress import Stages
-from nas_kd.search.options import parse_options
+from nas_kd.search.options import Options, parse_options
 from nas_kd.search.space import Space
 from nas_kd.search.storage import CONFIG
 
-DIGITS_SIZE = 16  # at the base's own stride: measured, docs/decisions.md
 BASE_BOUNDS = (*KINDS, "peak_memory", LATENCY)  # that a student is not to have more of than its base, by default
 _STAGES, _BASE_BOUNDS = "search stages", "base bounds"  # as a study notes them
 _logger = logging.getLogger(__name__)
@@ -41,17 +40,22 @@ def make_space(settings: Settings, base: nn.Module, begun: Mapping[str, Any] | N
     return space
 
 
+def options_of(choices: ChoicesSettings) -> Options:
+    """The choices that are open to each block, as they are asked for."""
+    return parse_options(
+        choices.space,
+        choices.pin,
+        search_stages=choices.search_stages,
+        channel_multiple=choices.channel_multiple,
+    )
+
+
 def open_space(settings: Settings, base: nn.Module) -> Space[nn.Module]:
     """What the base may become, without bounds."""
     return Space(
         base,
-        img_size=settings.network.img_size or (DIGITS_SIZE if settings.data.dataset == DIGITS else None),
-        options=parse_options(
-            settings.choices.space,
-            settings.choices.pin,
-            search_stages=settings.choices.search_stages,
-            channel_multiple=settings.choices.channel_multiple,
-        ),
+        img_size=img_size_of(settings.network, settings.data),
+        options=options_of(settings.choices),
         name=settings.network.model,
     )
 

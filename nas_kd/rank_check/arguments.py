@@ -74,7 +74,7 @@ def rank_parser(prog: str = "python -m nas_kd.rank_check") -> argparse.ArgumentP
     add_report(add)
     add_storage(add)
     add_workers(parser)
-    parser.take_defaults({**defaults(Settings), **defaults(RankSettings), "dataset": None})
+    parser.take_defaults({**defaults(Settings), **defaults(RankSettings)})
     return parser
 
 

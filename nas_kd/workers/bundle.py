@@ -27,7 +27,8 @@ from nas_kd.errors import ArtifactError, CheckpointError, StudyError
 from nas_kd.library.entries import EntryFile
 from nas_kd.library.library import Library, entry_file, made_choices
 from nas_kd.preparation.augmenting import fresh_images
-from nas_kd.preparation.job import Job, choices_made, in_chans_of, make_base, proxy_recipe_of
+from nas_kd.preparation.image_form import in_chans_of
+from nas_kd.preparation.job import Job, choices_made, make_base, proxy_recipe_of
 from nas_kd.preparation.materials import Materials
 from nas_kd.preparation.opening import make_space
 from nas_kd.search.artifacts import Store, open_store, pack, unpack
@@ -196,14 +197,19 @@ def fetch(files: Mapping[str, str], address: str | None, cache: Path) -> None:
                 unpack(cache / path)
 
 
+def begin_with(noted: Mapping[str, Any], classes: int, cache: Path) -> tuple[Settings, nn.Module]:
+    """A study's settings as they hold where its files are in `cache`, and its base, whose weights are still to come."""
+    settings = changed(restore_settings(noted), pretrained=False, out=str(cache.parent))
+    channels = in_chans_of(settings.network, settings.data)
+    return settings, make_base(settings.network, classes, channels, settings.seed)
+
+
 def equip(
     bundle: Bundle, cache: Path, device: torch.device, begun: Mapping[str, Any]
 ) -> tuple[Space[nn.Module], Proxy]:
     """The space and the proxy of a study from its bundle and its user attributes, `begun`. Raises ArtifactError for a
     file that is missing or damaged."""
-    settings = changed(settings_of(bundle), pretrained=False, out=str(cache.parent))
-    channels = in_chans_of(settings.network, settings.data)
-    base = make_base(settings.network, bundle.num_classes, channels, settings.seed)
+    settings, base = begin_with(bundle.settings, bundle.num_classes, cache)
     _load_weights(base, bundle, cache)
     space = make_space(settings, base.to(device).eval(), begun=begun)
     if bundle.library:

@@ -59,11 +59,12 @@ def test_parsers_state_no_default_of_their_own(parser: Any) -> None:
 
 def test_what_is_not_asked_for_is_as_the_class_says() -> None:
     settings = parse_study(["--budget=params=1M"])
-    expected = {**defaults(Settings), "budget": "params=1M", "left_open": OPEN, "augment": AugmentOptions()}
+    usual = {"dataset": "digits", "augment": AugmentOptions()}
+    expected = {**defaults(Settings), **usual, "budget": "params=1M", "left_open": OPEN}
     assert {**written(settings), "command": ""} == expected
     distilled = parse_distill(["resnet18", "--no-teacher"])
     assert {**written(distilled), "command": ""} == {
-        **defaults(DistillSettings), "model": "resnet18", "mode": "plain", "augment": AugmentOptions(),
+        **defaults(DistillSettings), **usual, "model": "resnet18", "mode": "plain",
     }  # fmt: skip
 
 
@@ -80,7 +81,7 @@ def test_an_unknown_argument_changes_nothing() -> None:
     with pytest.raises(TypeError, match="Settings has no trails"):
         changed(FULL, trails=3)
     with pytest.raises(TypeError, match="budget"):
-        read(Settings, {})
+        read(Settings, {"dataset": "digits"})
 
 
 def test_notes_of_earlier_versions_are_read() -> None:
