@@ -86,12 +86,12 @@ def show_space(settings: SpaceSettings) -> int:
         reduce_stride(base, network.reduction, channels)
     space = Space(base, img_size=network.img_size, options=options_of(settings.choices), name=network.model)
     try:
-        space.count_device()
+        space = space.with_costs(space.costs.with_device())
     except ModelError:  # they are left out, unless somebody asks for them
         if settings.budget and set(DEVICE) & set(parse_budget(settings.budget)):
             raise
     if settings.budget and CYCLES in parse_budget(settings.budget):
-        space.estimate_cycles(Estimator(settings.accelerator))
+        space = space.with_costs(space.costs.with_cycles(Estimator(settings.accelerator)))
     budget = parse_budget(settings.budget, space.table.base()) if settings.budget else None
     facts = describe(space, block_prices(space.table, space.analysis, base), budget)
     if settings.as_json:
@@ -111,8 +111,8 @@ def describe(space: Space[Any], prices: Sequence[BlockPrices], budget: Budget | 
         "genotypes": math.prod(len(block.choices) for block in space.blocks),
         "left_alone": [{"module": module, "reason": reason} for module, reason in space.analysis.left_alone],
     }
-    if space.cycles is not None and space.cycles.estimator is not None:
-        facts["accelerator"] = space.cycles.estimator.accelerator
+    if space.costs.cycles is not None and space.costs.cycles.estimator is not None:
+        facts["accelerator"] = space.costs.cycles.estimator.accelerator
     for kind in space.table.kinds:
         facts[kind] = base[kind]
         facts[f"min_{kind}"] = space.table.cost(space.table.cheapest(kind))[kind]
@@ -122,10 +122,11 @@ def describe(space: Space[Any], prices: Sequence[BlockPrices], budget: Budget | 
 
 
 def _budget_facts(space: Space[Any], budget: Budget, facts: dict[str, Any]) -> dict[str, Any]:
+    from nas_kd.search.feasibility import check_feasible
     from nas_kd.search.prices import share_within
 
     try:
-        space.check_budget(budget)
+        check_feasible(space.costs, space.options, budget)
         problem = ""
     except BudgetError as error:
         problem = str(error)

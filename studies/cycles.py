@@ -89,13 +89,13 @@ def main() -> None:
             timm.create_model(base, num_classes=10), img_size=side, name=base, options=parse_options(search_stages=True)
         )
         begun = time.process_time()
-        space.estimate_cycles(estimator)
+        space = space.with_costs(space.costs.with_cycles(estimator))
         spent = time.process_time() - begun
         rows = []
         for name, genotype in chosen(space):
             table = space.table.cost(genotype).cycles
-            assert space.cycles is not None
-            whole = space.cycles.whole(genotype)
+            assert space.costs.cycles is not None
+            whole = space.costs.cycles.whole(genotype)
             file = of_file(filled(space.student(genotype)), (3, side, side), estimator)
             rows.append((table, whole, file))
             print(

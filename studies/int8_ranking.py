@@ -40,7 +40,7 @@ from nas_kd.networks.onnx import write_model
 from nas_kd.pipeline import prepare
 from nas_kd.pipeline.quantisation import Int8Spec, accuracy_of, inputs_of
 from nas_kd.preparation.job import Job, proxy_recipe_of, recipe_of, refine_epochs
-from nas_kd.preparation.materials import Materials, gather
+from nas_kd.preparation.materials import gather
 from nas_kd.preparation.records import Records
 from nas_kd.progress import Stages
 from nas_kd.search.starts import random_genotype
@@ -62,7 +62,7 @@ class Bench:
         data = ["--dataset", arguments.dataset, "--data-dir", arguments.data_dir]
         more = [*data, "--initial-checkpoint", arguments.initial_checkpoint, "--out", str(arguments.out)]
         self.job: Job = prepare(parse_study([*STUDY.split(), *more]), InMemoryStorage())
-        self.materials: Materials = gather(self.job, Stages(Console(stderr=True), quiet=True))
+        self.job, self.materials = gather(self.job, Stages(Console(stderr=True), quiet=True))
         self.val = self.materials.splits.val[:LOOK]
         self.calibration = inputs_of(self.materials.splits.train[: Int8Spec().calibration_images])
 

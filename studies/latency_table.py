@@ -25,7 +25,7 @@ from torch import nn
 
 import nas_kd.models  # noqa: F401  # registers cifar_resnet20
 from nas_kd.budget import LATENCY, Budget
-from nas_kd.costs.latency_table import Meter, drawn
+from nas_kd.costs.latency_table import LatencyTable, Meter, drawn
 from nas_kd.costs.runtimes import LatencySpec
 from nas_kd.errors import BudgetError
 from nas_kd.genotype import Genotype
@@ -55,34 +55,39 @@ class Row:
         return [self.what, f"{tau:.2f}", f"{np.abs(errors).mean():.1%}", f"{errors.mean():+.1%}", *asked]
 
 
+def latency_of(space: Space[nn.Module]) -> LatencyTable:
+    assert space.costs.latency is not None
+    return space.costs.latency
+
+
 def compared(space: Space[nn.Module], genotypes: Sequence[Genotype], what: str, asked: str = "") -> Row:
     """Some students, expected and then measured."""
-    assert space.latency is not None
-    base = space.latency.whole_base
+    latency = latency_of(space)
+    base = latency.whole_base
     expected = np.array([space.table.cost(genotype).latency for genotype in genotypes]) / base
-    measured = np.array(space.latency.wholes(genotypes, layers=True)) / base
+    measured = np.array(latency.wholes(genotypes, layers=True)) / base
     return Row(what=what, expected=expected, measured=measured, asked=asked)
 
 
 def rows_of(space: Space[nn.Module], students: int, seed: int) -> Iterator[Row]:
     """The random students, and those that a search within each bound begins with."""
-    assert space.latency is not None
+    latency = latency_of(space)
     yield compared(space, drawn(space.blocks, students, seed), f"{students} random")
-    space.table = space.latency.onto(space.table)
+    space.costs.recall({})  # the table is corrected by what was measured
     for share in SHARES:
-        budget = Budget(((LATENCY, round(share * space.latency.whole_base)),))
+        budget = Budget(((LATENCY, round(share * latency.whole_base)),))
         asked = f"{share:.2f}"
         try:
-            space.set_budget(budget)
+            bounded = space.with_budget(budget)
         except BudgetError as error:
             print(error)
             continue
         for name in ("first", "corrected"):
             chosen = mixed_starts(space.table, budget, 6)
             yield compared(space, chosen, f"{name} {len(chosen)} starts", asked)
-            space.table = space.latency.onto(space.table)
-        chosen = space.starts(6)
-        base = space.latency.whole_base
+            space.costs.recall({})
+        chosen = bounded.starts(6)
+        base = latency.whole_base
         took = np.array([space.cost(genotype)[LATENCY] for genotype in chosen]) / base
         expected = np.array([space.table.cost(genotype).latency for genotype in chosen]) / base
         yield Row(what=f"{len(chosen)} as a search begins", expected=expected, measured=took, asked=asked)
@@ -96,8 +101,7 @@ def lines(name: str, arguments: argparse.Namespace) -> Iterator[str]:
     started = time.process_time()
     space = Space(base, img_size=side, options=options, meter=Meter(LatencySpec(runtime=arguments.runtime)))
     seconds = time.process_time() - started
-    assert space.latency is not None
-    about = [f"{name}, {side} px", f"{space.latency.whole_base / 1e6:.2f}", f"{seconds:.0f}"]
+    about = [f"{name}, {side} px", f"{latency_of(space).whole_base / 1e6:.2f}", f"{seconds:.0f}"]
     for row in rows_of(space, arguments.students, arguments.seed + 7):
         yield f"| {' | '.join([*about, *row.cells()])} |"
         about = ["", "", ""]

@@ -241,7 +241,8 @@ class Study:
         """The integer programme's solution, its cycles estimated whole."""
         space, spec = self.bench.job.space, LibrarySpec(rounds=(), anchor=False)
         images = self.bench.views.sample(spec.images + spec.holdout)
-        space.library = build_library(self.bench.base, space.analysis, images, spec, self.bench.out / "cache")
+        library = build_library(self.bench.base, space.analysis, images, spec, self.bench.out / "cache")
+        space = space.with_library(library)
         return space.student(space.starts(1)[-1])
 
     def pruned(self) -> nn.Module:

@@ -225,7 +225,7 @@ def knapsack(arguments: list[str], out: Path, cache: Path) -> list[Row]:
     """The genotype of least damage by the library, with its weights: where our search begins."""
     settings = parse_study([*arguments, "--front", "1", "--proxy-epochs", "1", "-q", "--out", str(out)])
     job, stages = prepare(settings, InMemoryStorage()), Stages(Console(stderr=True), quiet=True)
-    materials = gather(job, stages)
+    job, materials = gather(job, stages)
     genotype = solve(job.space.table, job.budget, job.space.damages(), seconds=60)
     assert genotype is not None
     assert settings.refinement.epochs is not None

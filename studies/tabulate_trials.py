@@ -119,7 +119,7 @@ def main() -> None:
         print(len(rows), "of", np.prod([len(block.choices) for block in job.space.blocks]))
         return
     stages = Stages(console_for(sys.stderr))
-    materials = gather(job, stages)
+    job, materials = gather(job, stages)
     records = Records(job.out / "genotypes.jsonl")
     missing = [row for row in rows if name_of(row) not in records]
     with stages.stage("genotypes", max(1, len(missing))) as advance:

@@ -92,7 +92,7 @@ class Bench:
         own = ["--maximize", "accuracy", "--no-base-bounds", "--library-budget", "0", "--seed", "0", "-q"]
         self.stages = Stages(Console(stderr=True), quiet=True)
         self.job = prepare(parse_study([*study, *own, "--out", str(out)]), InMemoryStorage())
-        self.materials = gather(self.job, self.stages)
+        self.job, self.materials = gather(self.job, self.stages)
         self.base = self.materials.base.network
         self.records = Records(out / "rows.jsonl", latest=True)
 
@@ -109,7 +109,7 @@ class Bench:
 
     def cost(self, network: nn.Module) -> Cost:
         """What a network costs; its latency is measured where that is the bound."""
-        counted, latency = measure(network, self.job.space.input_size), self.job.space.latency
+        counted, latency = measure(network, self.job.space.input_size), self.job.space.costs.latency
         if LATENCY not in self.job.budget or latency is None:
             return counted
         return dataclasses.replace(counted, latency=latency.other(copy.deepcopy(network)))
@@ -213,11 +213,9 @@ class Bench:
         """What the base may become, with the library of that."""
         options, side = parse_options(ours.space, search_stages=ours.stages), self.job.space.input_size[1]
         space = Space(self.base, img_size=side, options=options)
-        if self.job.space.latency is not None:
-            space.measure_latency(self.job.space.latency.meter)
-        space.set_budget(self.job.budget)
-        space.library = self._library(space, ours)
-        return space
+        if (latency := self.job.space.costs.latency) is not None:
+            space = space.with_costs(space.costs.with_latency(latency.meter))
+        return space.with_budget(self.job.budget).with_library(self._library(space, ours))
 
     def _library(self, space: Space[nn.Module], ours: Ours) -> Library:
         """A library. Its CPU time is noted as it is built, over kills too; reading one that is there is not counted."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -15,7 +14,7 @@ import timm
 import torch
 from torch import nn
 
-from nas_kd.budget import Budget, parse_budget
+from nas_kd.budget import Budget
 from nas_kd.data.augment import Augmentation
 from nas_kd.data.splits import DataSpec, Splits, load_splits
 from nas_kd.genotype import Genotype
@@ -53,9 +52,7 @@ def within() -> Callable[[Space[nn.Module], str | Budget], Space[nn.Module]]:
     """Gives the same space, within a budget: the base is not analysed again."""
 
     def limit(space: Space[nn.Module], budget: str | Budget) -> Space[nn.Module]:
-        limited = copy.copy(space)
-        limited.budget = parse_budget(budget, space.table.base()) if isinstance(budget, str) else budget
-        return limited
+        return space.with_budget(budget)
 
     return limit
 

@@ -35,7 +35,7 @@ def teacher_of(out: Path) -> str:
     """The digest of the teacher that these arguments train on this machine: another torch rounds otherwise."""
     job = prepare(parse_study([*ARGUMENTS, "--out", str(out)]))
     try:
-        return gather(job, Stages(Console(stderr=True), quiet=True)).digest
+        return gather(job, Stages(Console(stderr=True), quiet=True))[1].digest
     finally:
         close_storage(job.storage)
 

@@ -129,7 +129,7 @@ def test_a_space_takes_a_library(digits: tuple[Tensor, Tensor], teacher: nn.Modu
     images = nas_kd.Images((digits[0][:96] * 255).byte(), digits[1][:96], (0.0,), (1.0,))
     without = space.student(space.starts(1)[0])
     spec = nas_kd.LibrarySpec(images=64, holdout=32, rounds=(2,), batch_size=16)
-    space.library = nas_kd.build_library(teacher, space.analysis, images, spec, tmp_path)
+    space = space.with_library(nas_kd.build_library(teacher, space.analysis, images, spec, tmp_path))
     study = optuna.create_study()
     assert space.enqueue(study) > 3
     study.optimize(lambda trial: float(sum(p.numel() for p in space.suggest(trial).parameters())), n_trials=3)

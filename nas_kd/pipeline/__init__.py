@@ -28,7 +28,7 @@ def run(job: Job, stages: Stages) -> StudySummary:
     try:
         with helping(job) as helpers:
             begin_helpers(helpers)
-            materials = gather(job, stages, functools.partial(sharing_library, helpers))
+            job, materials = gather(job, stages, functools.partial(sharing_library, helpers))
             study = search(job, materials, stages, helpers)
             models = make_results(job, study, materials, stages, helpers)
         summary = summarise(job, study, models, materials, stages)

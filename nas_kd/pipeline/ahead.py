@@ -97,6 +97,7 @@ class Ahead:
 class Rounds:
     """The rounds of a study's search that `count` processes share."""
 
+    job: Job
     helpers: Helpers
     study: optuna.Study
     proxy: Proxy
@@ -110,10 +111,6 @@ class Rounds:
             before, missing = trained, trials - trained
             queued = (_queued(self.job, self.study) or self._propose(min(missing, max(ROUND, self.count))))[:missing]
             yield self._share(queued, number=trained), len(queued) or missing
-
-    @property
-    def job(self) -> Job:
-        return self.helpers.job
 
     def _propose(self, count: int) -> list[Genotype]:
         """Queues the next genotypes, measured where the budget bounds what is measured: now, before processes are busy;
@@ -144,14 +141,14 @@ class Rounds:
         return ahead.begin
 
 
-def rounds_of(helpers: Helpers | None, study: optuna.Study, proxy: Proxy) -> Rounds | None:
+def rounds_of(job: Job, helpers: Helpers | None, study: optuna.Study, proxy: Proxy) -> Rounds | None:
     """The rounds of a search; None where one process does it all, one trial after the other."""
     if helpers is None:
         return None
-    trials = helpers.job.settings.search.trials - count_trained(study)
-    seconds = predicted_seconds(helpers.job, 0, 0)["search"] * trials / helpers.job.settings.search.trials
-    count = processes(helpers.job, trials) if seconds >= (WORTH if helpers.others else BEGIN) else 1
-    return None if count == 1 else Rounds(helpers=helpers, study=study, proxy=proxy, count=count)
+    trials = job.settings.search.trials - count_trained(study)
+    seconds = predicted_seconds(job, 0, 0)["search"] * trials / job.settings.search.trials
+    count = processes(job, trials) if seconds >= (WORTH if helpers.others else BEGIN) else 1
+    return None if count == 1 else Rounds(job=job, helpers=helpers, study=study, proxy=proxy, count=count)
 
 
 def _queued(job: Job, study: optuna.Study) -> list[Genotype]:

@@ -10,7 +10,6 @@ from torch import nn
 
 from nas_kd.budget import CYCLES, LATENCY, MEASURED, Budget
 from nas_kd.costs.cycle_table import CycleTable
-from nas_kd.costs.latency_table import LatencyTable, Meter
 from nas_kd.data.augment import derive_seed
 from nas_kd.errors import ModelError
 from nas_kd.genotype import Genotype
@@ -44,12 +43,6 @@ class WantedModel:
     start: Start | None = None
 
 
-def whole_models(space: Space[nn.Module], meter: Meter) -> LatencyTable:
-    """What measures whole students of a space on this machine: its own, or one that knows of no blocks."""
-    own = space.latency
-    return own if own and not own.is_told else LatencyTable(space.base, space.analysis, space.input_size, meter)
-
-
 def baselines(job: Job, best: Genotype, epochs: int) -> list[WantedModel]:
     """What the front must beat: its own best one without a teacher, one width everywhere, a random genotype."""
     wanted = plain_baselines(job, best, epochs)
@@ -72,10 +65,11 @@ def plain_baselines(job: Job, best: Genotype, epochs: int) -> list[WantedModel]:
 def _uniform(job: Job, whole: Space[nn.Module]) -> Genotype | None:
     """The widest uniform student within the budget, its latency and cycles measured where they are bounded."""
     measures: dict[str, Callable[[Genotype], int]] = {}
-    if job.space.latency is not None:
-        measures[LATENCY] = whole_models(whole, job.space.latency.meter).whole
-    if job.space.cycles is not None and job.space.cycles.estimator is not None:
-        measures[CYCLES] = CycleTable(whole.base, whole.analysis, whole.input_size, job.space.cycles.estimator).whole
+    costs = job.space.costs
+    if costs.latency is not None:
+        measures[LATENCY] = whole.costs.whole_models(costs.latency.meter).whole
+    if costs.cycles is not None and costs.cycles.estimator is not None:
+        measures[CYCLES] = CycleTable(whole.base, whole.analysis, whole.input_size, costs.cycles.estimator).whole
     counted = Budget(tuple((kind, bound) for kind, bound in job.budget.bounds if kind not in MEASURED))
     wanted = [(measures[kind], job.budget[kind]) for kind in MEASURED if kind in job.budget and kind in measures]
     students = uniform_width_students(whole.table, counted)
@@ -102,9 +96,7 @@ def whole_of(space: Space[nn.Module], name: str) -> Space[nn.Module] | None:
     options = parse_options("width", search_stages=True)
     try:
         whole = Space(space.base, img_size=space.input_size[1], options=options, name=name)
-        if space.table.device is not None:
-            whole.count_device()
-        return whole
+        return whole if space.table.device is None else whole.with_costs(whole.costs.with_device())
     except ModelError as error:
         _logger.warning("no uniform student to compare with: %s", error)
         return None

@@ -46,7 +46,7 @@ from nas_kd.search.storage import storage_errors, using_storage
 from nas_kd.search.workers import RetryingStudy
 from nas_kd.training.evaluation import predict_logits
 from nas_kd.training.ranks import current
-from nas_kd.workers.bundle import PRIVATE, begin_with, cache_here, check_version, damaged, locate_files
+from nas_kd.workers.bundle import PRIVATE, begin_with, cache_here, check_version, damaged, locate_files, shared_store
 from nas_kd.workers.joining import find_jobs, is_begun, lead_to_end
 
 BLOCKS = "nas_kd blocks"  # the user attribute of these jobs: what workers need for them
@@ -143,7 +143,7 @@ def _plan(job: Job, inputs: LibraryInputs, folder: Path) -> BlocksPlan:
     path = _INPUTS.format(folder.name)
     if not (job.cache / path).exists():
         inputs.write(job.cache / path)
-    store = open_store(job.settings.sharing.artifacts) if job.settings.sharing.artifacts else None
+    store = shared_store(job.settings.sharing)
     plan = BlocksPlan(
         version=__version__,
         settings={**noted_settings(job.settings), **PRIVATE},

@@ -39,19 +39,19 @@ class Helper:
         self._created = {name: tensor.clone() for name, tensor in job.space.base.state_dict().items()}
 
     @functools.cached_property
-    def materials(self) -> Materials:
-        """What the study has made until now, from its cache."""
+    def _collected(self) -> tuple[Job, Materials]:
+        """The job and its materials, which the study has made until now, from its cache."""
         self.job.space.base.load_state_dict(self._created)
         return collect(self.job, quiet())
 
     def do(self, stage: str, plan: Mapping[str, Any], claims: Claims) -> None:
         """Does its part of a stage."""
         if stage == sharing.LIBRARY:
-            sharing.make_blocks(self.job, plan, claims)
+            self.job = sharing.make_blocks(self.job, plan, claims)
         elif stage.startswith(ahead.STAGE):
-            ahead.train_queued(self.job, self.materials, plan, claims)
+            ahead.train_queued(*self._collected, plan, claims)
         else:
-            sharing.train_models(self.job, self.materials, plan, claims)
+            sharing.train_models(*self._collected, plan, claims)
 
 
 Do = Callable[[str, Mapping[str, Any], Claims], None]  # a helper's part of a stage, by its plan

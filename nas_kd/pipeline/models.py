@@ -19,7 +19,7 @@ from nas_kd.errors import ModelError
 from nas_kd.genotype import Genotype
 from nas_kd.networks.onnx import is_installed
 from nas_kd.networks.tflite_file import has_interpreter, has_tools
-from nas_kd.pipeline.baselines import WantedModel, baselines, whole_models
+from nas_kd.pipeline.baselines import WantedModel, baselines
 from nas_kd.pipeline.choosing import choose_front
 from nas_kd.pipeline.device import TFLITE, write_measured
 from nas_kd.pipeline.helpers import Helpers
@@ -109,8 +109,8 @@ def _latencies(job: Job, plan: Sequence[WantedModel], advance: Advance) -> list[
     """The latency (nanoseconds) of the teacher and of each model of the plan, as it was measured first, now or in an
     earlier run."""
     spaces = {id(wanted.space): wanted.space for wanted in plan}
-    meter = job.space.latency.meter if job.space.latency is not None else make_meter(job.settings)
-    tables = {key: whole_models(space, meter) for key, space in {**spaces, id(job.space): job.space}.items()}
+    meter = job.space.costs.latency.meter if job.space.costs.latency is not None else make_meter(job.settings)
+    tables = {key: space.costs.whole_models(meter) for key, space in {**spaces, id(job.space): job.space}.items()}
     wholes = [tables[id(job.space)].whole(job.space.analysis.identity)]
     advance("teacher")
     for wanted in plan:

@@ -36,7 +36,17 @@ from nas_kd.search.storage import storage_errors
 from nas_kd.search.workers import RetryingStudy
 from nas_kd.training.ranks import current
 from nas_kd.training.views import Views, open_views
-from nas_kd.workers.bundle import Bundle, damaged, equip, fetch, locate, read_bundle, settings_of, view_files
+from nas_kd.workers.bundle import (
+    Bundle,
+    damaged,
+    equip,
+    fetch,
+    locate,
+    read_bundle,
+    settings_of,
+    shared_store,
+    view_files,
+)
 from nas_kd.workers.joining import joined, lead_to_end
 from nas_kd.workers.pool import local_workers, share_of_threads, stop_all, worker_arguments
 
@@ -139,7 +149,7 @@ def _plan(job: Job, bundle: Bundle, context: RefinementContext, models: Mapping[
         *(f"{bundle.images}/{part}.npy" for part in parts),
         *view_files(job.settings.data.augment, views.folder.name),
     ]
-    store = open_store(job.settings.sharing.artifacts) if job.settings.sharing.artifacts else None
+    store = shared_store(job.settings.sharing)
     return ModelsPlan(
         key=context.key,
         views=views.folder.name,

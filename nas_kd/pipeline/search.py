@@ -63,7 +63,7 @@ def _run_here(job: Job, study: optuna.Study, proxy: Proxy, board: Board, helpers
         objective = Objective(job.space, proxy, front_pruning=settings.search.pruner == "front", begin=begin)
         work(study, objective, limits, lambda trial: advance_by(board, trial))
 
-    for begin, count in rounds_of(helpers, study, proxy) or ():
+    for begin, count in rounds_of(job, helpers, study, proxy) or ():
         run(begin, count_trained(study) + count)
     run(begin_here, settings.search.trials)
 

@@ -176,8 +176,8 @@ def _make_block(make: Make, name: str, tell: Advance) -> None:
     make(name, lambda step: tell(step, getattr(step, "share", 0.0)))
 
 
-def make_blocks(job: Job, plan: Mapping[str, Any], claims: Claims) -> None:
-    """A helper's part of the library, of which it keeps what students need."""
+def make_blocks(job: Job, plan: Mapping[str, Any], claims: Claims) -> Job:
+    """A helper's part of the library; the job that goes on has what students need of it."""
     inputs = LibraryInputs.read(claims.folder.parent / _TENSORS, job.space.base.to(job.device), plan)
 
     def share(blocks: OpenBlocks) -> tuple[str, ...]:
@@ -185,4 +185,4 @@ def make_blocks(job: Job, plan: Mapping[str, Any], claims: Claims) -> None:
         return ()
 
     builder = open_builder(inputs.base, job.space.analysis, inputs.images, inputs.spec, job.cache)
-    job.space.library = builder.build(tell_nobody, share)
+    return job.with_library(builder.build(tell_nobody, share))

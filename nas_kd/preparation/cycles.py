@@ -10,6 +10,7 @@ from torch import nn
 
 from nas_kd.arguments.study import Settings
 from nas_kd.budget import CYCLES, Budget
+from nas_kd.costs.cost_model import CostModel
 from nas_kd.costs.cycle_table import STUDENTS, cycles_key
 from nas_kd.networks.micro import Estimator
 from nas_kd.networks.tflite_file import has_tools, need_tools
@@ -21,29 +22,27 @@ from nas_kd.search.space import Space
 _NOTE = "nas_kd cycles"  # the study's user attribute
 
 
-def count_cycles(
-    space: Space[nn.Module], settings: Settings, stages: Stages | None, begun: Mapping[str, Any] | None
-) -> None:
-    """Estimates the cycles of some students of a space, which `stages` show, or takes over what the study with these
-    user attributes notes: where no compiler is installed that is all there is.
+def with_cycles(
+    costs: CostModel, settings: Settings, stages: Stages | None, begun: Mapping[str, Any] | None
+) -> CostModel:
+    """Costs with cycles: those of some students are estimated, which `stages` show, or what the study with these user
+    attributes notes is taken over: where no compiler is installed that is all there is.
 
     Raises NasKdError where it is not installed and nothing is noted, ModelError for a base that devices do not get.
     """
     told: Mapping[str, Any] | None = (begun or {}).get(_NOTE)
     if told is not None and not has_tools():
-        space.tell_cycles(told, None)
-        return
+        return costs.with_told_cycles(told, None)
     need_tools()
     estimator = Estimator(settings.search.accelerator)
-    key = cycles_key(estimator, space.base, space.input_size)
+    key = cycles_key(estimator, costs.base, costs.analysis.input_size)
     store = Records(cache_folder(settings) / f"cycles-{key}.jsonl")
     if told is not None:
-        space.tell_cycles(told, estimator, store)
-    elif stages is None:
-        space.estimate_cycles(estimator, store)
-    else:
-        with stages.stage("cycles", STUDENTS) as advance:
-            space.estimate_cycles(estimator, store, lambda name: advance(name))
+        return costs.with_told_cycles(told, estimator, store)
+    if stages is None:
+        return costs.with_cycles(estimator, store)
+    with stages.stage("cycles", STUDENTS) as advance:
+        return costs.with_cycles(estimator, store, lambda name: advance(name))
 
 
 def cycle_facts(settings: Settings, budget: Budget) -> dict[str, Any]:
@@ -53,5 +52,5 @@ def cycle_facts(settings: Settings, budget: Budget) -> dict[str, Any]:
 
 def note_cycles(study: optuna.Study, space: Space[nn.Module]) -> None:
     """Notes on a study that is bounded by cycles what is expected, for workers."""
-    if space.cycles is not None and _NOTE not in study.user_attrs:
-        study.set_user_attr(_NOTE, space.cycles.notes())
+    if space.costs.cycles is not None and _NOTE not in study.user_attrs:
+        study.set_user_attr(_NOTE, space.costs.cycles.notes())

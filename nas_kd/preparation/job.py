@@ -30,6 +30,7 @@ from nas_kd.data.images import ImageSet
 from nas_kd.data.sources import Source, open_source
 from nas_kd.data.splits import DataSpec
 from nas_kd.errors import DeviceError, ModelError, NasKdError, OutputError
+from nas_kd.library.library import Library
 from nas_kd.networks.hub import create_base
 from nas_kd.networks.onnx import need
 from nas_kd.preparation.cycles import cycle_facts
@@ -100,6 +101,10 @@ class Job:
             return None
         return "better" if self.trained_elsewhere else "new"
 
+    def with_library(self, library: Library) -> Job:
+        """The job once its library is there: students start from it."""
+        return dataclasses.replace(self, space=self.space.with_library(library))
+
     @property
     def cache(self) -> Path:
         """Where content-addressed files are kept."""
@@ -128,8 +133,8 @@ def prepare(settings: Settings, storage: BaseStorage | None = None, stages: Stag
         if networks.other is not None:
             try_out(networks.other, space.input_size)
         data = beside_gpu(_data(settings, source, space, networks), device)
-        space.given = tuple(read_start(Path(file), space) for file in settings.search.start_from)
-        bound_space(space, settings, stages, begun)  # last, since latencies take their time
+        space = space.with_given(read_start(Path(file), space) for file in settings.search.start_from)
+        space = bound_space(space, settings, stages, begun)  # last, since latencies take their time
         assert space.budget is not None
         _check_beginning(space, settings)
         if settings.sharing.new_study and (kept := set_aside(storage, settings.name)):

@@ -13,7 +13,8 @@ from torch import nn
 from nas_kd.arguments.latency import LatencySettings
 from nas_kd.arguments.study import Settings
 from nas_kd.budget import LATENCY, Budget
-from nas_kd.costs.latency_table import STUDENTS, LatencyTable, Meter, latencies_key
+from nas_kd.costs.cost_model import CostModel
+from nas_kd.costs.latency_table import STUDENTS, Meter, latencies_key
 from nas_kd.costs.runtimes import LatencySpec, Runtime, default_runtime
 from nas_kd.errors import OutputError, StudyError
 from nas_kd.preparation.records import Records
@@ -62,15 +63,14 @@ def cache_folder(settings: Settings) -> Path:
     return folder
 
 
-def measure_latencies(space: Space[nn.Module], meter: Meter, stages: Stages | None) -> None:
-    """Measures what the latencies of a space are expected from, and shows how far that is."""
+def with_latency(costs: CostModel, meter: Meter, stages: Stages | None) -> CostModel:
+    """Costs with latencies: measures what these are expected from, and shows how far that is."""
     if stages is None:
-        space.measure_latency(meter)
-        return
+        return costs.with_latency(meter)
     # the base first: what cannot be measured at all is told before a stage begins
-    LatencyTable(space.base, space.analysis, space.input_size, meter).whole(space.analysis.identity)
+    costs.latencies(meter).whole(costs.analysis.identity)
     with stages.stage("latencies", 1 + STUDENTS) as advance:
-        space.measure_latency(meter, lambda name: advance(name))
+        return costs.with_latency(meter, lambda name: advance(name))
 
 
 def latency_facts(latency: LatencySettings, budget: Budget) -> dict[str, Any]:
@@ -83,12 +83,13 @@ def latency_facts(latency: LatencySettings, budget: Budget) -> dict[str, Any]:
 def note_latency(study: optuna.Study, latency: LatencySettings, space: Space[nn.Module]) -> None:
     """Notes on a study that is bounded by its base's latency what was measured, for other machines. Raises StudyError
     where another machine noted something else in the meantime."""
-    if space.latency is None or space.budget is None or LATENCY not in space.budget.fixed:
+    known = space.costs.latency
+    if known is None or space.budget is None or LATENCY not in space.budget.fixed:
         return
     facts = latency_spec(latency).facts()
     if _NOTE not in study.user_attrs:
-        study.set_user_attr(_NOTE, {"facts": facts, **space.latency.notes()})
-    elif study.user_attrs[_NOTE]["facts"] != facts and not space.latency.is_told:
+        study.set_user_attr(_NOTE, {"facts": facts, **known.notes()})
+    elif study.user_attrs[_NOTE]["facts"] != facts and not known.is_told:
         raise StudyError(f"another machine began the study {study.study_name!r} just now: run this command again")
 
 

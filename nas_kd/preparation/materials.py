@@ -66,15 +66,16 @@ def _digest_of(base: TeacherResult, teacher: TeacherResult) -> str:
     return base.digest if teacher is base else f"{base.digest}-{teacher.digest}"
 
 
-def gather(job: Job, stages: Stages, sharing: Sharing | None = None) -> Materials:
+def gather(job: Job, stages: Stages, sharing: Sharing | None = None) -> tuple[Job, Materials]:
     """What `collect` gives, after a word on what is to come and about how long it takes."""
     stages.say(plan_line(job, _teacher_epochs(job, job.train_images), refine_epochs(job, job.train_images)))
     return collect(job, stages, sharing)
 
 
-def collect(job: Job, stages: Stages, sharing: Sharing | None = None) -> Materials:
+def collect(job: Job, stages: Stages, sharing: Sharing | None = None) -> tuple[Job, Materials]:
     """Images, the teacher, its logits on augmented views, and the library, which `sharing` shares out: everything that
-    is paid for once. Raises StudyError as soon as one of them is seen not to be that of the study that goes on."""
+    is paid for once. In the space of the job that comes back students start from the library. Raises StudyError as
+    soon as one of them is seen not to be that of the study that goes on."""
     settings = job.settings
     with stages.stage("data"):
         splits = load_splits(job.data, job.cache)
@@ -91,8 +92,8 @@ def collect(job: Job, stages: Stages, sharing: Sharing | None = None) -> Materia
         proxy_views = _views(job, splits, teacher, short, subset, advance)
         whole = _views(job, splits, teacher, long, splits.train, advance)
     if settings.search.library_budget and job.space.library is None:
-        job.space.library = _library(job, splits, base, stages, sharing)
-    return Materials(
+        job = job.with_library(_library(job, splits, base, stages, sharing))
+    return job, Materials(
         splits=splits, sample=sample, base=base, teacher=teacher, proxy_views=proxy_views, refine_views=whole
     )
 

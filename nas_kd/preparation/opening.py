@@ -16,13 +16,14 @@ from nas_kd.arguments.choices import ChoicesSettings
 from nas_kd.arguments.parts import changed
 from nas_kd.arguments.study import Settings
 from nas_kd.budget import CYCLES, DEVICE, KINDS, LATENCY, Cost, parse_budget, parse_levels
+from nas_kd.costs.cost_model import CostModel
 from nas_kd.costs.cost_table import CostTable
 from nas_kd.errors import GenotypeError, ModelError, OutputError
 from nas_kd.genotype import Genotype
 from nas_kd.networks.tflite_file import has_interpreter
-from nas_kd.preparation.cycles import count_cycles
+from nas_kd.preparation.cycles import with_cycles
 from nas_kd.preparation.image_form import img_size_of
-from nas_kd.preparation.latency import make_meter, measure_latencies, told_latency
+from nas_kd.preparation.latency import make_meter, told_latency, with_latency
 from nas_kd.progress import Stages
 from nas_kd.search.options import Options, parse_options
 from nas_kd.search.space import Space
@@ -35,9 +36,7 @@ _logger = logging.getLogger(__name__)
 
 def make_space(settings: Settings, base: nn.Module, begun: Mapping[str, Any] | None = None) -> Space[nn.Module]:
     """What the base may become within the budget. Raises as `Space` does; `begun` is as in `bound_space`."""
-    space = open_space(settings, base)
-    bound_space(space, settings, begun=begun)
-    return space
+    return bound_space(open_space(settings, base), settings, begun=begun)
 
 
 def options_of(choices: ChoicesSettings) -> Options:
@@ -65,28 +64,28 @@ def bound_space(
     settings: Settings,
     stages: Stages | None = None,
     begun: Mapping[str, Any] | None = None,
-) -> None:
-    """Bounds a space as it is asked, and what that leaves out by the base's own; latencies and cycles are measured for
-    it, which `stages` show. `begun` are the user attributes of the study that goes on: what another machine
-    measured is there."""
+) -> Space[nn.Module]:
+    """A space within the bounds that are asked for, and what these leave out within the base's own; latencies and
+    cycles are measured for it, which `stages` show. `begun` are the user attributes of the study that goes on: what
+    another machine measured is there."""
     given = parse_budget(settings.search.budget)
-    _count_device(space, settings, is_bounded=bool(set(DEVICE) & set(given)))
+    costs = _with_device(space.costs, settings, is_bounded=bool(set(DEVICE) & set(given)))
     if CYCLES in given:
-        count_cycles(space, settings, stages, begun)
+        costs = with_cycles(costs, settings, stages, begun)
     own = [kind for kind in BASE_BOUNDS if settings.search.base_bounds and kind not in given]
     if LATENCY in own and (told := told_latency(begun, settings.latency)):
-        space.tell_latency(make_meter(settings), told)
+        costs = costs.with_told_latency(make_meter(settings), told)
     elif LATENCY in (*given, *own):
         try:
-            measure_latencies(space, make_meter(settings), stages)
+            costs = with_latency(costs, make_meter(settings), stages)
         except ModelError as error:
             if LATENCY in given:
                 raise
             own.remove(LATENCY)
             _logger.warning("latency is not bounded by the base's: %s", error)
-    base = space.base_cost()
-    space.set_budget(parse_budget(settings.search.budget, base).no_worse_than(_just_below(base, space.table, own), own))
-    space.set_levels(parse_levels(settings.search.levels))
+    base = costs.base_cost()
+    budget = parse_budget(settings.search.budget, base).no_worse_than(_just_below(base, costs.table, own), own)
+    return space.with_costs(costs).with_budget(budget).with_levels(parse_levels(settings.search.levels))
 
 
 def _just_below(base: Cost, table: CostTable, kinds: Sequence[str]) -> Cost:
@@ -95,18 +94,19 @@ def _just_below(base: Cost, table: CostTable, kinds: Sequence[str]) -> Cost:
     return dataclasses.replace(base, **{kind: base[kind] - 1 for kind in counted})
 
 
-def _count_device(space: Space[nn.Module], settings: Settings, *, is_bounded: bool) -> None:
-    """Counts flash and ram where they are bounded, and where int8 is asked for if the base has them."""
+def _with_device(costs: CostModel, settings: Settings, *, is_bounded: bool) -> CostModel:
+    """Costs with flash and ram where they are bounded, and where int8 is asked for if the base has them."""
     if not is_bounded and not settings.output.int8:
-        return
+        return costs
+    if is_bounded and not has_interpreter():
+        _logger.warning("flash and ram are those of the closed form: pip install 'nas-kd[mcu]' to have them measured")
     try:
-        space.count_device()
+        return costs.with_device()
     except ModelError as error:
         if is_bounded:
             raise
         _logger.info("flash and ram are not counted: %s", error)
-    if is_bounded and not has_interpreter():
-        _logger.warning("flash and ram are those of the closed form: pip install 'nas-kd[mcu]' to have them measured")
+        return costs
 
 
 def as_begun(settings: Settings, begun: Mapping[str, Any] | None) -> Settings:

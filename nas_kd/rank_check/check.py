@@ -69,7 +69,7 @@ def run_stages(settings: RankSettings, stages: Stages) -> tuple[RankCheck, Job]:
     if settings.genotypes:
         table, count, seed = job.space.table, settings.genotypes, settings.study.seed
         groups["random"] = draw_in_band(table, job.budget, settings.band, count, seed)
-    materials = gather(job, stages)
+    job, materials = gather(job, stages)
     context = context_of(job, settings, materials)
     check = Check(job=job, materials=materials, context=context)
     if settings.near:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import math
@@ -107,11 +106,9 @@ class CheckContext:
         return student
 
     def _space_of(self, start: str) -> Space[nn.Module]:
-        if start == LIBRARY or self.library is None:
+        if start == LIBRARY:
             return self.space
-        space = copy.copy(self.space)
-        space.library = None
-        return space
+        return self.space.with_library(None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -133,7 +130,7 @@ def context_of(job: Job, settings: RankSettings, materials: Materials) -> CheckC
         images=images_key(study.data, splits),
         num_classes=splits.num_classes,
         val=splits.val,
-        space=with_band(job.space, settings),
+        space=job.space.widened(1 + settings.band),
         views=materials.refine_views,
         validation=validation_of(
             splits.val,
@@ -143,14 +140,6 @@ def context_of(job: Job, settings: RankSettings, materials: Materials) -> CheckC
             seed=study.seed,
         ),
     )
-
-
-def with_band(space: Space[nn.Module], settings: RankSettings) -> Space[nn.Module]:
-    """A space whose budget is wider by a check's band: half of it is over the budget, and nothing is exported."""
-    space = copy.copy(space)
-    assert space.budget is not None
-    space.budget = space.budget.scaled(1 + settings.band)
-    return space
 
 
 def truth_portions(images: int, batch_size: int) -> tuple[int, int]:

@@ -27,10 +27,9 @@ from nas_kd.preparation.job import Job, choose_device, recipe_of, storage_url
 from nas_kd.preparation.latency import note_latency
 from nas_kd.progress import Advance, Stages
 from nas_kd.rank_check.arguments import RankSettings
-from nas_kd.rank_check.context import Check, CheckContext, with_band
+from nas_kd.rank_check.context import Check, CheckContext
 from nas_kd.rank_check.parts import Measuring, parts_of, records_in
 from nas_kd.rank_check.validation import Validation, validation_images
-from nas_kd.search.artifacts import open_store
 from nas_kd.search.jobs import GENOTYPES, Notes, Told, are_there, do_jobs, open_jobs, post_jobs, remove_jobs
 from nas_kd.search.storage import using_storage
 from nas_kd.search.workers import RetryingStudy
@@ -47,6 +46,7 @@ from nas_kd.workers.bundle import (
     publish_bundle,
     read_bundle,
     settings_of,
+    shared_store,
 )
 from nas_kd.workers.joining import find_jobs, lead_to_end
 
@@ -123,7 +123,7 @@ def _post(check: Check, measuring: Measuring, keys: Mapping[str, Genotype], stor
     whole = dataclasses.replace(materials, sample=materials.splits, proxy_views=materials.refine_views)
     publish_bundle(job, whole, jobs)
     logits = _write_logits(check)
-    store = open_store(job.settings.sharing.artifacts) if job.settings.sharing.artifacts else None
+    store = shared_store(job.settings.sharing)
     plan = GenotypesPlan(
         settings=_without_study(check.context.settings),
         teacher=check.context.teacher,
@@ -262,7 +262,7 @@ def _context(
         images=plan.images,
         num_classes=bundle.num_classes,
         val=proxy.val,
-        space=with_band(space, settings),
+        space=space.widened(1 + settings.band),
         views=proxy.views,
         validation=Validation(images=images, teacher_logits=logits, temperature=recipe_of(study, 1).temperature),
     )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
@@ -12,27 +12,21 @@ import optuna
 from numpy.typing import NDArray
 from torch import nn
 
-from nas_kd.analysis.structure import Block
-from nas_kd.budget import ACCELERATOR, CYCLES, DEVICE, LATENCY, MEASURED, Budget, Cost, amount, kinds_of, parse_budget
-from nas_kd.costs.cost_table import cost_table
-from nas_kd.costs.cost_terms import Counts
-from nas_kd.costs.cycle_table import CycleTable
-from nas_kd.costs.device import device_table
-from nas_kd.costs.latency_table import LatencyTable, Meter
-from nas_kd.costs.runtimes import LatencySpec
+from nas_kd.analysis.structure import Analysis, Block
+from nas_kd.budget import LATENCY, Budget, Cost, kinds_of, parse_budget
+from nas_kd.costs.cost_model import CostModel, measured_in
+from nas_kd.costs.cost_table import CostTable
+from nas_kd.costs.latency_table import Meter
 from nas_kd.costs.verification import analyse
 from nas_kd.errors import BudgetError, GenotypeError
 from nas_kd.genotype import Choice, Genotype
 from nas_kd.library.library import Library
 from nas_kd.networks.hub import input_channels
-from nas_kd.networks.micro import Estimator
 from nas_kd.networks.plain import plain, tell_of_hooks, unwrapped
 from nas_kd.networks.rebuilt import check_exportable
-from nas_kd.search.further import reachable_by_opening
-from nas_kd.search.measured import MEASURING, MeasuredCosts
+from nas_kd.search.feasibility import check_feasible
 from nas_kd.search.options import Options, parse_options, restrict
-from nas_kd.search.solver import solve
-from nas_kd.search.starts import feasible_starts, mixed_starts, prior_damages, tightness
+from nas_kd.search.starts import measured_starts, mixed_starts, prior_damages
 from nas_kd.search.workers import GENOTYPE
 from nas_kd.students.inheritance import inherit_student
 
@@ -42,20 +36,17 @@ _MEASURED = "measured"  # the user attribute of a trial whose latency is that of
 _REARRANGED = 16  # channels: a first convolution that reads as many does not read an image as it is
 _DROPPED = 4.0  # docs/decisions.md
 STARTS = 8  # genotypes at most that a search begins with
-_ROUNDS = 4  # in which starts are measured and chosen anew
-_TIGHTER = 0.01  # of a bound on what is measured: what each round of them leaves free, for what the table does not know
-_OVER = 2.0  # the level of what is over the budget
 _FIELDS = {"width": "width", "kernel": "kernel_size", "conv": "conv", "keep": "keep"}  # parameter → field of a choice
 
 
-class Space(MeasuredCosts, Generic[Network]):
-    """What a trained timm CNN may become, within a hard budget.
+@dataclass(frozen=True, init=False, eq=False, repr=False)
+class Space(Generic[Network]):
+    """What a trained timm CNN may become, within a hard budget. A value: what is to be different is another space.
 
-    Attributes: `base`, the network searched from; `budget`, or None; `blocks` with the choices open to each; `library`,
-    None until there is one (`build_library`): students then start from its weights, and `starts` from its damages;
-    `latency` and `cycles`, None until they are measured (`measure_latency`, `estimate_cycles`); `levels`, the shares of
-    the budget that starts and proposals are spread over; `given`, genotypes of yours that a study begins with before
-    `starts`, those within the budget.
+    Attributes: `base`, the network searched from; `options`, which choices are open; `costs`, what students cost;
+    `budget`, or None; `levels`, the shares of the budget that starts and proposals are spread over; `library`, with
+    whose weights students start and by whose damages `starts` are chosen, or None; `given`, genotypes of yours that a
+    study begins with before `starts`, those within the budget.
 
     Example::
 
@@ -64,6 +55,14 @@ class Space(MeasuredCosts, Generic[Network]):
             student = space.suggest(trial)  # TrialPruned when over budget
             return train(student)
     """
+
+    base: Network
+    options: Options
+    costs: CostModel
+    budget: Budget | None
+    levels: tuple[float, ...]
+    library: Library | None
+    given: tuple[Genotype, ...]
 
     def __init__(
         self,
@@ -77,92 +76,104 @@ class Space(MeasuredCosts, Generic[Network]):
     ) -> None:
         """Analyses `base` (a fraction of a second; the network is not changed).
 
-        `budget` is text such as `params=1M,macs=30%` or a Budget; `img_size` the side of its images in pixels, by
-        default the model's own; `options` limits the choices (`parse_options`). With `meter`, or a budget that bounds
-        the latency, that is measured now, for some minutes: without a `meter` by torch on one thread of this machine.
-        Cycles that are bounded are estimated now, of the accelerator `ACCELERATOR`, if nothing was before.
+        `budget` is as in `with_budget`; `img_size` the side of its images in pixels, by default the model's own;
+        `options` limits the choices (`parse_options`). With `meter` latencies are measured now, for some minutes.
         Raises ModelError when the base cannot be analysed, BudgetError when no student fits the budget, GenotypeError
         for options that leave nothing. What is wrapped around the base (`torch.compile`, `DataParallel`) is left out;
         so are its hooks, with a warning, and synchronised batch norms become usual ones. A base of timm that was
         changed by hand, so that exports of its students could not be loaded, is refused (ModelError).
         """
-        self.base: Network = plain(base)
+        network = plain(base)
         tell_of_hooks(unwrapped(base))
-        check_exportable(self.base)
-        self.input_size = input_size_of(self.base, img_size)
-        self.options = options or parse_options()
+        check_exportable(network)
+        options = options or parse_options()
         analysis = analyse(
-            self.base,
-            self.input_size,
+            network,
+            input_size_of(network, img_size),
             name=name,
-            open=self.options.aspects,
-            channel_multiple=self.options.channel_multiple,
+            open=options.aspects,
+            channel_multiple=options.channel_multiple,
         )
-        self.analysis = restrict(analysis, self.options)
-        self.table = cost_table(self.analysis, self.base)
-        self.budget: Budget | None = None
-        self.levels: tuple[float, ...] = (1.0,)
-        self.library: Library | None = None
-        self.latency: LatencyTable | None = None
-        self.cycles: CycleTable | None = None
-        self.given: tuple[Genotype, ...] = ()
+        costs = CostModel(network, restrict(analysis, options))
         if meter is not None:
-            self.measure_latency(meter)
+            costs = costs.with_latency(meter)
+        self._become(base=network, options=options, costs=costs, budget=None, levels=(1.0,), library=None, given=())
         if budget is not None:
-            self.set_budget(budget)
+            bounded = self.with_budget(budget)
+            self._become(costs=bounded.costs, budget=bounded.budget)
 
-    def set_budget(self, budget: str | Budget) -> None:
-        """Bounds the students. Raises BudgetError when none is within, and then the budget stays what it was."""
+    def _become(self, **values: Any) -> None:
+        vars(self).update(values)  # past the frozen dataclass
+
+    def _with(self, **changes: Any) -> Space[Network]:
+        other: Space[Network] = object.__new__(type(self))
+        other._become(**{**vars(self), **changes})
+        return other
+
+    def with_budget(self, budget: str | Budget | None) -> Space[Network]:
+        """A space whose students are within `budget`: text such as `params=1M,macs=30%`, a Budget, or None.
+
+        What it bounds and nobody has measured is measured now: latency, for some minutes, by torch on one thread of
+        this machine, cycles of the accelerator `ACCELERATOR`. Raises BudgetError when no student is within.
+        """
+        if budget is None:
+            return self._with(budget=None)
         bounds = parse_budget(budget) if isinstance(budget, str) else budget
-        if set(DEVICE) & set(bounds):
-            self.count_device()
-        if LATENCY in bounds and self.latency is None:
-            self.measure_latency(Meter(LatencySpec()))
-        if CYCLES in bounds and self.cycles is None:
-            self.estimate_cycles(Estimator(ACCELERATOR))
-        bounds = parse_budget(budget, self.base_cost()) if isinstance(budget, str) else budget
-        self.check_budget(bounds)
-        self.budget = bounds
+        costs = self.costs.telling(bounds)
+        bounds = parse_budget(budget, costs.base_cost()) if isinstance(budget, str) else budget
+        check_feasible(costs, self.options, bounds)
+        return self._with(costs=costs, budget=bounds)
 
-    def set_levels(self, levels: Sequence[float]) -> None:
-        """Spreads starts and proposals over these shares of the budget, the last of which is 1, so that one study finds
-        the best student within each. Raises BudgetError when no student is within the smallest."""
+    def widened(self, times: float) -> Space[Network]:
+        """A space whose budget is so many times as large, at least once."""
+        assert self.budget is not None
+        assert times >= 1  # so that it needs no check: what is within the budget is within this one
+        return self._with(budget=self.budget.scaled(times))
+
+    def with_levels(self, levels: Sequence[float]) -> Space[Network]:
+        """A space whose starts and proposals are spread over these shares of the budget, the last of which is 1, so
+        that one study finds the best student within each. Raises BudgetError when no student is within the smallest."""
         assert self.budget is not None
         if levels[0] < 1:
-            self.check_budget(self.budget.scaled(levels[0]))
-        self.levels = tuple(levels)
+            check_feasible(self.costs, self.options, self.budget.scaled(levels[0]))
+        return self._with(levels=tuple(levels))
 
-    def count_device(self) -> None:
-        """Counts what the int8 form takes on a device: costs hold flash and ram from then on. Raises ModelError for a
-        base with operators that interpreters on devices do not get."""
-        if self.table.device is None:
-            self.table = self.table.with_device(device_table(self.analysis, Counts(self.analysis)))
+    def with_library(self, library: Library | None) -> Space[Network]:
+        """A space whose students start from the weights of a library (`build_library`)."""
+        return self._with(library=library)
 
-    def _measured_in(self, budget: Budget | None) -> list[str]:
-        """The kinds of cost that a budget bounds and that are measured on whole students."""
-        return [kind for kind in MEASURED if kind in (budget or ())]
+    def with_given(self, genotypes: Iterable[Genotype]) -> Space[Network]:
+        """A space in which a study begins with these genotypes, before the `starts`."""
+        return self._with(given=tuple(genotypes))
 
-    def recall_latencies(self, study: optuna.Study) -> None:
-        """Takes over the latencies of whole students that were measured in trials of a study, by an earlier run or
-        another worker, so that the table is corrected by them too."""
-        if self.latency is None:
-            return
-        with MEASURING:
-            for trial in study.get_trials(deepcopy=False):
-                if trial.user_attrs.get(_MEASURED) and LATENCY in trial.user_attrs:
-                    genotype = self.genotype(trial.params)
-                    if self.latency.known(genotype) is None:
-                        self.latency.observe(genotype, int(trial.user_attrs[LATENCY]))
-            self.table = self.latency.onto(self.table)
+    def with_costs(self, costs: CostModel) -> Space[Network]:
+        """A space whose costs are told by another model of the same base."""
+        return self._with(costs=costs)
 
-    def base_cost(self) -> Cost:
-        """The cost of the base itself, its latency and cycles as they were measured."""
-        return self.cost(self.analysis.identity)
+    @property
+    def analysis(self) -> Analysis:
+        """The base's blocks and how they hang together."""
+        return self.costs.analysis
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """The images that the base takes: C, H, W."""
+        channels, height, width = self.analysis.input_size
+        return channels, height, width
+
+    @property
+    def table(self) -> CostTable:
+        """The costs of all genotypes; of what is measured as it is expected by now."""
+        return self.costs.table
 
     @property
     def blocks(self) -> tuple[Block, ...]:
         """The blocks of the base with the choices open to each."""
         return self.analysis.blocks
+
+    def base_cost(self) -> Cost:
+        """The cost of the base itself, its latency and cycles as they were measured."""
+        return self.costs.base_cost()
 
     @functools.cached_property
     def distributions(self) -> dict[str, optuna.distributions.CategoricalDistribution]:
@@ -173,41 +184,6 @@ class Space(MeasuredCosts, Generic[Network]):
             for block in self.blocks
             for parameter, values in _open_values(block).items()
         }
-
-    def check_budget(self, budget: Budget) -> None:
-        """Raises BudgetError when no genotype is within `budget`, and names the smallest reachable costs."""
-        smallest = {kind: self._smallest(kind) for kind in budget}
-        impossible = [kind for kind in budget if smallest[kind] > budget[kind]]
-        if impossible or not self._admits_any(budget):
-            reachable = ", ".join(f"{kind}={amount(kind, cost)}" for kind, cost in smallest.items())
-            together = "" if impossible else " (each alone; no student meets all bounds together)"
-            more = reachable_by_opening(
-                self.base, self.analysis, self.options, impossible or list(budget), self._elsewhere
-            )
-            raise BudgetError(
-                f"no student of {self.analysis.name} is within {budget}: the smallest reachable is {reachable}"
-                f"{together}; raise the budget{' or open more choices: ' if more else ''}{more}"
-            )
-
-    def _admits_any(self, budget: Budget) -> bool:
-        if measured := self._measured_in(budget):
-            return all(self._admits_fastest(budget, kind) for kind in measured)
-        if feasible_starts(self.table, budget, 1):
-            return True
-        try:
-            return solve(self.table, budget) is not None
-        except TimeoutError:  # neither found nor ruled out: the search may find one
-            return True
-
-    def _admits_fastest(self, budget: Budget, kind: str) -> bool:
-        """Whether the student that is expected to be the fastest (in a kind that is measured) within all other bounds
-        is within that one."""
-        expected = [totals.astype(np.float64) for totals in self.table.beside_narrowest(kind)]
-        try:
-            fastest = solve(self.table, budget.without(kind), expected)
-        except TimeoutError:
-            return True
-        return fastest is not None and self._measure(kind, fastest)[0] <= budget[kind]
 
     def suggest_genotype(self, trial: AnyTrial) -> Genotype:
         """The genotype of a trial, all parameters suggested; nothing is checked or built."""
@@ -233,7 +209,7 @@ class Space(MeasuredCosts, Generic[Network]):
         trial.set_user_attr(GENOTYPE, genotype.to_json())
         for kind in kinds_of(self.budget):
             trial.set_user_attr(kind, cost[kind])
-        if self.latency is not None and self.latency.known(genotype) is not None:
+        if LATENCY in self.costs.known(genotype):
             trial.set_user_attr(_MEASURED, True)
         for kind, excess in (self.budget.excess(cost) if self.budget is not None else {}).items():
             trial.set_constraint(kind, excess)
@@ -266,8 +242,7 @@ class Space(MeasuredCosts, Generic[Network]):
     def cost(self, genotype: Mapping[str, Choice]) -> Cost:
         """The exact cost of a genotype, in closed form: equal to what the built student counts. Its latency and cycles,
         if any were measured, are its own or, until those are measured, the table's."""
-        self.analysis.check(genotype)
-        return dataclasses.replace(self.table.cost(genotype), **self.known(genotype))
+        return self.costs.cost(genotype)
 
     def confirmed_cost(self, genotype: Genotype) -> Cost:
         """The cost of a genotype, its latency and cycles measured on the whole student where the budget bounds them
@@ -277,10 +252,10 @@ class Space(MeasuredCosts, Generic[Network]):
 
     def confirm(self, genotypes: Iterable[Genotype]) -> None:
         """Measures whole students turn by turn, as `confirmed_cost` does one: together they take less."""
-        for kind in self._measured_in(self.budget):
+        for kind in measured_in(self.budget):
             assert self.budget is not None
             if within := [genotype for genotype in genotypes if self.budget.admits(self.cost(genotype))]:
-                self._measure(kind, *within)
+                self.costs.measure(kind, *within)
 
     def student(self, source: Genotype | AnyTrial) -> Network:
         """The student of a genotype or of a trial, with weights inherited from the base, or from the library.
@@ -306,34 +281,9 @@ class Space(MeasuredCosts, Generic[Network]):
     def starts(self, count: int = STARTS) -> list[Genotype]:
         """Up to `count` genotypes within the budget, from cheap to dear, to begin a search with."""
         damages = None if self.library is None else self.damages()
-        measured = self._measured_in(self.budget)
-        if self.budget is None or not measured:
+        if self.budget is None or not measured_in(self.budget):
             return mixed_starts(self.table, self.budget, count, damages, self.levels)
-        asked = [kind for kind in measured if kind not in self.budget.fixed]
-        found: list[Genotype] = []
-        tight = self.budget
-        # each round's measurements correct the table for the next, which solves anew what comes near the bounds; few
-        # come near one that is the base's own
-        for number in range(_ROUNDS if asked else 1):
-            starts = mixed_starts(self.table, tight, 1 if number else count, damages, self.levels)
-            expected = [self._level(self.table.cost(genotype), tight) for genotype in starts]
-            for kind in measured:
-                self._measure(kind, *starts, layers=True)
-            costs = [self.cost(genotype) for genotype in starts]
-            reached = [self._level(cost, self.budget) for cost in costs]
-            within = [genotype for genotype, level in zip(starts, reached, strict=True) if level < _OVER]
-            found = list(dict.fromkeys([*within, *found]))
-            if all(now <= then for now, then in zip(reached, expected, strict=True)):
-                break
-            for kind in asked:
-                # solutions are what the table takes for cheaper than it is: their bound goes down by what they are over
-                over = max(1.0, max(cost[kind] for cost in costs) / self.budget[kind])
-                tight = tight.with_bound(kind, round(tight[kind] / over * (1 - _TIGHTER)))
-        return sorted(found[:count], key=lambda genotype: tightness(self.cost(genotype), self.budget, self.base_cost()))
-
-    def _level(self, cost: Cost, budget: Budget) -> float:
-        """The smallest of the levels at which a cost is within a budget; more than any where it is not at all."""
-        return min((level for level in self.levels if budget.scaled(level).admits(cost)), default=_OVER)
+        return measured_starts(self.costs, self.budget, count, damages, self.levels)
 
     def enqueue(self, study: optuna.Study, count: int = STARTS, *, dearest_first: bool = False) -> int:
         """Queues `starts` in a study and returns how many; those that it has already are skipped. With `dearest_first`
@@ -347,6 +297,13 @@ class Space(MeasuredCosts, Generic[Network]):
             study.enqueue_trial(self.point(genotype), user_attrs={"source": "warm start"}, skip_if_exists=True)
         self.recall_latencies(study)
         return len(starts)
+
+    def recall_latencies(self, study: optuna.Study) -> None:
+        """Takes over the latencies of whole students that were measured in trials of a study, by an earlier run or
+        another worker, so that the table is corrected by them too."""
+        trials = study.get_trials(deepcopy=False) if self.costs.latency is not None else ()
+        noted = [trial for trial in trials if trial.user_attrs.get(_MEASURED) and LATENCY in trial.user_attrs]
+        self.costs.recall({self.genotype(trial.params): int(trial.user_attrs[LATENCY]) for trial in noted})
 
 
 def input_size_of(network: nn.Module, img_size: int | None) -> tuple[int, int, int]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from nas_kd.analysis.blocks import WIDTHS
 from nas_kd.analysis.structure import Block
 from nas_kd.budget import KINDS, Budget, Cost, kinds_of
+from nas_kd.costs.cost_model import CostModel, measured_in
 from nas_kd.costs.cost_table import CostTable
 from nas_kd.genotype import CONV_KINDS, Choice, Genotype, group_count
 from nas_kd.search.additive import total
@@ -24,6 +25,9 @@ _PLANNED = 5_000  # genotypes whose arenas are planned at most
 _GAP, _WIDE_GAP = 0.01, 0.05  # by which damages, which are estimates, may be larger than the least; of a mere candidate
 _PER_START = 2  # knapsacks that are solved for each that is chosen
 _BOUNDS = 512  # random bounds that stand for the budget
+_ROUNDS = 4  # in which starts are measured and chosen anew
+_TIGHTER = 0.01  # of a bound on what is measured: what each round of them leaves free, for what the table does not know
+_OVER = 2.0  # the level of what is over the budget
 _BELOW = 0.1  # of the range of scores, how far below the worst gains begin: the cheapest counts as well
 
 
@@ -154,6 +158,40 @@ def mixed_starts(
     spread = np.linspace(0, len(uniform) - 1, min(max(0, count - len(solved)), len(uniform))).round().astype(int)
     chosen = [*solved, *(uniform[index] for index in dict.fromkeys(spread.tolist()))]
     return sorted(chosen, key=lambda genotype: tightness(table.cost(genotype), budget, table.base()))
+
+
+def measured_starts(
+    costs: CostModel, budget: Budget, count: int, damages: Damages | None, levels: Sequence[float]
+) -> list[Genotype]:
+    """`mixed_starts` within a budget that bounds what is measured: whole students are, and those over it replaced."""
+    measured = measured_in(budget)
+    asked = [kind for kind in measured if kind not in budget.fixed]
+    found: list[Genotype] = []
+    tight = budget
+    # each round's measurements correct the table for the next, which solves anew what comes near the bounds; few come
+    # near one that is the base's own
+    for number in range(_ROUNDS if asked else 1):
+        starts = mixed_starts(costs.table, tight, 1 if number else count, damages, levels)
+        expected = [_level(costs.table.cost(genotype), tight, levels) for genotype in starts]
+        for kind in measured:
+            costs.measure(kind, *starts, layers=True)
+        own = [costs.cost(genotype) for genotype in starts]
+        reached = [_level(cost, budget, levels) for cost in own]
+        within = [genotype for genotype, level in zip(starts, reached, strict=True) if level < _OVER]
+        found = list(dict.fromkeys([*within, *found]))
+        if all(now <= then for now, then in zip(reached, expected, strict=True)):
+            break
+        for kind in asked:
+            # solutions are what the table takes for cheaper than it is: their bound goes down by what they are over
+            over = max(1.0, max(cost[kind] for cost in own) / budget[kind])
+            tight = tight.with_bound(kind, round(tight[kind] / over * (1 - _TIGHTER)))
+    base = costs.cost(costs.analysis.identity)
+    return sorted(found[:count], key=lambda genotype: tightness(costs.cost(genotype), budget, base))
+
+
+def _level(cost: Cost, budget: Budget, levels: Sequence[float]) -> float:
+    """The smallest of the levels at which a cost is within a budget; more than any where it is not at all."""
+    return min((level for level in levels if budget.scaled(level).admits(cost)), default=_OVER)
 
 
 def uniform_width_students(table: CostTable, budget: Budget) -> Iterator[Genotype]:

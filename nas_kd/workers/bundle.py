@@ -19,6 +19,7 @@ from torch import nn
 from nas_kd import __version__
 from nas_kd.arguments.augment import AugmentOptions
 from nas_kd.arguments.parts import changed
+from nas_kd.arguments.sharing import SharingSettings
 from nas_kd.arguments.study import Settings, noted_settings, restore_settings
 from nas_kd.data.arrays import load_arrays
 from nas_kd.data.images import Images
@@ -94,7 +95,7 @@ def publish_bundle(job: Job, materials: Materials, study: optuna.Study) -> Bundl
     """Notes on the study what a worker needs, and puts its files into the artifact store if there is one."""
     bundle = _describe(job, materials)
     before = read_bundle(study)
-    store = open_store(job.settings.sharing.artifacts) if job.settings.sharing.artifacts else None
+    store = shared_store(job.settings.sharing)
     if store is not None:
         bundle = dataclasses.replace(bundle, artifacts=store.address, files=_upload(bundle, job.cache, store))
     elif before is not None and before.weights == bundle.weights:
@@ -102,6 +103,11 @@ def publish_bundle(job: Job, materials: Materials, study: optuna.Study) -> Bundl
     with storage_errors("note on the study what its workers need"):
         study.set_user_attr(BUNDLE, dataclasses.asdict(bundle))
     return bundle
+
+
+def shared_store(sharing: SharingSettings) -> Store | None:
+    """The artifact store that a study's processes share, where one was asked for."""
+    return open_store(sharing.artifacts) if sharing.artifacts else None
 
 
 def _describe(job: Job, materials: Materials) -> Bundle:
@@ -213,7 +219,7 @@ def equip(
     _load_weights(base, bundle, cache)
     space = make_space(settings, base.to(device).eval(), begun=begun)
     if bundle.library:
-        space.library = _open_library(space, cache / bundle.library)
+        space = space.with_library(_open_library(space, cache / bundle.library))
     images = images_of(bundle, cache)
     proxy = Proxy(
         views=_proxy_views(bundle, settings, cache, images, base),

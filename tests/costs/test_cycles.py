@@ -74,7 +74,7 @@ def test_a_worker_without_the_compiler_goes_by_what_the_study_notes() -> None:
     space = open_space(settings, created())
     width = [7 * np.arange(len(block.choices), 0, -1) for block in space.blocks]
     notes = {"base": 2000, "sums": {"": 100, **{str(n): own.tolist() for n, own in enumerate(width)}}}
-    bound_space(space, settings, begun={"nas_kd cycles": notes})
+    space = bound_space(space, settings, begun={"nas_kd cycles": notes})
     assert space.base_cost().cycles == 2000
     assert space.budget is not None
     assert space.budget[CYCLES] == 1000
@@ -92,8 +92,7 @@ def estimator() -> Estimator:
 @pytest.fixture(scope="module")
 def space(estimator: Estimator) -> Space[nn.Module]:
     own = opened()
-    own.estimate_cycles(estimator)
-    return own
+    return own.with_costs(own.costs.with_cycles(estimator))
 
 
 @pytest.mark.mcu
@@ -105,11 +104,11 @@ def test_operators_add_up_to_what_the_compilers_command_tells(estimator: Estimat
 
 @pytest.mark.mcu
 def test_the_table_expects_what_other_students_take(space: Space[nn.Module]) -> None:
-    assert space.cycles is not None
+    assert space.costs.cycles is not None
     rng = np.random.default_rng(7)
     rows = [[int(rng.integers(len(block.choices))) for block in space.blocks] for _ in range(12)]
     expected = [space.table.cost(space.table.genotype(row)).cycles for row in rows]
-    truth = [sum(space.cycles.estimator.cycles(drafted(student(space, row), SIZE).content)) for row in rows]  # type: ignore[union-attr]
+    truth = [sum(space.costs.cycles.estimator.cycles(drafted(student(space, row), SIZE).content)) for row in rows]  # type: ignore[union-attr]
     assert np.abs(np.array(expected) / np.array(truth) - 1).mean() < 0.02
     assert kendalltau(expected, truth)[0] > 0.9
 
@@ -120,14 +119,14 @@ def student(space: Space[nn.Module], row: list[int]) -> nn.Module:
 
 @pytest.mark.mcu
 def test_starts_keep_to_the_bound_as_estimated(space: Space[nn.Module]) -> None:
-    space.set_budget("cycles=50%")
-    assert space.cycles is not None
-    assert space.budget is not None
-    starts = space.starts(4)
+    half = space.with_budget("cycles=50%")
+    assert half.costs.cycles is not None
+    assert half.budget is not None
+    starts = half.starts(4)
     assert starts
-    assert max(space.cycles.whole(genotype) for genotype in starts) <= space.budget[CYCLES]
+    assert max(half.costs.cycles.whole(genotype) for genotype in starts) <= half.budget[CYCLES]
     with pytest.raises(BudgetError, match=r"within cycles=1K: the smallest reachable is cycles=\d"):
-        space.set_budget("cycles=1K")
+        space.with_budget("cycles=1K")
 
 
 @pytest.mark.mcu
@@ -154,7 +153,7 @@ def test_operators_that_devices_do_not_get_are_named(estimator: Estimator) -> No
     torch.manual_seed(0)
     base = timm.create_model("convnext_atto", num_classes=10)
     with pytest.raises(ModelError, match=r"the network runs \w+, which the way to int8 files for devices lacks"):
-        Space(base, img_size=32, name="convnext_atto").estimate_cycles(estimator)
+        Space(base, img_size=32, name="convnext_atto").costs.with_cycles(estimator)
 
 
 @pytest.mark.mcu

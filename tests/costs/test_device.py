@@ -112,12 +112,13 @@ def test_percentages_are_of_the_base(space: Space[nn.Module]) -> None:
     base_cost = space.base_cost()
     truth = device_cost(space.base, space.input_size)
     assert (base_cost.flash, base_cost.ram) == (truth.flash, truth.ram)
-    space.set_budget("ram=90%,flash=50%")
-    assert space.budget == Budget((("ram", 0.9 * truth.ram), ("flash", 0.5 * truth.flash)))
+    assert space.with_budget("ram=90%,flash=50%").budget == Budget(
+        (("ram", 0.9 * truth.ram), ("flash", 0.5 * truth.flash))
+    )
 
 
 def test_starts_keep_to_both(space: Space[nn.Module]) -> None:
-    space.set_budget("ram=90%,flash=50%")
+    space = space.with_budget("ram=90%,flash=50%")
     starts = space.starts(4)
     assert starts
     assert space.budget is not None
@@ -135,7 +136,7 @@ def test_what_no_student_reaches_is_refused_with_the_smallest(space: Space[nn.Mo
     assert least <= space.table.many(rows, ["ram"])["ram"].min()
     assert solve(space.table, Budget((("ram", float(least)),))) is not None
     with pytest.raises(BudgetError, match=r"within ram=2K: the smallest reachable is ram="):
-        space.set_budget("ram=2KB")
+        space.with_budget("ram=2KB")
 
 
 def test_a_cost_that_was_not_counted_is_not_admitted() -> None:

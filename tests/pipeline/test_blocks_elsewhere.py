@@ -65,7 +65,7 @@ def study(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[
     folder = tmp_path_factory.mktemp("study")
     shared = ["--storage", url, "--artifacts", str(folder / "store"), "--out", str(folder / "out")]
     job = prepare(parse_study([*SETTINGS.split(), *shared]))
-    materials = gather(job, QUIET)
+    job, materials = gather(job, QUIET)
     images = AugmentedImages(materials.splits.train, default_augmentation("digits"), 0).sample(48)
     spec = LibrarySpec(images=32, holdout=16, rounds=(2, 2), batch_size=16, anchor=False)
     yield job, (materials.base.network, images, spec)

@@ -52,7 +52,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Study]:
     shared = ["--storage", f"sqlite:///{folder / 'study.db'}", "--artifacts", str(folder / "store")]
     job = prepare(parse_study([*SETTINGS.split(), *shared, "--out", str(folder / "out")]))
     stages = Stages(Console(stderr=True), quiet=True)
-    materials = gather(job, stages)
+    job, materials = gather(job, stages)
     done = search(job, materials, stages)
     done.set_user_attr(BUNDLE, {**done.user_attrs[BUNDLE], "folder": str(folder / "of another machine")})
     yield job, materials, done

@@ -63,7 +63,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Job, Mater
     weights = out / "weights.pth"
     torch.save(timm.create_model("test_resnet", in_chans=1, num_classes=7).state_dict(), weights)
     job = prepare(parse_study([*SETTINGS.split(), "--out", str(out), "--initial-checkpoint", str(weights)]))
-    yield job, gather(job, QUIET)
+    yield gather(job, QUIET)
     close_storage(job.storage)
 
 

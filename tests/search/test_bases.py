@@ -311,7 +311,7 @@ def test_trials_in_threads_are_independent(library: bool, tmp_path: Path) -> Non
         pixels = (IMAGES.repeat(4, 1, 1, 1).clamp(0, 1) * 255).byte()
         images = nas_kd.Images(pixels, torch.arange(16) % 10, (0.5,) * 3, (0.5,) * 3)
         spec = nas_kd.LibrarySpec(images=8, holdout=8, rounds=())
-        space.library = nas_kd.build_library(space.base, space.analysis, images, spec, tmp_path)
+        space = space.with_library(nas_kd.build_library(space.base, space.analysis, images, spec, tmp_path))
     before = copy.deepcopy(network.state_dict())  # a library may have anchored its norms
 
     def objective(trial: optuna.Trial) -> float:

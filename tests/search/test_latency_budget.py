@@ -105,13 +105,14 @@ def test_what_is_slower_than_expected_is_solved_again_until_it_is_within() -> No
 
 def test_students_are_measured_together() -> None:
     space = make_space("latency=150ms,macs=50%")
-    assert space.latency is not None
+    latency = space.costs.latency
+    assert latency is not None
     students = {space.table.cheapest(kind) for kind in ("params", "macs", "peak_memory")}
     space.confirm(students)
-    measured = space.latency.meter.measured
-    assert all(space.latency.known(student) is not None for student in students)
+    measured = latency.meter.measured
+    assert all(latency.known(student) is not None for student in students)
     assert all(space.confirmed_cost(student) == space.cost(student) for student in students)
-    assert space.latency.meter.measured == measured
+    assert latency.meter.measured == measured
 
 
 def test_a_share_is_of_the_measured_base() -> None:
@@ -136,9 +137,8 @@ class Reversed(Machine):
 def test_bounds_that_cannot_be_met_together() -> None:
     space = make_space(None, machine=Reversed())
     with pytest.raises(BudgetError, match=r"latency=7\d+\.?\d*ms, params=12.73K \(each alone; no student meets all"):
-        space.set_budget("latency=800ms,params=20K")
-    assert space.budget is None
-    space.set_budget("latency=995ms,params=20K")
+        space.with_budget("latency=800ms,params=20K")
+    assert space.with_budget("latency=995ms,params=20K").budget is not None
 
 
 def test_a_student_that_turns_out_slow_is_refused() -> None:
@@ -166,5 +166,5 @@ def test_a_resumed_study_has_the_table_of_an_uninterrupted_one() -> None:
 
 def test_without_a_bound_nothing_is_measured() -> None:
     space = Space(timm.create_model("cifar_resnet20"), img_size=32, budget="params=50%")
-    assert space.latency is None
+    assert space.costs.latency is None
     assert LATENCY not in space.table.kinds

@@ -50,8 +50,7 @@ def new_study(space: Space[nn.Module], study: optuna.Study | None = None) -> opt
 
 
 def test_starts_hold_one_at_each_level(resnet: Space[nn.Module], within: Within) -> None:
-    space = within(resnet, "params=2M")
-    space.set_levels(LEVELS)
+    space = within(resnet, "params=2M").with_levels(LEVELS)
     used = shares(space, [space.cost(start) for start in space.starts(8)])
     assert (used <= 1).all()
     for low, high in ((0.0, 0.25), (0.25, 0.5), (0.5, 1.0)):
@@ -60,8 +59,7 @@ def test_starts_hold_one_at_each_level(resnet: Space[nn.Module], within: Within)
 
 
 def test_proposals_spread_over_the_levels(resnet: Space[nn.Module], within: Within) -> None:
-    space = within(resnet, "params=2M")
-    space.set_levels(LEVELS)
+    space = within(resnet, "params=2M").with_levels(LEVELS)
     study = new_study(space)
     run(study, space, 24)
     trials = study.get_trials(deepcopy=False)
@@ -73,8 +71,7 @@ def test_proposals_spread_over_the_levels(resnet: Space[nn.Module], within: With
 
 
 def test_the_front_holds_the_best_of_each_level(resnet: Space[nn.Module], within: Within) -> None:
-    space = within(resnet, "params=2M")
-    space.set_levels(LEVELS)
+    space = within(resnet, "params=2M").with_levels(LEVELS)
     assert space.budget is not None
     study = new_study(space)
     run(study, space, 24)
@@ -92,8 +89,7 @@ def test_the_front_holds_the_best_of_each_level(resnet: Space[nn.Module], within
 def test_a_level_that_no_student_reaches(resnet: Space[nn.Module], within: Within) -> None:
     space = within(resnet, "params=1M")
     with pytest.raises(BudgetError, match=r"no student of resnet18 is within params=1K: the smallest reachable is"):
-        space.set_levels((0.001, 1.0))
-    assert space.levels == (1.0,)
+        space.with_levels((0.001, 1.0))
 
 
 def test_a_smaller_budget_begins_with_what_the_larger_has(resnet: Space[nn.Module], within: Within) -> None:

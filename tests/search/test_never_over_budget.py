@@ -40,15 +40,17 @@ random_budgets = st.dictionaries(
 def random_space(
     base: nn.Module, opened: tuple[str, bool], budget: dict[str, float], levels: tuple[float, ...]
 ) -> Space[nn.Module]:
-    """The space, or no example where nothing is within its budget."""
+    """The space, or no example where nothing is within its budget; spread over levels where the smallest has one."""
     space = Space(base, img_size=16, options=SPACES[opened])
     whole = space.table.base()
     try:
-        space.set_budget(Budget(tuple((kind, share * whole[kind]) for kind, share in sorted(budget.items()))))
+        space = space.with_budget(Budget(tuple((kind, share * whole[kind]) for kind, share in sorted(budget.items()))))
     except BudgetError:
         assume(False)
-    space.levels = levels
-    return space
+    try:
+        return space.with_levels(levels)
+    except BudgetError:
+        return space
 
 
 def admitted(space: Space[nn.Module], genotype: Genotype) -> bool:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable
 
@@ -159,8 +158,7 @@ def test_with_one_objective_the_whole_budget_or_a_level_is_used(tight: Space[nn.
     damages = additive_truth(tight, 0)
 
     def shares(levels: tuple[float, ...]) -> list[float]:
-        limited = copy.copy(tight)
-        limited.levels = levels
+        limited = tight.with_levels(levels)
         study = optuna.create_study(direction="maximize", sampler=KnapsackSampler(limited, seed=0))
         for _ in range(12):
             trial = study.ask()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ import optuna
 import pytest
 import timm
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from optuna.trial import TrialState
 from torch import nn
@@ -82,6 +83,13 @@ class TestParameters:
             resnet.cost(small.analysis.identity)
 
 
+class Idle(TorchDispatchMode):
+    """In which torch has nothing to do: no network is built."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError(f"{func} was called")
+
+
 class TestStudents:
     @settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(seed=seeds)
@@ -126,15 +134,17 @@ class TestBudget:
     ) -> None:
         base = space.table.base()
         budget = Budget((("params", params * base.params), ("macs", macs * base.macs)))
-        limited, genotype = within(space, budget), draw(space, seed)
+        try:
+            limited, genotype = within(space, budget), draw(space, seed)
+        except BudgetError:
+            assume(False)
         trial = optuna.trial.FixedTrial(space.point(genotype))
         if budget.admits(space.cost(genotype)):
             limited.admit(trial, genotype)
             return
-        limited.base = nn.Identity()  # nothing could be built of it
-        with pytest.raises(optuna.TrialPruned, match="over budget: "):
+        with Idle(), pytest.raises(optuna.TrialPruned, match="over budget: "):
             limited.suggest(trial)
-        with pytest.raises(BudgetError, match="over budget: "):
+        with Idle(), pytest.raises(BudgetError, match="over budget: "):
             limited.student(genotype)
 
     @pytest.mark.parametrize("space", WITHOUT_VGG, indirect=True)
@@ -183,11 +193,6 @@ class TestBudget:
 
     def test_refusing_takes_a_moment(self, space: Space[nn.Module], within: Within) -> None:
         """It is arithmetic on tables: torch has nothing to do."""
-
-        class Idle(TorchDispatchMode):
-            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                raise AssertionError(f"{func} was called")
-
         limited = within(space, "params=50%")
         point = space.point(space.analysis.identity)
         with Idle(), pytest.raises(optuna.TrialPruned):
@@ -199,15 +204,36 @@ class TestBudget:
         least = space.table.cost(space.table.cheapest("params")).params
         words = rf"no student of .* is within params=1K: the smallest reachable is params={least / 1e3:.4g}K; raise"
         with pytest.raises(BudgetError, match=words):
-            space.check_budget(parse_budget("params=1K"))
-        space.check_budget(Budget((("params", least),)))
+            space.with_budget(parse_budget("params=1K"))
+        space.with_budget(Budget((("params", least),)))
         with pytest.raises(BudgetError, match="smallest reachable is"):
-            space.check_budget(Budget((("params", least - 1),)))
+            space.with_budget(Budget((("params", least - 1),)))
 
     def test_an_impossible_one_is_refused_when_the_space_is_made(self) -> None:
         network = timm.create_model("test_resnet", num_classes=10)
         with pytest.raises(BudgetError, match=r"smallest reachable is params=\d.*macs="):
             Space(network, budget="params=1,macs=1%", img_size=32)
+
+
+class TestValue:
+    def test_what_is_different_is_another_space(self, resnet: Space[nn.Module]) -> None:
+        half = resnet.with_budget("params=50%")
+        assert resnet.budget is None
+        assert half.budget == Budget((("params", 0.5 * resnet.base_cost().params),))
+        assert half.with_budget(None).budget is None
+        assert half.widened(1.5).budget == Budget((("params", 0.75 * resnet.base_cost().params),))
+        assert half.base is resnet.base
+        assert half.costs is resnet.costs  # nothing that was measured is measured again
+        with pytest.raises(dataclasses.FrozenInstanceError, match="cannot assign to field 'budget'"):
+            half.budget = None  # type: ignore[misc]
+
+    def test_a_study_begins_with_what_is_given(self, resnet: Space[nn.Module], draw: Draw) -> None:
+        half = resnet.with_budget("params=50%")
+        own = half.starts(3)[1]
+        study = optuna.create_study(direction="maximize")
+        half.with_given([resnet.analysis.identity, own]).enqueue(study, 2)
+        first = study.get_trials()[0].system_attrs["fixed_params"]
+        assert half.genotype(first) == own  # the base is over the budget
 
 
 class TestEnqueue:
