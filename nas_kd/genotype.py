@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -10,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nas_kd.errors import GenotypeError
+from nas_kd.files.digests import digest_of
 
 VERSION = 1  # of the JSON form; every older one stays readable
 CONV_KINDS = ("standard", "depthwise", "blueprint", "shift")  # and group{g}
@@ -109,7 +109,7 @@ class Genotype(Mapping[str, Choice]):
     def digest(self) -> str:
         """The first 12 hex digits of the SHA-256 of the canonical JSON (blocks sorted by name)."""
         blocks = {name: _plain(choice) for name, choice in sorted(self.blocks)}
-        return hashlib.sha256(json.dumps(blocks, sort_keys=True).encode()).hexdigest()[:12]
+        return digest_of(json.dumps(blocks, sort_keys=True), 12)
 
 
 def _plain(choice: Choice) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from typing import Any
 
 from paper_tables import hardware
 
-from nas_kd.preparation.records import Records
+from nas_kd.files.records import Records
 
 STUDIES = Path(__file__).resolve().parent
 ROOT = STUDIES.parent

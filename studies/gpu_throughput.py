@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import nas_kd.models  # noqa: F401  the CIFAR networks
 from nas_kd.analysis.stride_reduction import reduce_stride
-from nas_kd.preparation.records import Records
+from nas_kd.files.records import Records
 from nas_kd.training import step_graph
 from nas_kd.training.evaluation import amp_dtype, suits_channels_last
 from nas_kd.training.loop import train

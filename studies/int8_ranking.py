@@ -35,13 +35,13 @@ from nas_kd import Genotype
 from nas_kd.arguments.parsing import guarded
 from nas_kd.arguments.study import parse_study
 from nas_kd.data.images import Images
+from nas_kd.files.records import Records
 from nas_kd.networks.int8 import quantise
 from nas_kd.networks.onnx import write_model
 from nas_kd.pipeline import prepare
 from nas_kd.pipeline.quantisation import Int8Spec, accuracy_of, inputs_of
 from nas_kd.preparation.job import Job, proxy_recipe_of, recipe_of, refine_epochs
 from nas_kd.preparation.materials import gather
-from nas_kd.preparation.records import Records
 from nas_kd.progress import Stages
 from nas_kd.search.starts import random_genotype
 from nas_kd.search.trials import Proxy

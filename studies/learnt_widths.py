@@ -27,8 +27,8 @@ import nas_kd.models  # noqa: F401  registers the bases
 from nas_kd import Space
 from nas_kd.data.augment import Augmentation
 from nas_kd.data.splits import DataSpec, Splits, load_splits
+from nas_kd.files.records import Records
 from nas_kd.learnt_widths.learning import Goal, LearntWidths, WidthLearner, learn_widths
-from nas_kd.preparation.records import Records
 from nas_kd.search.options import parse_options
 from nas_kd.search.solver import solve
 from nas_kd.students.inheritance import inherit_student

@@ -45,6 +45,7 @@ from nas_kd.arguments.parsing import guarded
 from nas_kd.budget import ACCELERATOR, Budget
 from nas_kd.costs.verification import measure
 from nas_kd.errors import NasKdError
+from nas_kd.files.records import Records
 from nas_kd.library.building import LibrarySpec, build_library
 from nas_kd.networks.int8 import quantise
 from nas_kd.networks.micro import MicroInterpreter, compile_file, need_tools
@@ -52,7 +53,6 @@ from nas_kd.networks.onnx import write_model
 from nas_kd.networks.tflite import write_tflite
 from nas_kd.pipeline.quantisation import INT8, Int8Spec, inputs_of, quantise_network
 from nas_kd.preparation.augmenting import fresh_images
-from nas_kd.preparation.records import Records
 from nas_kd.training.evaluation import CALIBRATION, recalibrate
 from nas_kd.training.loop import train
 from nas_kd.training.recipe import Recipe

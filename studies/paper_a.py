@@ -47,11 +47,11 @@ from rich.console import Console
 
 from nas_kd.arguments.study import parse_study
 from nas_kd.distill import main as distill
+from nas_kd.files.records import Records
 from nas_kd.pipeline.baselines import WantedModel
 from nas_kd.pipeline.models import make_models
 from nas_kd.preparation.job import prepare
 from nas_kd.preparation.materials import gather
-from nas_kd.preparation.records import Records
 from nas_kd.progress import Stages
 from nas_kd.search.solver import solve
 from nas_kd.structure import main as learn_structure

@@ -40,7 +40,7 @@ from typing import Any
 from paper_tables import Dataset, add_datasets, datasets_of, hardware, spread
 
 from nas_kd.distill import main as distill
-from nas_kd.preparation.records import Records
+from nas_kd.files.records import Records
 from nas_kd.study import main as search
 
 Row = dict[str, Any]

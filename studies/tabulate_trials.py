@@ -28,9 +28,9 @@ from optuna.storages import InMemoryStorage
 from torch import nn
 
 from nas_kd.arguments.study import parse_study
+from nas_kd.files.records import Record, Records
 from nas_kd.preparation.job import Job, prepare, proxy_recipe_of
 from nas_kd.preparation.materials import Materials, gather
-from nas_kd.preparation.records import Record, Records
 from nas_kd.progress import Stages, console_for
 from nas_kd.search.rungs import rung_epochs
 from nas_kd.search.space import Space

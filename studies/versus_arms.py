@@ -27,6 +27,7 @@ from nas_kd.costs.verification import measure
 from nas_kd.data.augment import derive_seed
 from nas_kd.data.images import Images
 from nas_kd.errors import ModelError
+from nas_kd.files.records import Records
 from nas_kd.genotype import Genotype
 from nas_kd.library.building import LibrarySpec, build_library
 from nas_kd.library.library import Library
@@ -34,7 +35,6 @@ from nas_kd.pipeline.choosing import choose_front
 from nas_kd.pipeline.search import search
 from nas_kd.preparation.job import prepare
 from nas_kd.preparation.materials import gather
-from nas_kd.preparation.records import Records
 from nas_kd.progress import Stages
 from nas_kd.results.export import Card, export
 from nas_kd.search.options import parse_options

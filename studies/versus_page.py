@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 from versus_arms import FASTNAS, PLAIN, TIMM
 
 from nas_kd.budget import LATENCY
-from nas_kd.preparation.records import Records
+from nas_kd.files.records import Records
 
 Row = dict[str, Any]
 MS = "ms"

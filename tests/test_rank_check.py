@@ -25,8 +25,8 @@ from other_workers import only_after, others_at_work, shared_storage
 from warm import warm_python
 
 from nas_kd.costs.latency import limited_threads
+from nas_kd.files.records import Records
 from nas_kd.genotype import Genotype
-from nas_kd.preparation.records import Records
 from nas_kd.progress import Advance
 from nas_kd.rank_check import genotypes_elsewhere, main, measuring
 from nas_kd.rank_check.parts import Measuring

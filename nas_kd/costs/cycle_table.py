@@ -8,7 +8,6 @@ together what each choice does to the amounts of `layer_times`. What decides is 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from nas_kd.costs.draft import Draft, drafted
 from nas_kd.costs.latency_table import Measurements
 from nas_kd.costs.layer_times import Floats, Observed, Terms, expected, fit_times, layers_of, summed
 from nas_kd.costs.polynomial import Vector
+from nas_kd.files.digests import digest_of
 from nas_kd.genotype import Choice, Genotype
 from nas_kd.networks.micro import Estimator
 from nas_kd.students.building import build_student
@@ -181,4 +181,4 @@ def evenly_drawn(blocks: Sequence[Block], count: int, seed: int = 0) -> list[Gen
 def cycles_key(estimator: Estimator, base: nn.Module, input_size: Sequence[int]) -> str:
     """Names the file of estimates: of this compiler, accelerator and base. Raises as `drafted` does."""
     facts = repr(estimator.facts).encode() + drafted(base, input_size).content
-    return hashlib.sha256(facts).hexdigest()[:16]
+    return digest_of(facts)

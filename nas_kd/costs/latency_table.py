@@ -8,7 +8,6 @@ measurement is made once and kept: decisions do not change when a study is resum
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -23,6 +22,7 @@ from nas_kd.costs.cost_table import CostTable
 from nas_kd.costs.latency import Timing
 from nas_kd.costs.layer_times import Layer, Observed, Terms, fit_times, layers_of, summed, total_of
 from nas_kd.costs.runtimes import REFERENCE, LatencySpec, Measure, Measured, Subject, measurer
+from nas_kd.files.digests import digest_of
 from nas_kd.genotype import Choice, Genotype
 from nas_kd.students.building import build_student
 
@@ -275,7 +275,7 @@ def structure_of(subject: Subject) -> str:
         plain = sorted((key, repr(value)) for key, value in vars(module).items() if _is_plain(key, value))
         own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
         lines.append([name.count("."), kind, plain, [[key, list(t.shape), str(t.dtype)] for key, t in own]])
-    return hashlib.sha256(json.dumps(lines).encode()).hexdigest()[:24]
+    return digest_of(json.dumps(lines), 24)
 
 
 def _is_plain(name: str, value: object) -> bool:
@@ -288,4 +288,4 @@ def _is_plain(name: str, value: object) -> bool:
 
 def latencies_key(spec: LatencySpec) -> str:
     """Names the file of measurements: of this specification, machine and versions."""
-    return hashlib.sha256(json.dumps(["2", spec.facts()], sort_keys=True).encode()).hexdigest()[:16]
+    return digest_of(json.dumps(["2", spec.facts()], sort_keys=True))

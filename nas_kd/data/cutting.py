@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from nas_kd.data.arrays import Array
 from nas_kd.data.augment import derive_seed
 from nas_kd.data.dataset_names import check_name, choose_dataset
 from nas_kd.data.decoding import Chosen
 from nas_kd.data.preprocessing import Preprocessing
 from nas_kd.data.sources import Source
 from nas_kd.errors import DataError
+from nas_kd.files.arrays import Array
 
 TEST_FRACTION = 0.2  # of a dataset that has no test split of its own
 _logger = logging.getLogger(__name__)

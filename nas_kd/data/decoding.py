@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from nas_kd.data.arrays import Array, ArrayFile, finish, writing
 from nas_kd.data.originals import OriginalsWriter, originals_bytes, shrunk
 from nas_kd.data.prefetching import wait_for
 from nas_kd.data.preprocessing import Preprocessing
 from nas_kd.data.sources import SourceSplit
 from nas_kd.errors import DataError
+from nas_kd.files.arrays import Array, ArrayFile, finish, writing
 
 _CHUNK = 256  # images decoded at once by the workers
 _SAID = 400  # chunks, after each of which it is said how far it is

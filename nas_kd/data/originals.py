@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from nas_kd.data.arrays import Array, ArrayFile, GrowingFile
+from nas_kd.files.arrays import Array, ArrayFile, GrowingFile
 
 _LONGEST = 2  # of the longer side over the shorter one: of a panorama the middle is kept
 _USUAL = 4 / 3  # the same of a photo, by which the memory is estimated

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
-from nas_kd.data.arrays import Array
+from nas_kd.files.arrays import Array
 
 _DEPTHS = (8, 10, 12, 14, 16, 24, 32)  # bits that cameras and scanners write
 # how colours of 16 bits are stored, and the opposite byte order

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from nas_kd.data.arrays import Array
 from nas_kd.data.folders import split_of
 from nas_kd.data.pictures import open_picture, readable_suffixes
 from nas_kd.errors import DataError
+from nas_kd.files.arrays import Array
 
 _INFO = ("_info.json", "info.json")  # timm's list of the shards of each split
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")  # WebDataset: an image's files have its name up to the first dot

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from nas_kd.data.arrays import Array
 from nas_kd.data.class_maps import check_covers, read_class_map
 from nas_kd.data.dataset_names import DIGITS, FOLDER, WDS, check_name, choose_dataset
 from nas_kd.data.folders import read_tree
 from nas_kd.data.pictures import as_seen, open_picture
 from nas_kd.data.shards import read_shards
 from nas_kd.errors import DataError
+from nas_kd.files.arrays import Array
 
 _logger = logging.getLogger(__name__)
 _LOOKS = 15  # images whose size is looked at

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 
 from nas_kd.data import sources
-from nas_kd.data.arrays import Array, load_arrays
 from nas_kd.data.cutting import TEST_FRACTION, DataSpec, check_source, cut
 from nas_kd.data.dataset_names import DIGITS
 from nas_kd.data.decoding import ImageForm, UnreadableError, decode, decoded_bytes, look_through
@@ -24,6 +22,8 @@ from nas_kd.data.preprocessing import Preprocessing
 from nas_kd.data.sources import Source
 from nas_kd.data.streaming import StreamedImages
 from nas_kd.errors import DataError
+from nas_kd.files.arrays import Array, load_arrays
+from nas_kd.files.digests import digest_of
 
 __all__ = ["DIGITS", "DataSpec", "Images", "Splits", "load_splits", "normalise"]
 
@@ -187,7 +187,7 @@ def _moments(extra: Mapping[str, Any], spec: DataSpec) -> tuple[tuple[float, ...
 
 def _united(parts: Mapping[str, ImageSet], spec: DataSpec, source: Source, folder: Path) -> Splits:
     mean, std = parts["train"].mean, parts["train"].std
-    digest = hashlib.sha256(json.dumps([_digest(spec, source), mean, std]).encode()).hexdigest()[:16]
+    digest = digest_of(json.dumps([_digest(spec, source), mean, std]))
     return Splits(
         train=parts["train"],
         val=parts["val"],
@@ -208,7 +208,7 @@ def with_sample(splits: Splits, spec: DataSpec, train: int, cache_dir: Path) -> 
     if not isinstance(splits.train, StreamedImages) or not isinstance(splits.val, StreamedImages):
         return splits
     some = {"train": splits.train[:train], "val": splits.val[:LOOK]}
-    key = hashlib.sha256(f"{splits.digest} {spec.originals} {train} {LOOK}".encode()).hexdigest()
+    key = digest_of(f"{splits.digest} {spec.originals} {train} {LOOK}", 64)
     folder = cache_dir / f"images-{key[:16]}"
     loaded = load_arrays(folder)
     if loaded is None:
@@ -247,4 +247,4 @@ def _digest(spec: DataSpec, source: Source) -> str:
         form.append(["originals", spec.originals, spec.originals_bytes])
     if spec.skip_unreadable:
         form.append("skip")
-    return hashlib.sha256(json.dumps([2, source.fingerprint, form]).encode()).hexdigest()
+    return digest_of(json.dumps([2, source.fingerprint, form]), 64)

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nas_kd.data.arrays import Array
 from nas_kd.data.decoding import Chosen, ImageForm, transform_for
 from nas_kd.data.images import Images
 from nas_kd.data.originals import shrunk
 from nas_kd.data.prefetching import work_ahead
 from nas_kd.errors import DataError
+from nas_kd.files.arrays import Array
 
 In = TypeVar("In")
 Out = TypeVar("Out")

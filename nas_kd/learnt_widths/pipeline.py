@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,9 @@ from nas_kd.analysis.structure import Analysis
 from nas_kd.budget import Budget
 from nas_kd.data.splits import Splits
 from nas_kd.errors import BudgetError, CheckpointError, GenotypeError, nearest
+from nas_kd.files.atomic import write_text
+from nas_kd.files.digests import digest_of
+from nas_kd.files.tensors import read_tensors, write_tensors
 from nas_kd.genotype import Genotype
 from nas_kd.learnt_widths.arguments import StructureSettings
 from nas_kd.learnt_widths.channel_cost import segments_of
@@ -29,13 +31,12 @@ from nas_kd.preparation.augmenting import images_key
 from nas_kd.preparation.job import Job, prepare, recipe_of, refine_epochs
 from nas_kd.preparation.materials import Materials, gather_whole
 from nas_kd.progress import Stages
-from nas_kd.results.front import write_atomically, write_front_csv
+from nas_kd.results.front import write_front_csv
 from nas_kd.results.rows import ModelRow
 from nas_kd.search.solver import solve
 from nas_kd.students.inheritance import inherit_student
 from nas_kd.training.checkpoint import load_exactly
 from nas_kd.training.loop import Run
-from nas_kd.training.tensor_files import read_tensors, write_tensors
 
 FILE = "structure.json"
 _WARMUP = 0.1  # of the steps; channels are given up while the learning rate is high
@@ -131,7 +132,7 @@ def _learn(job: Job, goal: Goal, materials: Materials, epochs: int, stages: Stag
     choices = [(block.name, block.choices) for block in job.space.blocks]
     images = images_key(settings.data, materials.splits)
     facts = f"1 {materials.digest} {images} {settings.training.views} {recipe} {goal} {choices}"
-    digest = hashlib.sha256(facts.encode()).hexdigest()[:16]
+    digest = digest_of(facts)
     path = job.cache / f"learnt-{digest}.safetensors"
     with stages.stage("learn widths", epochs) as advance:
 
@@ -220,5 +221,5 @@ def _write(result: Structure, learnt: LearntWidths, settings: StructureSettings)
         "command": settings.study.output.command,
         "seed": settings.study.seed,
     }
-    write_atomically(result.out / FILE, json.dumps(record, indent=2) + "\n")
+    write_text(result.out / FILE, json.dumps(record, indent=2) + "\n")
     write_front_csv(result.out / "front.csv", result.models)

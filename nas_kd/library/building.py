@@ -25,6 +25,7 @@ from nas_kd.data.augment import derive_seed
 from nas_kd.data.images import Images
 from nas_kd.data.memory import give_back
 from nas_kd.errors import DataError, TrainingError
+from nas_kd.files.atomic import replace_file
 from nas_kd.library.bench import Bench
 from nas_kd.library.damages import Damages
 from nas_kd.library.effort import LibraryEffort
@@ -42,7 +43,6 @@ from nas_kd.students.frames import Recording
 from nas_kd.students.unit_importance import unit_importance
 from nas_kd.training.anchoring import anchor_where_foreign
 from nas_kd.training.evaluation import CALIBRATION, predict_logits
-from nas_kd.training.resume import replace_file
 from nas_kd.training.views import weights_digest
 
 _VERSION = 4  # of what the entries hold

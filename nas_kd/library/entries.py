@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from nas_kd.training.tensor_files import read_tensors, write_tensors
+from nas_kd.files.tensors import read_tensors, write_tensors
 
 Tensors = Mapping[str, Tensor]
 _LARGEST = 60_000  # float16 ends at 65,504

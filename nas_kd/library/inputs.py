@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from nas_kd.data.images import Images
+from nas_kd.files.tensors import read_tensors, write_tensors
 from nas_kd.library.spec import LibrarySpec
 from nas_kd.training.checkpoint import load_exactly
-from nas_kd.training.tensor_files import read_tensors, write_tensors
 
 _PIXELS = "pixels of the images"
 

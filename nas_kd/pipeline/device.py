@@ -13,12 +13,12 @@ import torch
 from nas_kd.budget import CYCLES
 from nas_kd.data.images import Images
 from nas_kd.errors import ModelError, NasKdError
+from nas_kd.files.atomic import replace_file
 from nas_kd.networks.micro import Arena, Compiled, MicroInterpreter, compile_file
 from nas_kd.networks.onnx import run_onnx
 from nas_kd.networks.tflite import write_tflite
 from nas_kd.networks.tflite_file import operators_of
 from nas_kd.pipeline.quantisation import INT8, inputs_of
-from nas_kd.training.resume import replace_file
 
 TFLITE, RECORD = "model.int8.tflite", "mcu.json"
 _SAME = 0.9  # of the images on which two interpreters of the same numbers agree at least; rounding costs a few

@@ -22,6 +22,7 @@ from nas_kd.data.augment import derive_seed
 from nas_kd.data.images import AugmentedImages, Images
 from nas_kd.data.sources import open_source
 from nas_kd.data.splits import DataSpec, Splits, load_splits
+from nas_kd.files.atomic import replace_file
 from nas_kd.networks.hub import create_base
 from nas_kd.preparation.augmenting import augmentation_of, fresh_images, images_key
 from nas_kd.preparation.image_form import beside_gpu, data_spec, img_size_of, in_chans_of, warn_of_other_order
@@ -47,7 +48,6 @@ from nas_kd.students.inheritance import inherit_student
 from nas_kd.training.checkpoint import load_checkpoint
 from nas_kd.training.evaluation import CALIBRATION, recalibrate
 from nas_kd.training.recipe import Recipe
-from nas_kd.training.resume import replace_file
 from nas_kd.training.teacher import Teacher, TeacherCache, TeacherResult, Teaching, adopt_teacher, prepare_teacher
 from nas_kd.training.transfer import HeadOrigin, settle_weights
 from nas_kd.training.views import OnlineViews, Views, ViewSpec, build_views, views_bytes, weights_digest

@@ -25,11 +25,11 @@ import torch
 from optuna.storages import InMemoryStorage
 
 from nas_kd.arguments.study import noted_settings
+from nas_kd.files.atomic import replace_file
 from nas_kd.preparation.job import Job, storage_url
 from nas_kd.progress import Advance
 from nas_kd.search.workers import is_gone, worker_name
 from nas_kd.training.ranks import current
-from nas_kd.training.resume import replace_file
 from nas_kd.workers.pool import LocalWorker, local_workers, stop_all
 
 HELPER = "nas_kd.pipeline.helper"

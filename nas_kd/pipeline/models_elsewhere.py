@@ -18,11 +18,11 @@ from torch import nn
 from nas_kd.arguments.worker import MODELS as PART
 from nas_kd.arguments.worker import WorkerSettings
 from nas_kd.costs.latency import limited_threads
-from nas_kd.data.arrays import load_arrays
 from nas_kd.data.images import Images
 from nas_kd.data.originals import open_originals
 from nas_kd.data.splits import Splits
 from nas_kd.errors import ArtifactError, StudyError
+from nas_kd.files.arrays import load_arrays
 from nas_kd.genotype import Genotype
 from nas_kd.pipeline.baselines import WantedModel, whole_of
 from nas_kd.pipeline.refining import RefinementContext, file_of, refine_in, refinement_context

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -21,15 +20,16 @@ from nas_kd.costs.latency import Timing, take_turns
 from nas_kd.data.images import AugmentedImages, Images, ImageSet, normalise
 from nas_kd.data.splits import Splits
 from nas_kd.errors import OutputError
+from nas_kd.files.atomic import replace_file
+from nas_kd.files.digests import digest_of
+from nas_kd.files.tensors import write_tensors
 from nas_kd.networks.int8 import LayerError, quantise
 from nas_kd.networks.onnx import PRECISE, need, open_session, write_model
 from nas_kd.results.rows import Int8Row
 from nas_kd.training.fake_quantisation import fake_quantised
 from nas_kd.training.loop import train
 from nas_kd.training.recipe import Recipe
-from nas_kd.training.resume import replace_file
 from nas_kd.training.teacher import Teacher
-from nas_kd.training.tensor_files import write_tensors
 from nas_kd.training.views import OnlineViews, weights_digest
 
 FLOAT, INT8, WEIGHTS, RECORD = "model.onnx", "model.int8.onnx", "model.int8.safetensors", "int8.json"
@@ -137,7 +137,7 @@ def quantised_once(
     about = (train_images.augmentation, train_images.mixing, _ARITHMETIC)
     facts = (weights_digest(network), splits.digest, spec, *about)
     machine = (platform.node(), runtime)
-    folder = cache / f"int8-{hashlib.sha256(repr((facts, machine)).encode()).hexdigest()[:16]}"
+    folder = cache / f"int8-{digest_of(repr((facts, machine)))}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

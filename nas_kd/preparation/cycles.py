@@ -12,10 +12,10 @@ from nas_kd.arguments.study import Settings
 from nas_kd.budget import CYCLES, Budget
 from nas_kd.costs.cost_model import CostModel
 from nas_kd.costs.cycle_table import STUDENTS, cycles_key
+from nas_kd.files.records import Records
 from nas_kd.networks.micro import Estimator
 from nas_kd.networks.tflite_file import has_tools, need_tools
 from nas_kd.preparation.latency import cache_folder
-from nas_kd.preparation.records import Records
 from nas_kd.progress import Stages
 from nas_kd.search.space import Space
 

@@ -17,7 +17,7 @@ from nas_kd.costs.cost_model import CostModel
 from nas_kd.costs.latency_table import STUDENTS, Meter, latencies_key
 from nas_kd.costs.runtimes import LatencySpec, Runtime, default_runtime
 from nas_kd.errors import OutputError, StudyError
-from nas_kd.preparation.records import Records
+from nas_kd.files.records import Records
 from nas_kd.progress import Stages
 from nas_kd.search.space import Space
 

@@ -59,10 +59,10 @@ class Materials:
     @property
     def digest(self) -> str:
         """Names what students begin with and what teaches them."""
-        return _digest_of(self.base, self.teacher)
+        return _joint_digest(self.base, self.teacher)
 
 
-def _digest_of(base: TeacherResult, teacher: TeacherResult) -> str:
+def _joint_digest(base: TeacherResult, teacher: TeacherResult) -> str:
     return base.digest if teacher is base else f"{base.digest}-{teacher.digest}"
 
 
@@ -82,7 +82,7 @@ def collect(job: Job, stages: Stages, sharing: Sharing | None = None) -> tuple[J
     check_study(job.storage, settings.name, {"data": splits.digest})
     base = _base(job, splits, stages)
     teacher = base if job.other_teacher is None else _other_teacher(job, splits, stages)
-    check_study(job.storage, settings.name, {"teacher": _digest_of(base, teacher)})
+    check_study(job.storage, settings.name, {"teacher": _joint_digest(base, teacher)})
     sample = with_sample(splits, job.data, settings.proxy.images, job.cache)
     subset = sample.train[: settings.proxy.images]
     short, long = (

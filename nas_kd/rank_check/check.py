@@ -12,12 +12,13 @@ from optuna.storages import InMemoryStorage
 
 from nas_kd.budget import Cost
 from nas_kd.errors import TrainingError
+from nas_kd.files.atomic import write_text
+from nas_kd.files.records import Record
 from nas_kd.genotype import Genotype
 from nas_kd.pipeline.summary import environment_of
 from nas_kd.preparation.job import Job, prepare
 from nas_kd.preparation.materials import gather
 from nas_kd.preparation.opening import space_of
-from nas_kd.preparation.records import Record
 from nas_kd.progress import Stages
 from nas_kd.rank_check.arguments import RankSettings
 from nas_kd.rank_check.band import draw_in_band, near_optimum
@@ -26,7 +27,6 @@ from nas_kd.rank_check.measuring import measure_genotypes
 from nas_kd.rank_check.page import render_check
 from nas_kd.rank_check.parts import parts_of, records_in
 from nas_kd.rank_check.statistics import agreement, allowing_for_damage, allowing_for_size, tau_difference
-from nas_kd.results.front import write_atomically
 from nas_kd.results.rank_rows import FILE, GroupRows, RankCheck, ScoreRow
 from nas_kd.search.additive import total
 from nas_kd.search.starts import prior_damages
@@ -86,8 +86,8 @@ def run_stages(settings: RankSettings, stages: Stages) -> tuple[RankCheck, Job]:
     with stages.stage("ranking"):
         entries = {name: _entries(context, measured, groups[name]) for name in groups}
         result = _conclude(check, entries)
-    write_atomically(job.out / FILE, result.to_json())
-    write_atomically(job.out / "rank_check.html", render_check(result))
+    write_text(job.out / FILE, result.to_json())
+    write_text(job.out / "rank_check.html", render_check(result))
     return result, job
 
 

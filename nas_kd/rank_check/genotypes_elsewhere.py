@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,8 @@ from nas_kd import __version__
 from nas_kd.arguments.worker import GENOTYPES as PART
 from nas_kd.arguments.worker import WorkerSettings
 from nas_kd.errors import ArtifactError, StudyError
+from nas_kd.files.digests import digest_of
+from nas_kd.files.tensors import write_tensors
 from nas_kd.genotype import Genotype
 from nas_kd.pipeline.models_elsewhere import more_processes
 from nas_kd.preparation.cycles import note_cycles
@@ -34,7 +35,6 @@ from nas_kd.search.jobs import GENOTYPES, Notes, Told, are_there, do_jobs, open_
 from nas_kd.search.storage import using_storage
 from nas_kd.search.workers import RetryingStudy
 from nas_kd.training.ranks import current
-from nas_kd.training.tensor_files import write_tensors
 from nas_kd.training.views import Views
 from nas_kd.workers.bundle import (
     BUNDLE,
@@ -155,7 +155,7 @@ def _write_logits(check: Check) -> str:
     """The name of the file in the cache with what the teacher makes of the validation images."""
     settings, context = check.context.settings, check.context
     facts = f"{context.teacher} {context.images} {settings.val_images} {settings.study.seed}"
-    name = f"validation-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.safetensors"
+    name = f"validation-{digest_of(facts)}.safetensors"
     if not (check.job.cache / name).exists():
         write_tensors(check.job.cache / name, {_LOGITS: context.validation.teacher_logits})
     return name
@@ -164,7 +164,7 @@ def _write_logits(check: Check) -> str:
 def _key(measuring: Measuring, genotype: Genotype) -> str:
     """Names a genotype's job, and all that it depends on."""
     parts = " ".join(part.key for part in measuring.parts)
-    return f"{hashlib.sha256(parts.encode()).hexdigest()[:12]} {genotype.digest}"
+    return f"{digest_of(parts, 12)} {genotype.digest}"
 
 
 def _score(measuring: Measuring, genotype: Genotype) -> float:

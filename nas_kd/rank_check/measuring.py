@@ -7,9 +7,9 @@ import time
 from collections.abc import Mapping, Sequence
 
 from nas_kd.costs.latency import limited_threads
+from nas_kd.files.records import Record, Records
 from nas_kd.genotype import Genotype
 from nas_kd.pipeline.helpers import places
-from nas_kd.preparation.records import Record, Records
 from nas_kd.progress import Stages
 from nas_kd.rank_check.context import Check
 from nas_kd.rank_check.genotypes_elsewhere import can_be_shared, is_asked_for, measure_with_workers

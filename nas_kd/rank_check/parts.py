@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,9 @@ from torch import nn
 
 from nas_kd.data.images import normalise
 from nas_kd.errors import TrainingError
+from nas_kd.files.digests import digest_of
+from nas_kd.files.records import Record, Records
 from nas_kd.genotype import Genotype
-from nas_kd.preparation.records import Record, Records
 from nas_kd.progress import Advance
 from nas_kd.rank_check.context import FRESH, LIBRARY, RUNGS, CheckContext
 from nas_kd.rank_check.validation import Look
@@ -106,7 +106,7 @@ def _library_key(context: CheckContext, start: str) -> str:
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return digest_of(text, 12)
 
 
 def _truth(context: CheckContext, genotype: Genotype) -> Record:

@@ -19,13 +19,13 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from nas_kd.errors import NasKdError, OutputError, PlanError
+from nas_kd.files.tensors import save_weights
 from nas_kd.networks.convolutions import Shift2d
 from nas_kd.networks.definition import definition
 from nas_kd.networks.hub import ENTRY_POINT, student_args
 from nas_kd.networks.onnx import write_model
 from nas_kd.networks.plain import plain
 from nas_kd.networks.rebuilt import check_rebuilds
-from nas_kd.training.tensor_files import save_weights
 
 ONNX = "model.onnx"
 DEFINITION = "model.py"

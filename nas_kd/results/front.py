@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar, cast
@@ -15,6 +13,7 @@ import numpy.typing as npt
 
 from nas_kd.budget import COUNTED, KINDS, ON_DEVICE, Cost
 from nas_kd.errors import OutputError
+from nas_kd.files.atomic import write_text
 from nas_kd.results.rows import Int8Row, ModelRow, Role, sort_models
 
 T = TypeVar("T")
@@ -82,7 +81,7 @@ def write_front_csv(path: Path, models: Sequence[ModelRow]) -> None:
     writer.writerow((*COLUMNS, *INT8_COLUMNS) if quantised else COLUMNS)
     ordered = sort_models(list(models), _FILE_ORDER)
     writer.writerows((*_cells(model), *(_int8_cells(model.int8) if quantised else ())) for model in ordered)
-    write_atomically(path, text.getvalue())
+    write_text(path, text.getvalue())
 
 
 def read_front_csv(path: Path) -> tuple[ModelRow, ...]:
@@ -97,27 +96,6 @@ def read_front_csv(path: Path) -> tuple[ModelRow, ...]:
         raise OutputError(f"cannot read {path}: {error.strerror}; run the study again to write it") from error
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise OutputError(f"{path} is no list of models ({error}); delete it and run the study again") from error
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes `text` to `path` as UTF-8, whole or not at all, and makes its folder where needed.
-
-    A reader sees the old file or the new one, and a crash leaves the old one. Raises OutputError with the reason.
-    """
-    # Not tempfile: its files are private to the user, and a report is there to be shared.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("w", encoding="utf-8", newline="") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}; choose another folder with --out") from error
 
 
 def _cells(model: ModelRow) -> tuple[str | int, ...]:

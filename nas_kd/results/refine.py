@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable
@@ -16,12 +15,13 @@ from torch import nn
 from nas_kd.data.images import TrainingData
 from nas_kd.data.splits import Splits
 from nas_kd.errors import CheckpointError
+from nas_kd.files.digests import digest_of
+from nas_kd.files.tensors import read_tensors, write_tensors
 from nas_kd.training.checkpoint import load_exactly
 from nas_kd.training.evaluation import evaluate
 from nas_kd.training.loop import Run, ignore, train
 from nas_kd.training.online import accuracies, train_online
 from nas_kd.training.recipe import Recipe
-from nas_kd.training.tensor_files import read_tensors, write_tensors
 
 _logger = logging.getLogger(__name__)
 
@@ -144,4 +144,4 @@ def _fetch(candidate: Candidate, path: Path) -> Refined | None:
 def _key(candidate: Candidate, refinement: Refinement) -> str:
     peers = f" {refinement.peers} peers" if refinement.peers else ""
     text = f"1 {candidate.role} {candidate.digest} {refinement.recipe} {refinement.key}{peers}"
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return digest_of(text)

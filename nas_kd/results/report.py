@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nas_kd.budget import Budget, amount, short
+from nas_kd.files.atomic import write_text
 from nas_kd.results.advice import advice, advised, overtaken
 from nas_kd.results.compare import comparison
 from nas_kd.results.figures import COST_NAMES, Panel, milliseconds
-from nas_kd.results.front import write_atomically
 from nas_kd.results.front_figure import front_panel
 from nas_kd.results.model_figures import blocks_panel, latency_panel
 from nas_kd.results.page import render
@@ -28,7 +28,7 @@ def write_report(path: Path, summary: StudySummary) -> None:
     It holds plotly itself, refers to nothing outside, and follows the reader's light or dark setting. What the summary
     lacks is named where it would stand. Raises OutputError when the file cannot be written.
     """
-    write_atomically(path, render_report(summary))
+    write_text(path, render_report(summary))
 
 
 def render_report(summary: StudySummary) -> str:

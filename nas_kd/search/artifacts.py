@@ -13,9 +13,9 @@ from typing import Any, BinaryIO, Protocol
 from optuna.artifacts import FileSystemArtifactStore
 from optuna.artifacts.exceptions import ArtifactNotFound
 
-from nas_kd.data.arrays import sha256_of
 from nas_kd.errors import ArtifactError, OutputError
-from nas_kd.training.resume import replace_file
+from nas_kd.files.atomic import replace_file
+from nas_kd.files.digests import sha256_of
 
 _CHUNK = 1 << 22
 _PACKED = ".zip"  # what a folder of many small files is kept as

@@ -10,7 +10,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial
 
-from nas_kd.data.arrays import sha256_of
+from nas_kd.files.digests import sha256_of
 from nas_kd.search.artifacts import Store
 
 NOTE = "note"  # the study's user attribute, where the dashboard is not installed

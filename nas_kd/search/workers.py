@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import socket
 import threading
@@ -18,6 +17,8 @@ from optuna.distributions import BaseDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from nas_kd.files.digests import digest_of
 
 WORKER = "worker"  # the user attribute of a trial that names the process which runs it
 BEAT = "beat"  # the user attribute that a living worker counts up
@@ -41,7 +42,7 @@ def _machine() -> str:
     with suppress(OSError):
         facts += Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
         facts += os.readlink("/proc/self/ns/pid")
-    return f"{socket.gethostname()}-{hashlib.sha256(facts.encode()).hexdigest()[:4]}"
+    return f"{socket.gethostname()}-{digest_of(facts, 4)}"
 
 
 def requeue(study: optuna.Study, trial: FrozenTrial, *, died: bool = True) -> None:

@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nas_kd.data import mapped
 from nas_kd.errors import DeviceError, RankError, TrainingError
+from nas_kd.files import mapped
 from nas_kd.training.synchronised import NormsTogether, reaching
 
 _MEETING = timedelta(minutes=10)  # for all processes to start

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 import pickle
-import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
 
-from nas_kd.errors import OutputError
+from nas_kd.files.atomic import replace_file
+from nas_kd.files.digests import digest_of
 from nas_kd.training.recipe import Recipe
 
 _VERSION = 1
@@ -109,22 +106,7 @@ class Keeper:
         return progress
 
 
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a temporary file and moves it to `path` in one step. Raises OutputError when it cannot."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # not tempfile: its files are private to the user; and torch.save refuses names that begin with a dot
-        draft = path.with_name(f"{path.name}-{secrets.token_hex(4)}.partial")
-        try:
-            write(draft)
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap a full disk in their own
-        raise OutputError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
-
-
 def _fingerprint(parts: Mapping[str, Stateful], recipe: Recipe, images: int) -> str:
     # shapes too: a state that does not fit must be refused before half of it is loaded
     shapes = [(name, tuple(tensor.shape)) for name, tensor in parts["network"].state_dict().items()]
-    return hashlib.sha256(f"{recipe!r} {images} {shapes}".encode()).hexdigest()
+    return digest_of(f"{recipe!r} {images} {shapes}", 64)

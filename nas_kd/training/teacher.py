@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 import time
 from collections.abc import Callable
@@ -18,11 +17,12 @@ from nas_kd.data.augment import AnyAugmentation
 from nas_kd.data.images import AugmentedImages, ImageSet
 from nas_kd.data.splits import Splits
 from nas_kd.errors import CheckpointError, DataError
+from nas_kd.files.digests import digest_of
+from nas_kd.files.tensors import read_tensors, write_tensors
 from nas_kd.training.checkpoint import load_checkpoint, load_exactly
 from nas_kd.training.evaluation import CALIBRATION, evaluate, is_below, predict_logits
 from nas_kd.training.loop import Run, ignore, train
 from nas_kd.training.recipe import Recipe
-from nas_kd.training.tensor_files import read_tensors, write_tensors
 from nas_kd.training.transfer import HeadOrigin, settle_weights
 from nas_kd.training.views import weights_digest
 
@@ -221,7 +221,7 @@ def _key(network: nn.Module, splits: Splits, teaching: Teaching, key: str) -> st
     text = f"1 {key} {network!r} {shapes} {splits.digest} {teaching.recipe} {teaching.augmentation}"
     if teaching.head is not None:  # which weights these are no name says
         text += f" transfer 1 {teaching.head} {weights_digest(network)}"
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return digest_of(text)
 
 
 def _result(network: nn.Module, splits: Splits, *, trained_here: bool, seconds: float) -> TeacherResult:

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nas_kd.data.arrays import Array, ArrayFile, finish, load_arrays, writing
 from nas_kd.data.augment import AnyAugmentation, Augmentation
 from nas_kd.data.images import AugmentedImages, Batch, Images
 from nas_kd.data.memory import give_back
 from nas_kd.data.mixing import Mixing
 from nas_kd.errors import DataError, TrainingError
+from nas_kd.files.arrays import Array, ArrayFile, finish, load_arrays, writing
 from nas_kd.training.evaluation import CALIBRATION, predict_logits
 
 MAX_BYTES = 16 << 30  # of one cache; larger data wants `OnlineViews`

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,10 +20,12 @@ from nas_kd.arguments.augment import AugmentOptions
 from nas_kd.arguments.parts import changed
 from nas_kd.arguments.sharing import SharingSettings
 from nas_kd.arguments.study import Settings, noted_settings, restore_settings
-from nas_kd.data.arrays import load_arrays
 from nas_kd.data.images import Images
 from nas_kd.data.originals import open_originals
 from nas_kd.errors import ArtifactError, CheckpointError, StudyError
+from nas_kd.files.arrays import load_arrays
+from nas_kd.files.digests import digest_of
+from nas_kd.files.tensors import write_tensors
 from nas_kd.library.entries import EntryFile
 from nas_kd.library.library import Library, entry_file, made_choices
 from nas_kd.preparation.augmenting import fresh_images
@@ -38,7 +39,6 @@ from nas_kd.search.storage import CONFIG, storage_errors
 from nas_kd.search.trials import Proxy
 from nas_kd.training.checkpoint import load_exactly
 from nas_kd.training.teacher import Teacher
-from nas_kd.training.tensor_files import write_tensors
 from nas_kd.training.views import OnlineViews, Views, open_views, weights_digest
 
 BUNDLE = "nas_kd kit"  # the study's user attribute
@@ -244,7 +244,7 @@ def checkpoints(bundle: Bundle, cache: Path) -> Path:
         repr(recipe),
         *filter(None, [augment]),
     ]
-    return cache / f"trials-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]}"
+    return cache / f"trials-{digest_of(json.dumps(facts), 8)}"
 
 
 def check_space(study: optuna.Study, bundle: Bundle, space: Space[nn.Module]) -> None:

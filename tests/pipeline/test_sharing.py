@@ -157,8 +157,7 @@ def test_the_same_process_then_trains_the_same_models(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    job, materials = study
-    monkeypatch.setattr(job.space, "library", shared[0])  # as the other has it
+    job, materials = study[0].with_library(shared[0]), study[1]  # as the other has it
     plan, told = plan_of(job, 2), []
     monkeypatch.setattr(sharing, "WORTH", NOTHING)
     with monkeypatch.context() as context, caplog.at_level(logging.WARNING):
@@ -207,8 +206,7 @@ def test_trials_come_to_the_same_whoever_trained_their_students(
     trained_here: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    job, materials = study
-    monkeypatch.setattr(job.space, "library", shared[0])  # as the other has it
+    job, materials = study[0].with_library(shared[0]), study[1]  # as the other has it
     for name in ("WORTH", "BEGIN"):
         monkeypatch.setattr(ahead, name, 0.0)
     here, take = search_anew(job, materials, None), Claims.take

@@ -23,13 +23,13 @@ from nas_kd.analysis.stride_reduction import reduce_stride
 from nas_kd.costs.cost_table import cost_table
 from nas_kd.costs.verification import analyse
 from nas_kd.errors import ModelError, OutputError, PlanError
+from nas_kd.files.tensors import write_tensors
 from nas_kd.networks.convolutions import Shift2d
 from nas_kd.networks.fuse import fused
 from nas_kd.networks.hub import create_base
 from nas_kd.networks.onnx import run_onnx
 from nas_kd.results.export import Card, export, load
 from nas_kd.students.inheritance import inherit_student
-from nas_kd.training.tensor_files import write_tensors
 
 FAMILIES = ("test_resnet", "mobilenetv2_050", "test_efficientnet", "test_byobnet", "vgg11_bn", "regnetx_002")
 BASE_ARGS: dict[str, dict[str, Any]] = {"vgg11_bn": {"mlp_ratio": 1 / 128}}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from nas_kd.budget import COUNTED
 from nas_kd.errors import OutputError
-from nas_kd.results.front import COLUMNS, INT8_COLUMNS, front, read_front_csv, write_atomically, write_front_csv
+from nas_kd.results.front import COLUMNS, INT8_COLUMNS, front, read_front_csv, write_front_csv
 from nas_kd.results.rows import Int8Row, ModelRow, StudySummary
 
 # Few distinct numbers, so that ties and duplicates are common; NaN and infinities among them.
@@ -152,15 +152,6 @@ def test_a_cut_off_csv_is_an_error(tmp_path: Path, summary: StudySummary) -> Non
     path.write_text(text[: text.rindex("\n") + 20], encoding="utf-8")
     with pytest.raises(OutputError, match="no list of models"):
         read_front_csv(path)
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "file.txt"
-    write_atomically(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_atomically(path, "\ud800")  # a lone surrogate is no UTF-8
-    assert path.read_text(encoding="utf-8") == "old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(

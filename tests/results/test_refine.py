@@ -15,10 +15,10 @@ from torch import nn
 from nas_kd.data.augment import Augmentation
 from nas_kd.data.images import AugmentedImages
 from nas_kd.data.splits import DataSpec, Splits, load_splits
+from nas_kd.files.tensors import read_tensors
 from nas_kd.results.refine import Candidate, Refined, Refinement, refine
 from nas_kd.training.evaluation import evaluate
 from nas_kd.training.recipe import Recipe
-from nas_kd.training.tensor_files import read_tensors
 
 
 def build(number: int) -> nn.Module:

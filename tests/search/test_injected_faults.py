@@ -80,10 +80,10 @@ def rehearsed(task: Any, data: Any, recipe: Recipe, *, report: Callable[[int, fl
 
 
 @pytest.fixture(autouse=True)
-def free_trials(tiny: Space[nn.Module], starts: list[Genotype], monkeypatch: pytest.MonkeyPatch) -> None:
+def free_trials(starts: list[Genotype], monkeypatch: pytest.MonkeyPatch) -> None:
     """Students are their genotypes, starts are found once, and nobody waits for long."""
-    monkeypatch.setattr(tiny, "starts", lambda count: starts)
-    monkeypatch.setattr(tiny, "student", lambda genotype: genotype)
+    monkeypatch.setattr(Space, "starts", lambda self, count: starts)
+    monkeypatch.setattr(Space, "student", lambda self, genotype: genotype)
     monkeypatch.setattr(Proxy, "prepare", lambda self, student: student)
     monkeypatch.setattr(trials, "student_task", lambda student, recipe, measure: student)
     monkeypatch.setattr(trials, "fit", rehearsed)

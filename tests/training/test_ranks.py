@@ -15,10 +15,10 @@ from shared_trainings import RECIPE, SPEC, far, in_pieces, network, online, trai
 from torch import Tensor, nn
 from warm import warm_python
 
-from nas_kd.data import mapped
 from nas_kd.data.originals import Originals
 from nas_kd.data.splits import load_splits
 from nas_kd.errors import TrainingError
+from nas_kd.files import mapped
 from nas_kd.training.ranks import packed
 
 Weights = dict[str, Tensor]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nas_kd.errors import OutputError
-from nas_kd.preparation.records import Records
+from nas_kd.files.records import Records
 
 
 def test_what_was_written_is_there_again(tmp_path: Path) -> None:

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nas_kd.data.mapped import note
 from nas_kd.errors import DataError, NasKdError, OutputError
+from nas_kd.files.digests import sha256_of
+from nas_kd.files.mapped import note
 
 Array = NDArray[Any]
 
 _SIDECAR = "meta.json"
-_CHUNK = 1 << 22  # bytes read at once when a file is checked
 _MARGIN = 64 << 20  # bytes left free on the disk, so that the study's database can still grow
 _logger = logging.getLogger(__name__)
 
@@ -155,16 +155,6 @@ def _open(path: Path, about: Mapping[str, Any]) -> Array:
         raise ValueError(f"{path.name} does not match its checksum")
     note(array)
     return array
-
-
-def sha256_of(path: Path, skip: int = 0) -> str:
-    """The SHA-256 of a file after its first `skip` bytes, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        file.seek(skip)
-        while piece := file.read(_CHUNK):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _discard(folder: Path) -> None:

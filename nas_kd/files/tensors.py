@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nas_kd.errors import CheckpointError
-from nas_kd.training.resume import replace_file
+from nas_kd.files.atomic import replace_file
 
 _CHECKSUM = "sha256"
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nas_kd.data.arrays import ArrayFile, finish, load_arrays, writing
 from nas_kd.errors import DataError, OutputError
+from nas_kd.files.arrays import ArrayFile, finish, load_arrays, writing
 
 
 def build(folder: Path, value: int = 1) -> None:
