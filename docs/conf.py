@@ -16,7 +16,7 @@ project = "nas_kd"
 author = "the authors of nas_kd"
 copyright = "the authors of nas_kd, Apache-2.0"
 version = release = nas_kd.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 highlight_language = "text"  # where a block does not say
 html_theme = "furo"
 html_title = "nas_kd"
@@ -30,7 +30,10 @@ myst_heading_anchors = 3
 exclude_patterns = ["_build"]
 suppress_warnings = ["toc.empty_glob"]
 default_role = "code"  # as docstrings have `names`
+autoclass_content = "both"  # what a class is, and what makes one
 autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented_params"
+napoleon_use_ivar = True
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 
@@ -70,10 +73,16 @@ def _fill(app: Any, name: str, source: list[str]) -> None:
 
 
 def _as_rst(app: Any, what: str, name: str, thing: object, options: Any, lines: list[str]) -> None:
-    """Docstrings are plain text: stars are no emphasis, |x| no substitution, a trailing _ no link."""
-    lines[:] = [re.sub(r"([*|_])(?![^`]*`)", r"\\\1", line) if "`" not in line else line for line in lines]
+    """Docstrings are plain text: stars are no emphasis, |x| no substitution, a trailing _ no link. What an example or a
+    name before its colon has stays."""
+    shown = False
+    for number, line in enumerate(lines):
+        shown = bool(line.strip()) and (shown or ">>> " in line)
+        if not shown and "`" not in line:
+            named, text = re.fullmatch(r"(\s*\w+:(?= )|)(.*)", line).groups()  # type: ignore[union-attr]
+            lines[number] = named + re.sub(r"([*|_])", r"\\\1", text)
 
 
 def setup(app: Any) -> None:
     app.connect("source-read", _fill)
-    app.connect("autodoc-process-docstring", _as_rst)
+    app.connect("autodoc-process-docstring", _as_rst, priority=400)  # before napoleon reads the sections

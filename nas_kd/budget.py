@@ -27,16 +27,25 @@ _AMOUNT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(%|[KMG]i?B|[KMGB]|[nuµμm]?s)?"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """What a network costs.
+    """What a network costs. Costs are equal when params and macs are.
 
-    `params`, learnable scalars; `macs`, multiply-accumulates of convolutions and linear layers for one image; `size`,
-    bytes of the exported weights; `peak_memory`, bytes of the activations that are alive at once for one image in a
-    deployed graph (both at float32, see `nas_kd.analysis.schedule`; 0 where they were not counted); `flash` and `ram`,
-    bytes of the int8 file and of the arena in which an interpreter on a device runs it (see `nas_kd.costs.device`; 0
-    where they were not counted); `cycles`, those that a compiler estimates of the int8 form on an accelerator (see
-    `nas_kd.costs.cycle_table`; 0 where it did not); `latency`,
-    nanoseconds of one forward pass (measured, see `nas_kd.costs.latency_table`; 0 where it was not). Costs are equal
-    when params and macs are.
+    Attributes:
+        params: Learnable scalars.
+        macs: Multiply-accumulates of convolutions and linear layers for one image.
+        size: Bytes of the exported weights, float32.
+        peak_memory: Bytes of the float32 activations that are alive at once for one image in a deployed graph (see
+            `nas_kd.analysis.schedule`); 0 where they were not counted.
+        flash: Bytes of the int8 file (see `nas_kd.costs.device`); 0 where they were not counted.
+        ram: Bytes of the arena in which an interpreter on a device runs it; 0 where they were not counted.
+        cycles: Those that a compiler estimates of the int8 form on an accelerator (see `nas_kd.costs.cycle_table`); 0
+            where it did not.
+        latency: Nanoseconds of one forward pass (see `nas_kd.costs.latency_table`); 0 where it was not measured.
+
+    Example:
+        >>> from nas_kd import Cost
+        >>> cost = Cost(params=11_000_000, macs=1_800_000_000)
+        >>> cost["macs"] == cost.macs
+        True
     """
 
     params: int
@@ -57,11 +66,20 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Budget(Mapping[str, float]):
-    """Hard upper bounds: a mapping from a kind of cost to its bound, in the cost's unit.
+    """Hard upper bounds: a mapping from a kind of cost to its bound. `parse_budget` makes one.
 
-    Made by `parse_budget`, which resolves fractions of the base. Kinds in `fixed` are bounded by what the base has, to
-    rule out what is worse: smaller levels leave these bounds as they are. Raises BudgetError for an unknown kind or a
-    bound that is not positive.
+    Attributes:
+        bounds: (kind, bound) pairs, in the units of `Cost`.
+        fixed: Kinds that are bounded by what the base has, to rule out what is worse: smaller levels leave them alone.
+
+    Raises:
+        BudgetError: For an unknown kind, or a bound that is not positive.
+
+    Example:
+        >>> from nas_kd import Budget, Cost
+        >>> budget = Budget((("params", 1_000_000.0),))
+        >>> budget.admits(Cost(params=900_000, macs=0)), budget.explain(Cost(params=1_200_000, macs=0))
+        (True, 'over budget: params 1.2M is 20% over 1M')
     """
 
     bounds: tuple[tuple[str, float], ...]
@@ -139,14 +157,24 @@ def _check_kind(kind: str) -> None:
 
 
 def parse_budget(text: str, base: Cost | None = None) -> Budget:
-    """Reads `params=1M,macs=30%,latency=4ms`: amounts with K, M or G (thousands, also of bytes, which may be written
-    KB or KiB, 1024, too), times with us, ms or s, or a percentage of the `base` cost.
+    """Reads a budget as people write it.
 
-    Without `base`, percentages are checked but resolve as if the base cost 100 of each: enough to refuse bad input
-    before a model is built. Raises BudgetError and says how to write it.
+    Args:
+        text: Bounds such as `params=1M,macs=30%,latency=4ms`: amounts with K, M or G (thousands, also of bytes, which
+            may be written KB, or KiB for 1024), times with us, ms or s, or a percentage of the base.
+        base: What the base costs. Without it percentages are checked, but resolve as if the base cost 100 of each:
+            enough to refuse bad input before a model is built.
 
-    >>> parse_budget("params=1.5M,macs=30%", Cost(params=11, macs=1000)).bounds
-    (('params', 1500000.0), ('macs', 300.0))
+    Returns:
+        The bounds, in the units of `Cost`.
+
+    Raises:
+        BudgetError: For what is no budget; it says how to write one.
+
+    Example:
+        >>> from nas_kd import Cost, parse_budget
+        >>> parse_budget("params=1.5M,macs=30%", Cost(params=11, macs=1000)).bounds
+        (('params', 1500000.0), ('macs', 300.0))
     """
     parts = [part.strip() for part in plain_budget(text).split(",") if part.strip()]
     if not parts:

@@ -8,7 +8,16 @@ from difflib import get_close_matches
 
 
 class NasKdError(Exception):
-    """Base of every error that a user can cause; the command line turns it into one line and exit code 2."""
+    """Base of every error that a user can cause. The command line turns it into one line and exit code 2.
+
+    Example:
+        >>> from nas_kd import NasKdError, parse_budget
+        >>> try:
+        ...     parse_budget("parms=1M")
+        ... except NasKdError as error:
+        ...     print(str(error)[:75])
+        a budget cannot bound 'parms': use params or macs; did you mean 'params'? (
+    """
 
 
 class BudgetError(NasKdError, ValueError):

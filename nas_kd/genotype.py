@@ -36,9 +36,19 @@ def is_conv_kind(conv: str) -> bool:
 class Choice:
     """What one block becomes.
 
-    `width` is the share (0–1] of the base's inner channels that is kept; `kernel_size` and `conv` describe its
-    spatial convolutions (None where the block has none that may change); `keep` is False for a dropped block.
-    Raises GenotypeError for a value outside its range.
+    Attributes:
+        width: The share (0-1] of the base's inner channels that is kept.
+        kernel_size: Of its spatial convolutions; None where the block has none that may change.
+        conv: Their kind, one of `nas_kd.genotype.CONV_KINDS`; None where the block has none that may change.
+        keep: False for a block that is dropped.
+
+    Raises:
+        GenotypeError: For a value outside its range.
+
+    Example:
+        >>> from nas_kd import Choice
+        >>> Choice(width=0.5, kernel_size=3, conv="depthwise").keep
+        True
     """
 
     width: float = 1.0
@@ -58,9 +68,17 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Genotype(Mapping[str, Choice]):
-    """A student of a base, as a value: a mapping from block name to `Choice`, in the base's order.
+    """A student of a base, as a value: a mapping from block name to `Choice`, in the base's order. Hashable.
 
-    Hashable; `to_json` and `from_json` are inverse; `digest` does not depend on the order of the blocks.
+    Attributes:
+        blocks: (name, choice) pairs.
+        digest: Twelve hexadecimal digits that name it; they do not depend on the order of the blocks.
+
+    Example:
+        >>> from nas_kd import Choice, Genotype
+        >>> genotype = Genotype.of({"layer1.0": Choice(width=0.5), "layer1.1": Choice(keep=False)})
+        >>> genotype["layer1.0"].width, Genotype.from_json(genotype.to_json()) == genotype, genotype.digest
+        (0.5, True, '6663fc8c7211')
     """
 
     blocks: tuple[tuple[str, Choice], ...]

@@ -16,10 +16,28 @@ _PROBE = 256  # pixels: large enough for every stride to show
 
 
 def reduce_stride(network: nn.Module, reduction: int, channels: int) -> nn.Module:
-    """Makes the earliest strided layers of `network` stride 1, in place, until it reduces images by `reduction`.
+    """Makes the earliest strided layers stride 1, in place, until the network reduces images by `reduction`.
 
-    The change is recorded as the network's plan. `channels` are those of its images. Raises ModelError when the
-    network cannot be brought to that reduction.
+    A network for 224 pixels has nothing left to look at in images of 32. The change is recorded as the network's plan:
+    exports have it.
+
+    Args:
+        network: Of timm.
+        reduction: The side of images over that of the last feature map.
+        channels: Of its images.
+
+    Returns:
+        The network.
+
+    Raises:
+        ModelError: When it cannot be brought to that reduction.
+
+    Example:
+        >>> import timm, torch
+        >>> from nas_kd import reduce_stride
+        >>> network = reduce_stride(timm.create_model("test_resnet"), 8, 3)
+        >>> network.forward_features(torch.zeros(1, 3, 32, 32)).shape[-1]
+        4
     """
     name = type(network).__name__
     size = (channels, _PROBE, _PROBE)

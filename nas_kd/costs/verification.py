@@ -61,13 +61,30 @@ def analyse(
     open: Collection[str] = ASPECTS,
     channel_multiple: int = ROUND_TO,
 ) -> Analysis:
-    """Finds the blocks of `network` for images of `input_size` (C, H, W) and what each may become.
+    """Finds the blocks of a network and what each may become.
 
-    `open` says which aspects of a block may change: `width`, `kernel` (size) and `conv` (kind); also `stages`, one
-    more width for each residual stream, as a block of its own named `….stream`, and `keep`, blocks around an identity
-    shortcut may be dropped. Of many channels a multiple of `channel_multiple` stays. Whatever the shape of a built
-    student shows to be wrong is left alone.
-    Raises ModelError when the network cannot run at that size, has no convolution, or offers no choice.
+    Whatever the shape of a built student shows to be wrong is left alone.
+
+    Args:
+        network: A CNN; it is not changed.
+        input_size: Its images: C, H, W.
+        name: By which errors name it.
+        open: Aspects of a block that may change: `width`, `kernel` (size) and `conv` (kind); also `stages`, one more
+            width for each residual stream, as a block of its own named `….stream`, and `keep`, blocks around an
+            identity shortcut may be dropped.
+        channel_multiple: Of many channels a multiple of it stays.
+
+    Returns:
+        The blocks, with the choices of each, and how their channels hang together.
+
+    Raises:
+        ModelError: When the network cannot run at that size, has no convolution, or offers no choice.
+
+    Example:
+        >>> import timm
+        >>> from nas_kd import analyse
+        >>> [block.name for block in analyse(timm.create_model("test_resnet"), (3, 64, 64)).blocks]
+        ['conv1', 'layer1.0', 'layer2.0', 'layer3.0', 'layer4.0']
     """
     return verified(
         unverified_analysis(network, input_size, name=name, open=open, channel_multiple=channel_multiple), network

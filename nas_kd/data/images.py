@@ -73,12 +73,27 @@ class ImageSet(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Images:
-    """N labelled images and how a network wants them normalised.
+    """N labelled images in memory, or mapped into it, and how a network wants them normalised.
 
-    `pixels` N×C×H×W uint8, `labels` N int64, `mean` and `std` one value per channel on the scale 0–1. The pixels may
-    be memory-mapped. `originals` are the same images before they were cropped and resized, where they are kept: photos
-    are augmented from these, ahead of time by so many `workers` (processes). Raises DataError when they do not fit
-    together or there is no image.
+    Attributes:
+        pixels: N×C×H×W uint8.
+        labels: N int64.
+        mean: One value per channel, on the scale 0-1.
+        std: As `mean`.
+        originals: The same images before they were cropped and resized, where they are kept: photos are augmented from
+            these.
+        workers: Processes that do so ahead of time.
+
+    Raises:
+        DataError: When they do not fit together, or there is no image.
+
+    Example:
+        >>> import torch
+        >>> from nas_kd import Images
+        >>> pixels, labels = torch.zeros(8, 3, 32, 32, dtype=torch.uint8), torch.arange(8) % 2
+        >>> images = Images(pixels, labels, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+        >>> len(images), images.shape, len(images[:2])
+        (8, (3, 32, 32), 2)
     """
 
     pixels: Tensor

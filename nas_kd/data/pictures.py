@@ -25,11 +25,29 @@ def readable_suffixes() -> frozenset[str]:
 
 
 def open_picture(path: str | PathLike[str] | BytesIO) -> Image.Image:
-    """The first picture of a file, or of its bytes, of mode L or RGB, as an image viewer shows it.
+    """The first picture of a file, as an image viewer shows it.
 
-    It is turned as its EXIF orientation says, what is transparent is white, and more than eight bits are scaled by
-    the depth that is in it: 12-bit values in a 16-bit file become white at 4095. Raises whatever Pillow raises for a
-    file that cannot be read.
+    It is turned as its EXIF orientation says, what is transparent is white, and more than eight bits are scaled by the
+    depth that is in it: 12-bit values in a 16-bit file become white at 4095.
+
+    Args:
+        path: Of a file, or its bytes.
+
+    Returns:
+        A picture of mode L or RGB.
+
+    Raises:
+        OSError: Or whatever else Pillow raises for a file that cannot be read.
+
+    Example:
+        >>> from PIL import Image
+        >>> from io import BytesIO
+        >>> from nas_kd import open_picture
+        >>> content = BytesIO()
+        >>> Image.new("RGBA", (4, 2), (255, 0, 0, 0)).save(content, "PNG")  # transparent
+        >>> picture = open_picture(content)
+        >>> picture.mode, picture.size, picture.getpixel((0, 0))
+        ('RGB', (4, 2), (255, 255, 255))
     """
     with Image.open(path) as image:
         swapped = [_SWAPPED.get(_raw_mode(tile), "") for tile in getattr(image, "tile", ())]

@@ -80,13 +80,37 @@ def build_library(
     folder: Path,
     report: Report = pass_over,
 ) -> Library:
-    """The library of a trained `base`; entries that `folder` has already are taken from there.
+    """The library of a trained base; entries that `folder` has already are taken from there, damaged ones made again.
 
     The base's batch norms are anchored to the images first, in place, where they have the statistics of others.
-    `images` went through the training augmentation; `spec.images + spec.holdout` of them are used. `report` is called
-    after each block of each stage, with an `effort.Step`: words that know their share of the work. A damaged
-    file is made again with a warning. Raises DataError for images that are too few or do not fit the base,
-    TrainingError when the base's logits are not finite.
+
+    Args:
+        base: Trained; each choice of each of its blocks is fitted to what the block does.
+        analysis: Its blocks: `space.analysis`, or that of `nas_kd.analyse`.
+        images: They went through the training augmentation; `spec.images + spec.holdout` of them are used.
+        spec: How much it learns.
+        folder: Where it is kept.
+        report: Called after each block of each stage with a `library.effort.Step`: words that know their share of the
+            work.
+
+    Returns:
+        The library, for `space.with_library`.
+
+    Raises:
+        DataError: For images that are too few or do not fit the base.
+        TrainingError: When the base's logits are not finite.
+
+    Example:
+        >>> import tempfile, timm, torch
+        >>> from pathlib import Path
+        >>> from nas_kd import Images, LibrarySpec, Space, build_library, parse_options
+        >>> options = parse_options("width=1/0.5,conv=standard/depthwise")
+        >>> space = Space(timm.create_model("test_resnet"), budget="params=50%", img_size=32, options=options)
+        >>> pixels = torch.randint(256, (48, 3, 32, 32), dtype=torch.uint8)
+        >>> images = Images(pixels, torch.arange(48), (0.5,) * 3, (0.5,) * 3)
+        >>> spec = LibrarySpec(images=32, holdout=16, rounds=())
+        >>> library = build_library(space.base, space.analysis, images, spec, Path(tempfile.mkdtemp()))
+        >>> student = space.with_library(library).student(space.starts(1)[0])
     """
     return open_builder(base, analysis, images, spec, folder).build(report)
 

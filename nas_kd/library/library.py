@@ -29,9 +29,16 @@ _logger = logging.getLogger(__name__)
 
 
 class Library:
-    """Initial weights and damages for every choice of every block of a base; reads weights from disk when needed.
+    """Initial weights and damages for every choice of every block of a base. `build_library` makes one.
 
-    `order` ranks the channels that widths keep; `entries` are by block and position of the choice, the base's left out.
+    Weights are read from the disk when they are needed.
+
+    Args:
+        base: The network whose blocks they stand in for.
+        analysis: Its blocks and their choices.
+        folder: Where the entries are.
+        order: Per inner channel of the base its rank: widths keep the channels of the highest.
+        entries: By block and position of the choice; the base's own are left out.
     """
 
     def __init__(
@@ -51,8 +58,15 @@ class Library:
         return sum(entry.seconds for entry in self.entries.values())
 
     def damages(self, measure: str = "kl") -> list[NDArray[np.float64]]:
-        """Per block over its choices: `kl`, T²·KL of the logits when that block alone is swapped in, or `nmse`, the
-        mean squared error of its outputs over their variance. What the base has damages nothing."""
+        """How much each choice hurts, swapped in alone. What the base has damages nothing.
+
+        Args:
+            measure: `kl`, T²·KL of the logits, or `nmse`, the mean squared error of the block's outputs over their
+                variance.
+
+        Returns:
+            Per block an array over its choices.
+        """
         if measure == "nmse":
             return self._table(lambda entry: entry.nmse)
         sensitivity = {block.name: self._sensitivity(block) for block in self.analysis.blocks}
@@ -77,9 +91,16 @@ class Library:
         return float(np.median(ratios)) if ratios else 1.0
 
     def student(self, genotype: Mapping[str, Choice]) -> nn.Module:
-        """The student of `genotype`, assembled from the entries of its blocks; recalibrate its batch norms.
+        """The student of a genotype, assembled from the entries of its blocks; recalibrate its batch norms.
 
-        Raises GenotypeError when the genotype does not fit the base.
+        Args:
+            genotype: A choice for each block.
+
+        Returns:
+            A network of the base's class.
+
+        Raises:
+            GenotypeError: When the genotype does not fit the base.
         """
         student = inherit_student(self.base, self.analysis, genotype, importance=self.order)
         mask = self.analysis.keep_mask(genotype, self.order)

@@ -140,7 +140,7 @@ def tap_shares(channels: int, kernel_size: int) -> list[int]:
     """How many channels each of the k² taps gets: as equal as can be, the centre and its neighbours first.
 
     >>> tap_shares(11, 3)
-    [1, 1, 1, 1, 2, 2, 1, 1, 1]
+    [1, 1, 1, 2, 2, 1, 1, 1, 1]
     """
     taps = kernel_size**2
     centre = kernel_size // 2

@@ -206,7 +206,23 @@ def student_args(network: nn.Module) -> dict[str, Any]:
 
 
 def create_base(name: str, **kwargs: Any) -> nn.Module:
-    """`timm.create_model`, with errors that a person understands. Raises ModelError."""
+    """A model of timm, with errors that a person understands.
+
+    Args:
+        name: As `timm.create_model` takes it: `resnet18`, `local-dir:FOLDER`, `hf-hub:USER/MODEL`.
+        kwargs: Those of `timm.create_model`.
+
+    Returns:
+        The network.
+
+    Raises:
+        ModelError: When there is no such model, or it cannot be made with these arguments; it names the nearest.
+
+    Example:
+        >>> from nas_kd import create_base
+        >>> create_base("test_resnet", num_classes=10).num_classes
+        10
+    """
     name = name.removeprefix("timm/")  # as the hub calls timm's own
     if ":" not in name and os.path.isdir(name):
         raise ModelError(f"{name} is a folder, but not of an exported model, which has a config.json")

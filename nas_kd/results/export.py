@@ -33,8 +33,25 @@ DEFINITION = "model.py"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
-    """What an exported folder says of itself beside the weights: the preprocessing in timm's words, as accuracies were
-    measured with it (what is left out is the base's), and facts for its README."""
+    """What an exported folder says of itself beside the weights. What is left out is the base's.
+
+    Attributes:
+        input_size: Images that accuracies were measured on: C, H, W.
+        mean: By which they were normalised, per channel, on the scale 0-1.
+        std: As `mean`.
+        crop_pct: The share of a resized image that was kept, in timm's words.
+        interpolation: By which it was resized, in timm's words.
+        crop_mode: How it was cropped, in timm's words.
+        label_names: The classes, in the order of the logits.
+        facts: What the README and `config.json` tell beside that, by name.
+        title: The README's.
+        summary: A sentence below it.
+
+    Example:
+        >>> from nas_kd import Card
+        >>> Card(input_size=(3, 160, 160), label_names=("cat", "dog"), facts={"test accuracy": 0.93}).label_names
+        ('cat', 'dog')
+    """
 
     input_size: tuple[int, ...] | None = None  # C, H, W
     mean: tuple[float, ...] | None = None
@@ -56,14 +73,35 @@ def export(
     onnx: bool = False,
     beside: Sequence[Path] = (),
 ) -> Path:
-    """Writes a student, or a base, as `config.json`, `model.safetensors`, `model.py`, a model card. Returns the folder.
+    """Writes a student, or a base, as `config.json`, `model.safetensors`, `model.py` and a model card.
 
-    `import timm, nas_kd.models; timm.create_model("local-dir:FOLDER", pretrained=True)` loads it with the same
-    outputs; `num_classes`, `in_chans`, `features_only` work as for any timm model. `model.py` builds the same network
-    with torch and timm alone. With `onnx` there is a `model.onnx` too, for any number of images, compared with the
-    network where ONNX Runtime is installed. Files `beside` are copied into it. The folder appears whole or not at all;
-    an earlier export in it is replaced. Raises ModelError for a network that timm did not create, that was changed by
-    hand since or that cannot be written as ONNX, OutputError when the folder cannot be written or holds something else.
+    `import timm, nas_kd.models; timm.create_model("local-dir:FOLDER", pretrained=True)` loads it with the same outputs;
+    `num_classes`, `in_chans`, `features_only` work as for any timm model. `model.py` builds the same network with torch
+    and timm alone. The folder appears whole or not at all; an earlier export in it is replaced.
+
+    Args:
+        network: Of `space.student`, or of timm.
+        folder: Where.
+        card: What it says of itself.
+        onnx: Whether there is a `model.onnx` too, for any number of images, compared with the network where ONNX
+            Runtime is installed.
+        beside: Files that are copied into it.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ModelError: For a network that timm did not create, that was changed by hand since, or that cannot be written as
+            ONNX.
+        OutputError: When the folder cannot be written, or holds something else.
+
+    Example:
+        >>> import tempfile, timm
+        >>> from pathlib import Path
+        >>> from nas_kd import export, load
+        >>> folder = export(timm.create_model("test_resnet", num_classes=10), Path(tempfile.mkdtemp(), "small"))
+        >>> load(folder).num_classes, sorted(path.name for path in folder.iterdir())
+        (10, ['README.md', 'config.json', 'model.py', 'model.safetensors'])
     """
     target, network = Path(folder).expanduser(), plain(network)
     args = student_args(network)
@@ -193,8 +231,26 @@ def _shown(value: Any) -> str:
 
 
 def load(folder: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
-    """What `timm.create_model("local-dir:FOLDER", pretrained=True, **kwargs)` gives, with errors that a person
-    understands. Raises PlanError when the folder is no export or is damaged."""
+    """What `timm.create_model("local-dir:FOLDER", pretrained=True)` gives, with errors that a person understands.
+
+    Args:
+        folder: An export.
+        kwargs: Those of `timm.create_model`.
+
+    Returns:
+        The network, with its weights.
+
+    Raises:
+        PlanError: When the folder is no export, or is damaged.
+
+    Example:
+        >>> import tempfile, timm
+        >>> from pathlib import Path
+        >>> from nas_kd import export, load
+        >>> folder = export(timm.create_model("test_resnet", num_classes=10), Path(tempfile.mkdtemp(), "small"))
+        >>> load(folder, num_classes=3).num_classes
+        3
+    """
     path = Path(folder).expanduser()
     if not (path / "config.json").is_file():
         raise PlanError(f"{path} is no exported model: it has no config.json")

@@ -59,13 +59,26 @@ def parse_options(
     search_stages: bool = False,
     channel_multiple: int = ROUND_TO,
 ) -> Options:
-    """Reads `width,conv=standard/depthwise` and pins such as `layer1.*:conv=standard` or `conv1:width=0.5/1`.
+    """Reads which choices are open, as people write it.
 
-    `conv=fast` limits kinds to those that save time, where a block offers any of them; `keep` lets blocks around an
-    identity shortcut be dropped; `search_stages` gives each residual stream a width;
-    what stays of many channels is a multiple of `channel_multiple`.
+    Args:
+        space: Aspects such as `width,conv=standard/depthwise`, each alone or limited to some values. `conv=fast` limits
+            kinds to those that save time, where a block offers any of them; `keep` lets blocks around an identity
+            shortcut be dropped.
+        pins: Limits for some blocks, such as `layer1.*:conv=standard` or `conv1:width=0.5/1`.
+        search_stages: Whether each residual stream has a width of its own.
+        channel_multiple: Of many channels a multiple of it stays.
 
-    Raises GenotypeError and says how to write it.
+    Returns:
+        The options, for `Space`.
+
+    Raises:
+        GenotypeError: For what is none; it says how to write it.
+
+    Example:
+        >>> from nas_kd import parse_options
+        >>> sorted(parse_options("width=1/0.5,keep").open)
+        ['keep', 'width']
     """
     parts = [part.strip() for part in space.split(",") if part.strip()]
     if not parts:

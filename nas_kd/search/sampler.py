@@ -51,7 +51,20 @@ class KnapsackSampler(optuna.samplers.BaseSampler):
     model's posterior, the one that adds the most to the front's hypervolume under that draw is the next; a small share
     of the proposals changes one or two blocks of a genotype on the front instead. Costs count as objectives where they
     are values of the study. A study with the score alone gets what is best within the whole budget, or within one of
-    the space's levels. `damages` (per block, over its choices; by default the space's) are the prior.
+    the space's levels.
+
+    Args:
+        space: What is searched; its budget, levels and library count.
+        damages: The prior: per block, over its choices, how much each hurts. By default the space's.
+        seed: Of the draws. A resumed study goes on as an uninterrupted one would have.
+
+    Example:
+        >>> import optuna, timm
+        >>> from nas_kd import KnapsackSampler, Space
+        >>> space = Space(timm.create_model("test_resnet", num_classes=10), budget="params=50%", img_size=32)
+        >>> study = optuna.create_study(direction="maximize", sampler=KnapsackSampler(space, seed=0))
+        >>> space.budget.admits(space.cost(space.suggest_genotype(study.ask())))
+        True
     """
 
     def __init__(

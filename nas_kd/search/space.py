@@ -43,17 +43,27 @@ _FIELDS = {"width": "width", "kernel": "kernel_size", "conv": "conv", "keep": "k
 class Space(Generic[Network]):
     """What a trained timm CNN may become, within a hard budget. A value: what is to be different is another space.
 
-    Attributes: `base`, the network searched from; `options`, which choices are open; `costs`, what students cost;
-    `budget`, or None; `levels`, the shares of the budget that starts and proposals are spread over; `library`, with
-    whose weights students start and by whose damages `starts` are chosen, or None; `given`, genotypes of yours that a
-    study begins with before `starts`, those within the budget.
+    Attributes:
+        base: The network that is searched from.
+        options: Which choices are open.
+        costs: What students cost; it learns from what is measured.
+        budget: The bounds, or None.
+        levels: Shares of the budget that starts and proposals are spread over.
+        library: With whose weights students start, and by whose damages `starts` are chosen; or None.
+        given: Genotypes of yours that a study begins with before `starts`, those within the budget.
 
-    Example::
-
-        space = Space(teacher, budget="params=1M", img_size=160)
-        def objective(trial):
-            student = space.suggest(trial)  # TrialPruned when over budget
-            return train(student)
+    Example:
+        >>> import optuna, timm
+        >>> from nas_kd import Space
+        >>> space = Space(timm.create_model("test_resnet", num_classes=10), budget="params=50%", img_size=32)
+        >>> def objective(trial):
+        ...     student = space.suggest(trial)  # optuna.TrialPruned when over budget
+        ...     return sum(p.numel() for p in student.parameters()) / space.base_cost().params  # train it instead
+        >>> study = optuna.create_study(direction="maximize")
+        >>> queued = space.enqueue(study)
+        >>> study.optimize(objective, n_trials=4)
+        >>> study.best_value <= 0.5
+        True
     """
 
     base: Network
@@ -74,14 +84,22 @@ class Space(Generic[Network]):
         name: str = "",
         meter: Meter | None = None,
     ) -> None:
-        """Analyses `base` (a fraction of a second; the network is not changed).
+        """Analyses `base`: a fraction of a second. The network is not changed.
 
-        `budget` is as in `with_budget`; `img_size` the side of its images in pixels, by default the model's own;
-        `options` limits the choices (`parse_options`). With `meter` latencies are measured now, for some minutes.
-        Raises ModelError when the base cannot be analysed, BudgetError when no student fits the budget, GenotypeError
-        for options that leave nothing. What is wrapped around the base (`torch.compile`, `DataParallel`) is left out;
-        so are its hooks, with a warning, and synchronised batch norms become usual ones. A base of timm that was
-        changed by hand, so that exports of its students could not be loaded, is refused (ModelError).
+        Args:
+            base: A network of timm. What is wrapped around it (`torch.compile`, `DataParallel`) is left out; so are its
+                hooks, with a warning, and synchronised batch norms become usual ones.
+            budget: As in `with_budget`.
+            img_size: The side of its images in pixels; by default the model's own.
+            options: Which choices are open (`parse_options`).
+            name: By which errors name the base.
+            meter: Measures latencies now, for some minutes.
+
+        Raises:
+            ModelError: When the base cannot be analysed, or was changed by hand, so that its students could not be
+                loaded.
+            BudgetError: When no student fits the budget.
+            GenotypeError: For options that leave nothing.
         """
         network = plain(base)
         tell_of_hooks(unwrapped(base))
@@ -111,10 +129,19 @@ class Space(Generic[Network]):
         return other
 
     def with_budget(self, budget: str | Budget | None) -> Space[Network]:
-        """A space whose students are within `budget`: text such as `params=1M,macs=30%`, a Budget, or None.
+        """A space whose students are within `budget`.
 
         What it bounds and nobody has measured is measured now: latency, for some minutes, by torch on one thread of
-        this machine, cycles of the accelerator `ACCELERATOR`. Raises BudgetError when no student is within.
+        this machine, cycles of the accelerator `nas_kd.budget.ACCELERATOR`.
+
+        Args:
+            budget: Text such as `params=1M,macs=30%` (`parse_budget`), a Budget, or None for no bounds.
+
+        Returns:
+            Another space, of the same base.
+
+        Raises:
+            BudgetError: When no student is within; it names the smallest that can be reached.
         """
         if budget is None:
             return self._with(budget=None)
@@ -193,8 +220,17 @@ class Space(Generic[Network]):
     def suggest(self, trial: AnyTrial) -> Network:
         """The student that a trial proposes, with inherited weights; yours to train.
 
-        Notes genotype, digest and costs as user attributes and a constraint per bound. Raises optuna.TrialPruned when
-        it is over budget: before any network is built, or when the whole student turns out too slow.
+        Genotype, digest and costs are noted as user attributes of the trial, and a constraint per bound.
+
+        Args:
+            trial: Of a study whose parameters are this space's.
+
+        Returns:
+            A network of the base's class.
+
+        Raises:
+            optuna.TrialPruned: When it is over budget: before any network is built, or when the whole student turns out
+                too slow.
         """
         genotype = self.suggest_genotype(trial)
         self.admit(trial, genotype)
@@ -260,8 +296,16 @@ class Space(Generic[Network]):
     def student(self, source: Genotype | AnyTrial) -> Network:
         """The student of a genotype or of a trial, with weights inherited from the base, or from the library.
 
-        Batch-norm statistics are still the base's: recalibrate them. Raises BudgetError when it is over the budget:
-        nothing over it is ever built.
+        Batch-norm statistics are still the base's: recalibrate them.
+
+        Args:
+            source: A genotype of this space, or a trial of its parameters.
+
+        Returns:
+            A network of the base's class.
+
+        Raises:
+            BudgetError: When it is over the budget: nothing over it is ever built.
         """
         genotype = source if isinstance(source, Genotype) else self.genotype(source.params)
         if self.budget is not None and not self.budget.admits(cost := self.confirmed_cost(genotype)):
@@ -286,8 +330,17 @@ class Space(Generic[Network]):
         return measured_starts(self.costs, self.budget, count, damages, self.levels)
 
     def enqueue(self, study: optuna.Study, count: int = STARTS, *, dearest_first: bool = False) -> int:
-        """Queues `starts` in a study and returns how many; those that it has already are skipped. With `dearest_first`
-        the one that uses the budget the most goes before the others: a study of few trials has it, too."""
+        """Queues `starts` in a study, behind `given`; those that it has already are skipped.
+
+        Args:
+            study: To which they are added as waiting trials.
+            count: How many starts at most.
+            dearest_first: Whether the one that uses the budget the most goes before the others: a study of few trials
+                has it, too.
+
+        Returns:
+            How many there are.
+        """
         given = [g for g in self.given if self.budget is None or self.budget.admits(self.confirmed_cost(g))]
         starts = self.starts(count)
         if dearest_first:

@@ -45,15 +45,32 @@ class Moments:
 
 
 def anchor(network: nn.Module, images: Images, *, batch_size: int = 64) -> tuple[str, ...]:
-    """Gives batch norms the mean and variance of their inputs on `images` as running statistics, and changes γ and β so
-    that the network's outputs in eval mode stay what they were, but for rounding. Returns the paths of these norms.
+    """Gives batch norms the statistics of your images, and leaves the network's outputs in eval mode what they were.
 
-    Weights that were trained on other images, or at another size, have statistics that do not fit: training mode, or
-    `recalibrate`, replaces them, and so makes the network another function. After this they agree with it. The images
-    must have gone through the training augmentation; 512 are enough. A norm that is used several times gets the
-    statistics of all uses together. Left as they are: norms without running statistics or without γ and β, those that
-    share them with another norm, and those that no image reaches. Modes and gradients stay. Raises DataError for fewer
-    than 2 images.
+    Weights that were trained on other images, or at another size, have running statistics that do not fit: training
+    mode, or `recalibrate`, replaces them, and so makes the network another function. After this they agree with it: γ
+    and β change with the mean and variance. A norm that is used several times gets the statistics of all uses together.
+    Left as they are: norms without running statistics or without γ and β, those that share them with another norm, and
+    those that no image reaches. Modes and gradients stay.
+
+    Args:
+        network: Changed in place.
+        images: They went through the training augmentation; 512 are enough.
+        batch_size: Images at once.
+
+    Returns:
+        The paths of the norms that changed.
+
+    Raises:
+        DataError: For fewer than 2 images.
+
+    Example:
+        >>> import timm, torch
+        >>> from nas_kd import Images, anchor
+        >>> pixels = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
+        >>> images = Images(pixels, torch.arange(8), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+        >>> anchor(timm.create_model("test_resnet"), images)[0]
+        'conv1.1'
     """
     moments, own = input_moments(network, images, batch_size=batch_size), dict(_anchorable(network))
     norms = [name for name, module in network.named_modules() if isinstance(module, _BatchNorm)]

@@ -56,11 +56,28 @@ def _padded(pixels: Tensor, length: int) -> Tensor:
 
 
 def recalibrate(model: nn.Module, images: Images, *, batch_size: int = 128) -> None:
-    """Recomputes every batch norm's running mean and variance as the average over `images`; ends in eval mode.
+    """Recomputes every batch norm's running mean and variance as the average over images, in place; ends in eval mode.
 
-    The images must have gone through the training augmentation (`Views.sample`, `AugmentedImages.sample`): on clean
-    ones even an untouched teacher loses points. A few hundred are enough. Does nothing to a model without batch norms.
-    Raises DataError for fewer than 2 images.
+    Does nothing to a model without batch norms.
+
+    Args:
+        model: Such as a student that has just inherited its weights.
+        images: They went through the training augmentation (`Views.sample`, `AugmentedImages.sample`): on clean ones
+            even an untouched teacher loses points. A few hundred are enough.
+        batch_size: Images at once.
+
+    Raises:
+        DataError: For fewer than 2 images.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from nas_kd import Images, recalibrate
+        >>> images = Images(torch.full((4, 1, 2, 2), 255, dtype=torch.uint8), torch.arange(4), (0.0,), (1.0,))
+        >>> model = nn.Sequential(nn.BatchNorm2d(1))
+        >>> recalibrate(model, images)
+        >>> model[0].running_mean, model.training
+        (tensor([1.]), False)
     """
     device = device_of(model)
     if device.type == "cuda":

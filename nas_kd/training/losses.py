@@ -25,10 +25,28 @@ SOFT_LOSSES = ("kd", "dkd")
 def soft_loss(
     kind: str, *, temperature: float, alpha: float = 1.0, beta: float = 8.0, class_mean: bool = False
 ) -> SoftLoss:
-    """The soft loss of this name: `kd`, which is `distillation_loss`, or `dkd`, `decoupled_distillation_loss`.
+    """The soft loss of this name.
 
-    `alpha` and `beta` are those of `dkd`. `class_mean` divides by the number of classes, as torch's default reduction
-    does (the authors' code of arXiv 1909.13063). Raises TrainingError for an unknown name.
+    Args:
+        kind: `kd`, which is `distillation_loss`, or `dkd`, `decoupled_distillation_loss`.
+        temperature: T.
+        alpha: Of `dkd`: the weight of the target class.
+        beta: Of `dkd`: the weight of the other classes.
+        class_mean: Whether to divide by the number of classes, as torch's default reduction does (the authors' code of
+            arXiv 1909.13063).
+
+    Returns:
+        A function of student and teacher logits (N×K each) and labels (N) → a scalar.
+
+    Raises:
+        TrainingError: For an unknown name.
+
+    Example:
+        >>> import torch
+        >>> from nas_kd import soft_loss
+        >>> logits = torch.zeros(2, 10)
+        >>> soft_loss("dkd", temperature=4.0)(logits, logits, torch.arange(2)).item()
+        0.0
     """
     if kind == "kd":
         soft: SoftLoss = functools.partial(_ignore_labels, temperature=temperature)
@@ -42,8 +60,26 @@ def soft_loss(
 def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
     """Soft-target loss T²·KL(softmax(teacher/T) ‖ softmax(student/T)), mean over the batch.
 
-    Both logits are N×K. T² keeps the gradient's scale independent of T: Hinton et al. 2015 (arXiv:1503.02531),
-    section 2. Equal to the loss of timm's `LogitDistillationTask`. Raises TrainingError if the shapes differ or T ≤ 0.
+    T² keeps the gradient's scale independent of T: Hinton et al. 2015 (arXiv:1503.02531), section 2. Equal to the loss
+    of timm's `LogitDistillationTask`.
+
+    Args:
+        student_logits: N×K.
+        teacher_logits: N×K.
+        temperature: T.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        TrainingError: If the shapes differ, or T ≤ 0.
+
+    Example:
+        >>> import torch
+        >>> from nas_kd import distillation_loss
+        >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[4.0, 0.0]])
+        >>> round(distillation_loss(student, teacher, temperature=4.0).item(), 3)
+        1.775
     """
     _check(student_logits, teacher_logits, temperature)
     log_student = F.log_softmax(student_logits / temperature, dim=1)
@@ -103,10 +139,26 @@ def ensemble_loss(
 ) -> Tensor:
     """L = CE(z_t) + Σ_i [CE(z_i) + soft(z_i, z_t)], every weight 1: the objective of arXiv 1909.13063, a criterion.
 
-    `outputs` N×(m+1)×K holds the logits z_1 … z_m of m students and last z_t of the teacher built from them
-    (`training.online.Ensemble`); with `soft` = T²·KL at T = 4 it is the paper's. The soft loss moves the student alone;
-    `teacher_gradient` lets it move the teacher too, as in the authors' code. `teacher_logits` of a finished teacher are
-    not used. Computed in float32.
+    Computed in float32.
+
+    Args:
+        outputs: N×(m+1)×K: the logits z_1 … z_m of m students, and last z_t of the teacher built from them
+            (`make_ensemble`).
+        labels: N int64.
+        teacher_logits: Those of a finished teacher; not used.
+        soft: The soft loss; T²·KL at T = 4 is the paper's (`soft_loss`).
+        teacher_gradient: Whether the soft loss moves the teacher too, as in the authors' code; else the student alone.
+
+    Returns:
+        A scalar.
+
+    Example:
+        >>> import torch
+        >>> from nas_kd import ensemble_loss, soft_loss
+        >>> outputs, labels = torch.zeros(4, 3, 10), torch.arange(4)  # two students, a teacher, ten classes
+        >>> loss = ensemble_loss(outputs, labels, soft=soft_loss("kd", temperature=4.0))
+        >>> round(loss.item(), 3)  # three cross entropies of log(10), no disagreement
+        6.908
     """
     *students, teacher = outputs.float().unbind(dim=1)
     target = teacher if teacher_gradient else teacher.detach()

@@ -111,11 +111,29 @@ def train_online(
 
 
 def make_ensemble(students: Sequence[nn.Module], images: Tensor, *, seed: int = 0) -> Ensemble:
-    """The students and a new teacher, drawn by `seed`, for their feature maps on images like these (N×C×H×W).
+    """Some students and a new teacher over their feature maps, for online distillation (arXiv 1909.13063, section 3).
 
-    For a training loop of your own: descend on `ensemble_loss(ensemble(images), labels, soft=…)`. Raises TrainingError
-    for fewer than 2 students, equal ones or other classes, ModelError for a network without timm's `forward_features`
-    and `forward_head`.
+    For a training loop of your own: descend on `ensemble_loss(ensemble(images), labels, soft=…)`.
+
+    Args:
+        students: Two or more, with the same classes.
+        images: Of the kind that they take, N×C×H×W: the teacher is made for their feature maps.
+        seed: Of the teacher's weights.
+
+    Returns:
+        A module: images N×C×H×W → logits N×(m+1)×K, of the m students and, last, of the teacher.
+
+    Raises:
+        TrainingError: For fewer than 2 students, equal ones, or other classes.
+        ModelError: For a network without timm's `forward_features` and `forward_head`.
+
+    Example:
+        >>> import timm, torch
+        >>> from nas_kd import make_ensemble
+        >>> students = [timm.create_model("test_resnet", num_classes=10) for _ in range(2)]
+        >>> images = torch.zeros(4, 3, 32, 32)
+        >>> make_ensemble(students, images)(images).shape
+        torch.Size([4, 3, 10])
     """
     _check_students(students)
     channels, classes = 0, set()
