@@ -25,7 +25,7 @@ from nas_kd.data.augment import derive_seed
 from nas_kd.data.images import Images
 from nas_kd.data.memory import give_back
 from nas_kd.errors import DataError, TrainingError
-from nas_kd.files.atomic import replace_file
+from nas_kd.files.atomic import write_text
 from nas_kd.library.bench import Bench
 from nas_kd.library.damages import Damages
 from nas_kd.library.effort import LibraryEffort
@@ -177,7 +177,7 @@ class Builder:
         try:
             return tuple(int(steps) for steps in json.loads(plan.read_text()))
         except (OSError, ValueError, TypeError):
-            replace_file(plan, lambda draft: draft.write_text(json.dumps(self.spec.rounds)))
+            write_text(plan, json.dumps(self.spec.rounds))
             return self.spec.rounds
 
     def _unknowns(self) -> dict[str, int]:

@@ -13,7 +13,7 @@ import torch
 from nas_kd.budget import CYCLES
 from nas_kd.data.images import Images
 from nas_kd.errors import ModelError, NasKdError
-from nas_kd.files.atomic import replace_file
+from nas_kd.files.atomic import replace_file, write_text
 from nas_kd.networks.micro import Arena, Compiled, MicroInterpreter, compile_file
 from nas_kd.networks.onnx import run_onnx
 from nas_kd.networks.tflite import write_tflite
@@ -112,5 +112,5 @@ def put_on_device(folder: Path, test: Images, accelerator: str) -> OnDevice:
         compiled=compile_file(target, accelerator),
     )
     text = json.dumps(result.to_json(), indent=2) + "\n"
-    replace_file(folder / RECORD, lambda draft: draft.write_text(text, encoding="utf-8"))
+    write_text(folder / RECORD, text)
     return result

@@ -19,12 +19,12 @@ from nas_kd.arguments.distill import DistillSettings
 from nas_kd.budget import COUNTED, Cost
 from nas_kd.costs.verification import analyse, measure
 from nas_kd.data.augment import derive_seed
-from nas_kd.data.images import AugmentedImages, Images
+from nas_kd.data.images import AugmentedImages
 from nas_kd.data.sources import open_source
 from nas_kd.data.splits import DataSpec, Splits, load_splits
-from nas_kd.files.atomic import replace_file
+from nas_kd.files.atomic import write_text
 from nas_kd.networks.hub import create_base
-from nas_kd.preparation.augmenting import augmentation_of, fresh_images, images_key
+from nas_kd.preparation.augmenting import augmentation_of, fresh_images, images_key, taught_views
 from nas_kd.preparation.image_form import beside_gpu, data_spec, img_size_of, in_chans_of, warn_of_other_order
 from nas_kd.preparation.job import (
     TEACHER,
@@ -48,9 +48,9 @@ from nas_kd.students.inheritance import inherit_student
 from nas_kd.training.checkpoint import load_checkpoint
 from nas_kd.training.evaluation import CALIBRATION, recalibrate
 from nas_kd.training.recipe import Recipe
-from nas_kd.training.teacher import Teacher, TeacherCache, TeacherResult, Teaching, adopt_teacher, prepare_teacher
+from nas_kd.training.teacher import TeacherCache, TeacherResult, Teaching, adopt_teacher, prepare_teacher
 from nas_kd.training.transfer import HeadOrigin, settle_weights
-from nas_kd.training.views import OnlineViews, Views, ViewSpec, build_views, views_bytes, weights_digest
+from nas_kd.training.views import OnlineViews, Views, weights_digest
 
 FILE = "distill.json"
 _STUDENT_LR = 0.005  # from given weights: larger steps destroy them
@@ -247,27 +247,10 @@ _Data = AugmentedImages | Views | OnlineViews
 
 
 def _training_data(job: DistillJob, splits: Splits, teacher: TeacherResult | None, epochs: int) -> _Data:
-    """Fresh views of the training images in every epoch; beside a teacher cached ones with its logits, or its logits in
-    every step where there is to be no cache, it would be too large or the images stream."""
+    """Fresh views of the training images in every epoch; beside a teacher those of `taught_views`."""
     settings = job.settings
     fresh = fresh_images(settings.data, splits.train, splits.num_classes)
-    if teacher is None:
-        return fresh
-    spec = ViewSpec(
-        count=max(1, min(settings.views, epochs)),
-        augmentation=fresh.augmentation,
-        seed=settings.data.seed,
-        key=splits.digest,
-        mixing=fresh.mixing,
-    )
-    images = splits.train
-    if (
-        settings.views == 0
-        or not isinstance(images, Images)
-        or views_bytes(images, spec, splits.num_classes) > spec.max_bytes
-    ):
-        return OnlineViews(fresh, Teacher(teacher.network))
-    return build_views(images, teacher.network, spec, job.cache)
+    return fresh if teacher is None else taught_views(fresh, splits, teacher, min(settings.views, epochs), job.cache)
 
 
 def _train(job: DistillJob, splits: Splits, teacher: TeacherResult | None, stages: Stages) -> Refined:
@@ -325,7 +308,7 @@ def _export(job: DistillJob, splits: Splits, teacher: TeacherResult | None, refi
     peers = [{"val accuracy": peer.val, "test accuracy": peer.test} for peer in refined.peers]
     record = {**facts, "path": name, "peers": peers[:-1], "online teacher": peers[-1] if peers else None}
     text = json.dumps(record, indent=2) + "\n"
-    replace_file(job.out / FILE, lambda draft: draft.write_text(text, encoding="utf-8"))
+    write_text(job.out / FILE, text)
     return Distilled(folder=folder, cost=cost, refined=refined, quotes_val=quotes_val)
 
 

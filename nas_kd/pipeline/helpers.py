@@ -25,7 +25,7 @@ import torch
 from optuna.storages import InMemoryStorage
 
 from nas_kd.arguments.study import noted_settings
-from nas_kd.files.atomic import replace_file
+from nas_kd.files.atomic import write_text
 from nas_kd.preparation.job import Job, storage_url
 from nas_kd.progress import Advance
 from nas_kd.search.workers import is_gone, worker_name
@@ -117,7 +117,7 @@ class Claims:
         with file:
             note = do(functools.partial(self._tell, file, advance))
         text = json.dumps([time.monotonic() - started, note])
-        replace_file(self._made_file(number), lambda draft: draft.write_text(text, encoding="utf-8"))
+        write_text(self._made_file(number), text)
         return True
 
     def made(self, number: int) -> Made | None:

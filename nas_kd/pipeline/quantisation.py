@@ -20,7 +20,7 @@ from nas_kd.costs.latency import Timing, take_turns
 from nas_kd.data.images import AugmentedImages, Images, ImageSet, normalise
 from nas_kd.data.splits import Splits
 from nas_kd.errors import OutputError
-from nas_kd.files.atomic import replace_file
+from nas_kd.files.atomic import write_text
 from nas_kd.files.digests import digest_of
 from nas_kd.files.tensors import write_tensors
 from nas_kd.networks.int8 import LayerError, quantise
@@ -199,7 +199,7 @@ def quantise_network(
         recovered=recovered,
     )
     text = json.dumps(result.to_json(), indent=2) + "\n"
-    replace_file(folder / RECORD, lambda draft: draft.write_text(text, encoding="utf-8"))
+    write_text(folder / RECORD, text)
     return result
 
 

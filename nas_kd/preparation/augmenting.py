@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from nas_kd.arguments.augment import AugmentOptions
@@ -14,10 +16,12 @@ from nas_kd.data.augment import (
     default_augmentation,
     may_be_mirrored,
 )
-from nas_kd.data.images import AugmentedImages, ImageSet
+from nas_kd.data.images import AugmentedImages, Images, ImageSet
 from nas_kd.data.mixing import Mixing
 from nas_kd.data.splits import Splits
 from nas_kd.errors import DataError
+from nas_kd.training.teacher import Teacher, TeacherResult
+from nas_kd.training.views import OnlineViews, Views, ViewSpec, build_views, views_bytes
 
 _NAMES = {"aa": "auto_augment", "train_interpolation": "interpolation", "reprob": "re_prob", "remode": "re_mode"}
 
@@ -69,3 +73,23 @@ def fresh_images(data: DataSettings, images: ImageSet, num_classes: int) -> Augm
     """Training images of a student, augmented and mixed anew in every epoch."""
     augmentation = augmentation_of(data, images.shape[-1])
     return AugmentedImages(images, augmentation, data.seed, mixing_of(data, num_classes))
+
+
+def taught_views(
+    fresh: AugmentedImages,
+    splits: Splits,
+    teacher: TeacherResult,
+    count: int,
+    cache: Path,
+    report: Callable[[str], None] = lambda words: None,
+) -> Views | OnlineViews:
+    """Training images with what a teacher makes of them: `count` views of each, kept in `cache` with its logits; or the
+    teacher beside the student in every step, where there are to be none, they would be too large to keep or the images
+    stream."""
+    images = fresh.images
+    spec = ViewSpec(
+        count=max(1, count), augmentation=fresh.augmentation, seed=fresh.seed, key=splits.digest, mixing=fresh.mixing
+    )
+    if not count or not isinstance(images, Images) or views_bytes(images, spec, splits.num_classes) > spec.max_bytes:
+        return OnlineViews(fresh, Teacher(teacher.network))
+    return build_views(images, teacher.network, spec, cache, report)

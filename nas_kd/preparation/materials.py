@@ -14,7 +14,7 @@ from nas_kd.data.images import AugmentedImages, Images, ImageSet
 from nas_kd.data.splits import Splits, load_splits, with_sample
 from nas_kd.library.building import LibrarySpec, Share, open_builder, plan_library
 from nas_kd.library.library import Library
-from nas_kd.preparation.augmenting import augmentation_of, fresh_images
+from nas_kd.preparation.augmenting import augmentation_of, fresh_images, taught_views
 from nas_kd.preparation.estimate import PROBE, library_images, plan_line
 from nas_kd.preparation.job import (
     TEACHER,
@@ -26,11 +26,10 @@ from nas_kd.preparation.job import (
     refine_epochs,
     transfer_epochs,
 )
-from nas_kd.progress import Advance, Stages
+from nas_kd.progress import Stages
 from nas_kd.search.storage import check_study
 from nas_kd.training.teacher import (
     Renormalised,
-    Teacher,
     TeacherCache,
     TeacherResult,
     Teaching,
@@ -38,7 +37,7 @@ from nas_kd.training.teacher import (
     prepare_teacher,
 )
 from nas_kd.training.transfer import HeadOrigin
-from nas_kd.training.views import OnlineViews, Views, ViewSpec, build_views, views_bytes
+from nas_kd.training.views import OnlineViews, Views
 
 Sharing = Callable[[nn.Module, Images, LibrarySpec], AbstractContextManager[Share | None]]
 _PERCENT = 100  # steps of a stage that says how far it is
@@ -89,8 +88,12 @@ def collect(job: Job, stages: Stages, sharing: Sharing | None = None) -> tuple[J
         min(settings.training.views, epochs) for epochs in (settings.proxy.epochs, refine_epochs(job, splits.train))
     )
     with stages.stage("views", short + long) as advance:
-        proxy_views = _views(job, splits, teacher, short, subset, advance)
-        whole = _views(job, splits, teacher, long, splits.train, advance)
+
+        def views(images: ImageSet, count: int) -> Views | OnlineViews:
+            fresh = fresh_images(settings.data, images, splits.num_classes)
+            return taught_views(fresh, splits, teacher, count, job.cache, advance)
+
+        proxy_views, whole = views(subset, short), views(splits.train, long)
     if settings.search.library_budget and job.space.library is None:
         job = job.with_library(_library(job, splits, base, stages, sharing))
     return job, Materials(
@@ -107,7 +110,8 @@ def gather_whole(job: Job, epochs: Callable[[Splits], int], stages: Stages) -> M
     teacher = base if job.other_teacher is None else _other_teacher(job, splits, stages)
     count = min(settings.training.views, epochs(splits))
     with stages.stage("views", count) as advance:
-        views = _views(job, splits, teacher, count, splits.train, advance)
+        fresh = fresh_images(settings.data, splits.train, splits.num_classes)
+        views = taught_views(fresh, splits, teacher, count, job.cache, advance)
     return Materials(splits=splits, sample=splits, base=base, teacher=teacher, proxy_views=views, refine_views=views)
 
 
@@ -204,21 +208,3 @@ def _taught(job: Job, splits: Splits, pupil: _Pupil, stages: Stages, stage: str)
             cache=TeacherCache(folder=job.cache, key=pupil.key),
             report=report,
         )
-
-
-def _views(
-    job: Job, splits: Splits, teacher: TeacherResult, count: int, images: ImageSet, advance: Advance
-) -> Views | OnlineViews:
-    """Cached views, or the teacher beside the student in every step where they would be too large to keep or the images
-    stream."""
-    fresh = fresh_images(job.settings.data, images, splits.num_classes)
-    spec = ViewSpec(
-        count=count,
-        augmentation=fresh.augmentation,
-        seed=job.settings.seed,
-        key=splits.digest,
-        mixing=fresh.mixing,
-    )
-    if not isinstance(images, Images) or views_bytes(images, spec, splits.num_classes) > spec.max_bytes:
-        return OnlineViews(fresh, Teacher(teacher.network))
-    return build_views(images, teacher.network, spec, job.cache, advance)
