@@ -170,10 +170,10 @@ def test_a_study_resumes_with_what_it_noted(tmp_path: Path, caplog: pytest.LogCa
     settings = parse_study([*STUDY.split(), "--out", str(tmp_path)])
     first = open_space(settings, created())
     with caplog.at_level(logging.WARNING):
-        bound_space(first, settings)
+        first = bound_space(first, settings)
     assert first.cycles is not None
     second = open_space(settings, created())
-    bound_space(second, settings, begun={"nas_kd cycles": first.cycles.notes()})
+    second = bound_space(second, settings, begun={"nas_kd cycles": first.costs.cycles.notes()})
     assert first.budget == second.budget
     assert list((tmp_path / "cache").glob("cycles-*.jsonl"))
     assert not caplog.messages

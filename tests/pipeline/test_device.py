@@ -85,7 +85,7 @@ def test_a_study_says_that_its_figures_are_the_closed_form(caplog: pytest.LogCap
     settings = parse_study([*SMALL.split(), "--budget", "ram=100%,flash=50%"])
     space = open_space(settings, created())
     with caplog.at_level(logging.WARNING):
-        bound_space(space, settings)
+        space = bound_space(space, settings)
     assert caplog.messages == [
         "flash and ram are those of the closed form: pip install 'nas-kd[mcu]' to have them measured"
     ]
@@ -97,7 +97,7 @@ def test_a_study_says_that_its_figures_are_the_closed_form(caplog: pytest.LogCap
 def test_int8_counts_both_without_a_bound() -> None:
     settings = parse_study([*SMALL.split(), "--budget", "params=50%", "--int8"])
     space = open_space(settings, created())
-    bound_space(space, settings)
+    space = bound_space(space, settings)
     assert space.base_cost().flash > 0
     assert space.base_cost().ram > 0
 

@@ -127,7 +127,7 @@ class TestStudents:
 
 
 class TestBudget:
-    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(seed=seeds, params=st.floats(0.02, 1.2), macs=st.floats(0.02, 1.2))
     def test_nothing_over_it_is_ever_built(
         self, space: Space[nn.Module], within: Within, draw: Draw, seed: int, params: float, macs: float
