@@ -171,7 +171,7 @@ def test_a_study_resumes_with_what_it_noted(tmp_path: Path, caplog: pytest.LogCa
     first = open_space(settings, created())
     with caplog.at_level(logging.WARNING):
         first = bound_space(first, settings)
-    assert first.cycles is not None
+    assert first.costs.cycles is not None
     second = open_space(settings, created())
     second = bound_space(second, settings, begun={"nas_kd cycles": first.costs.cycles.notes()})
     assert first.budget == second.budget
