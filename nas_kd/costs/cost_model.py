@@ -26,10 +26,6 @@ MEASURING = threading.RLock()  # of one process: trials in threads take turns, o
 Report = Callable[[str], None]
 
 
-def tell_nobody(words: str) -> None:
-    """A report that is not shown."""
-
-
 class CostModel:
     """The costs of every student of a base.
 
@@ -53,7 +49,7 @@ class CostModel:
             return self
         return self._with(table=self.table.with_device(device_table(self.analysis, Counts(self.analysis))))
 
-    def with_latency(self, meter: Meter, report: Report = tell_nobody) -> CostModel:
+    def with_latency(self, meter: Meter, report: Report = lambda words: None) -> CostModel:
         """A model that tells latencies: some students of all kinds and widths are measured, from which the latency of
         all others is expected; `report` is told of each. Raises a NasKdError when something cannot be measured."""
         latency = self.latencies(meter)
@@ -68,7 +64,7 @@ class CostModel:
         return self._with(latency=latency, table=latency.onto(self.table))
 
     def with_cycles(
-        self, estimator: Estimator, store: Measurements | None = None, report: Report = tell_nobody
+        self, estimator: Estimator, store: Measurements | None = None, report: Report = lambda words: None
     ) -> CostModel:
         """A model that tells cycles: those of some students are estimated, and kept in `store`, from which those of all
         others are expected; `report` is told of each. Raises ModelError for a base with operators that accelerators do

@@ -24,7 +24,7 @@ from nas_kd.analysis.structure import Analysis, Block
 from nas_kd.data.augment import derive_seed
 from nas_kd.data.images import Images
 from nas_kd.data.memory import give_back
-from nas_kd.errors import DataError, TrainingError
+from nas_kd.errors import DataError
 from nas_kd.files.atomic import write_text
 from nas_kd.library.bench import Bench
 from nas_kd.library.damages import Damages
@@ -32,6 +32,7 @@ from nas_kd.library.effort import LibraryEffort
 from nas_kd.library.entries import Entry, EntryFile, as_kept
 from nas_kd.library.frame_training import FrameRecipe, distil_frame
 from nas_kd.library.importance import rank_block
+from nas_kd.library.inputs import check_base
 from nas_kd.library.library import Library, made_choices
 from nas_kd.library.recorder import Recorder
 from nas_kd.library.refit import LARGEST as LARGEST_FIT
@@ -42,7 +43,7 @@ from nas_kd.networks.plain import plain
 from nas_kd.students.frames import Recording
 from nas_kd.students.unit_importance import unit_importance
 from nas_kd.training.anchoring import anchor_where_foreign
-from nas_kd.training.evaluation import CALIBRATION, predict_logits
+from nas_kd.training.evaluation import CALIBRATION
 from nas_kd.training.views import weights_digest
 
 _VERSION = 4  # of what the entries hold
@@ -118,23 +119,10 @@ def build_library(
 def open_builder(base: nn.Module, analysis: Analysis, images: Images, spec: LibrarySpec, folder: Path) -> Builder:
     """What builds a library, as `build_library` does."""
     base = plain(base)
-    _check_base(base, images)
+    check_base(base, images)
     if spec.anchor:
         anchor_where_foreign(base, images[:CALIBRATION])
     return Builder(base, analysis, images, spec, folder)
-
-
-def _check_base(base: nn.Module, images: Images) -> None:
-    """A look at two images: later the same mistakes would be errors of the linear algebra."""
-    try:
-        logits = predict_logits(base, images[:2])
-    except RuntimeError as error:
-        form = "×".join(map(str, images.pixels.shape[1:]))
-        raise DataError(f"images of {form} do not fit the base: {str(error).splitlines()[0]}") from error
-    if not logits.isfinite().all():
-        raise TrainingError(
-            "the logits of the base are not finite: its weights are damaged, or it was trained too fast"
-        )
 
 
 class Builder:

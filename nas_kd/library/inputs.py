@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from nas_kd.data.images import Images
+from nas_kd.errors import DataError, TrainingError
 from nas_kd.files.tensors import read_tensors, write_tensors
 from nas_kd.library.spec import LibrarySpec
 from nas_kd.training.checkpoint import load_exactly
+from nas_kd.training.evaluation import predict_logits
 
 _PIXELS = "pixels of the images"
 
@@ -46,4 +48,17 @@ class LibraryInputs:
         spec = LibrarySpec(**{**facts["spec"], "rounds": tuple(facts["spec"]["rounds"])})
         return LibraryInputs(
             base=base, images=Images(pixels, labels, tuple(facts["mean"]), tuple(facts["std"])), spec=spec
+        )
+
+
+def check_base(base: nn.Module, images: Images) -> None:
+    """A look at two images: later the same mistakes would be errors of the linear algebra."""
+    try:
+        logits = predict_logits(base, images[:2])
+    except RuntimeError as error:
+        form = "×".join(map(str, images.pixels.shape[1:]))
+        raise DataError(f"images of {form} do not fit the base: {str(error).splitlines()[0]}") from error
+    if not logits.isfinite().all():
+        raise TrainingError(
+            "the logits of the base are not finite: its weights are damaged, or it was trained too fast"
         )

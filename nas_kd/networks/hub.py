@@ -37,6 +37,7 @@ from nas_kd.networks.weights import weights_at_hand
 
 ENTRY_POINT = "nas_kd_student"
 # not arguments of the base: timm's, for the loading itself
+_REARRANGED = 16  # channels: a first convolution that reads as many does not read an image as it is
 _LOADING = (
     "cache_dir",
     "pretrained_cfg",
@@ -181,6 +182,23 @@ def input_channels(network: nn.Module) -> int | None:
     """The channels of the images for which timm created a network; None where it does not say."""
     channels = get_model_args(network).get("in_chans") if hasattr(network, "pretrained_cfg") else None
     return channels if isinstance(channels, int) else None
+
+
+def input_size_of(network: nn.Module, img_size: int | None) -> tuple[int, int, int]:
+    """The images (C, H, W) that a network takes: its first convolution's channels, the given or its own size.
+
+    Some networks rearrange an image before they convolve it (TResNet: 3 channels to 48): then it is what timm was asked
+    for that counts.
+    """
+    config: Any = getattr(network, "pretrained_cfg", None) or {}
+    channels, height, width = config.get("input_size", (3, 224, 224))
+    first = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
+    asked = input_channels(network)
+    if first is not None and (asked is None or first.in_channels < _REARRANGED):
+        channels = first.in_channels
+    elif asked is not None:
+        channels = asked
+    return (channels, img_size or height, img_size or width)
 
 
 def _without(args: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from nas_kd.data.images import AugmentedImages
 from nas_kd.data.sources import open_source
 from nas_kd.data.splits import DataSpec, Splits, load_splits
 from nas_kd.files.atomic import write_text
-from nas_kd.networks.hub import create_base
+from nas_kd.networks.hub import create_base, input_size_of
 from nas_kd.preparation.augmenting import augmentation_of, fresh_images, images_key, taught_views
 from nas_kd.preparation.image_form import beside_gpu, data_spec, img_size_of, in_chans_of, warn_of_other_order
 from nas_kd.preparation.job import (
@@ -41,7 +41,6 @@ from nas_kd.preparation.job import (
 from nas_kd.progress import Stages
 from nas_kd.results.export import Card, export
 from nas_kd.results.refine import Candidate, Refined, Refinement, refine
-from nas_kd.search.space import input_size_of
 from nas_kd.students.building import build_student
 from nas_kd.students.cheap import cheap_genotype
 from nas_kd.students.inheritance import inherit_student

@@ -11,9 +11,8 @@ from nas_kd.arguments.network import NetworkSettings
 from nas_kd.data.sources import open_source
 from nas_kd.data.splits import DataSpec
 from nas_kd.errors import ModelError
-from nas_kd.networks.hub import create_base
+from nas_kd.networks.hub import create_base, input_size_of
 from nas_kd.preparation.image_form import data_spec
-from nas_kd.search.space import input_size_of
 from nas_kd.training.checkpoint import load_checkpoint
 
 

@@ -21,7 +21,7 @@ from nas_kd.costs.verification import analyse
 from nas_kd.errors import BudgetError, GenotypeError
 from nas_kd.genotype import Choice, Genotype
 from nas_kd.library.library import Library
-from nas_kd.networks.hub import input_channels
+from nas_kd.networks.hub import input_size_of
 from nas_kd.networks.plain import plain, tell_of_hooks, unwrapped
 from nas_kd.networks.rebuilt import check_exportable
 from nas_kd.search.feasibility import check_feasible
@@ -33,7 +33,6 @@ from nas_kd.students.inheritance import inherit_student
 Network = TypeVar("Network", bound=nn.Module)
 AnyTrial = optuna.trial.BaseTrial | optuna.trial.FrozenTrial
 _MEASURED = "measured"  # the user attribute of a trial whose latency is that of its whole student
-_REARRANGED = 16  # channels: a first convolution that reads as many does not read an image as it is
 _DROPPED = 4.0  # docs/decisions.md
 STARTS = 8  # genotypes at most that a search begins with
 _FIELDS = {"width": "width", "kernel": "kernel_size", "conv": "conv", "keep": "keep"}  # parameter → field of a choice
@@ -357,23 +356,6 @@ class Space(Generic[Network]):
         trials = study.get_trials(deepcopy=False) if self.costs.latency is not None else ()
         noted = [trial for trial in trials if trial.user_attrs.get(_MEASURED) and LATENCY in trial.user_attrs]
         self.costs.recall({self.genotype(trial.params): int(trial.user_attrs[LATENCY]) for trial in noted})
-
-
-def input_size_of(network: nn.Module, img_size: int | None) -> tuple[int, int, int]:
-    """The images (C, H, W) that a network takes: its first convolution's channels, the given or its own size.
-
-    Some networks rearrange an image before they convolve it (TResNet: 3 channels to 48): then it is what timm was asked
-    for that counts.
-    """
-    config: Any = getattr(network, "pretrained_cfg", None) or {}
-    channels, height, width = config.get("input_size", (3, 224, 224))
-    first = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
-    asked = input_channels(network)
-    if first is not None and (asked is None or first.in_channels < _REARRANGED):
-        channels = first.in_channels
-    elif asked is not None:
-        channels = asked
-    return (channels, img_size or height, img_size or width)
 
 
 def _open_values(block: Block) -> dict[str, Sequence[Any]]:

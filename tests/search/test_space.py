@@ -21,7 +21,8 @@ from nas_kd.budget import Budget, Cost, parse_budget
 from nas_kd.errors import BudgetError, GenotypeError, ModelError
 from nas_kd.genotype import Genotype
 from nas_kd.networks.convolutions import Shift2d
-from nas_kd.search.space import Space, input_size_of
+from nas_kd.networks.hub import input_size_of
+from nas_kd.search.space import Space
 
 Within = Callable[[Space[nn.Module], str | Budget], Space[nn.Module]]
 Draw = Callable[[Space[nn.Module], int], Genotype]
